@@ -1,0 +1,24 @@
+"""Logging for library code. Only entry points configure it; other ranks than 0 stay quiet below WARNING."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module (``get_logger(__name__)``)."""
+    return logging.getLogger(name)
+
+
+def configure_logging(level: int = logging.INFO) -> None:
+    """Send log lines to stderr: ``level`` and above on rank 0, warnings and above on other ranks."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("FlagEmbedding").setLevel(level if rank == 0 else logging.WARNING)

