@@ -1,0 +1,137 @@
+"""What a checkpoint must hold for an exact continuation, and finding the newest one that is whole.
+
+The Trainer writes trainer_state.json last, so a folder in which it parses was written to the end; a run that is killed
+while saving leaves a folder without it, which is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from FlagEmbedding.utils.distributed import gather_objects
+from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.io import write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+WINDOW_FILE = "loss_window.json"
+STATE_FILE = "trainer_state.json"
+_NEEDED = ("config.json", "optimizer.pt", "scheduler.pt")
+
+
+class LossWindow:
+    """Sums of the objective's terms since the last log line, and the count of micro-batches whose loss was 0."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self.zero_micro_batches = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Add one micro-batch's terms. A term that only some micro-batches have is averaged over those."""
+        for name, value in terms.items():
+            if name == "loss":  # the Trainer logs the sum itself
+                continue
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def saw(self, zero: bool) -> None:
+        """Count micro-batches in a row whose loss was exactly 0."""
+        self.zero_micro_batches = self.zero_micro_batches + 1 if zero else 0
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last flush, over all processes; starts anew.
+
+        Every process must hold the same names for the reduction, so the union is agreed on first.
+        """
+        names = sorted(set().union(*gather_objects(sorted(self._sums))))
+        means = {}
+        for name in names:
+            pair = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+            if name in self._sums:
+                pair = torch.stack([self._sums[name].to(pair), torch.tensor(self._counts[name]).to(pair)])
+            total, count = accelerator.reduce(pair, reduction="sum").tolist()
+            means[name] = total / count
+        self._sums, self._counts = {}, {}
+        return means
+
+    def save(self, folder: Path, **state: Any) -> None:
+        """Write the sums and ``state`` into a checkpoint folder."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        write_json_atomic(
+            folder / WINDOW_FILE, {**state, "sums": sums, "counts": self._counts, "zeros": self.zero_micro_batches}
+        )
+
+    def load(self, folder: Path, device: torch.device) -> dict[str, Any] | None:
+        """Read back what ``save`` wrote and return ``state``; None where a checkpoint has no such file."""
+        if not (folder / WINDOW_FILE).is_file():
+            return None
+        stored: dict[str, Any] = json.loads((folder / WINDOW_FILE).read_text(encoding="utf-8"))
+        sums = stored.pop("sums")
+        self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
+        self._counts = stored.pop("counts")
+        self.zero_micro_batches = stored.pop("zeros")
+        return stored
+
+
+def resolve_resume(resume: str | bool | None, output_dir: str, sharded: bool = False) -> str | None:
+    """The checkpoint folder to continue from, or None to start at the first step.
+
+    Args:
+        resume: what the user said: nothing, a folder, or a yes for the newest whole checkpoint in ``output_dir``.
+        sharded: the run uses FSDP or DeepSpeed, whose checkpoints hold other files.
+
+    Raises:
+        UsageError: the named folder is no whole checkpoint.
+    """
+    if resume is None or str(resume).lower() in {"false", "n", "no", "0"}:
+        return None
+    if str(resume).lower() in {"true", "y", "yes", "1"}:
+        newest = latest_checkpoint(Path(output_dir), sharded)
+        if newest is None:
+            logger.warning("%s holds no whole checkpoint: starting at the first step", output_dir)
+        return None if newest is None else str(newest)
+    folder = Path(str(resume))
+    missing = _missing(folder, sharded)
+    if missing:
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: not a whole checkpoint ({missing}); give a checkpoint-N folder, or True "
+            "for the newest whole one in --output_dir"
+        )
+    return str(folder)
+
+
+def latest_checkpoint(output_dir: Path, sharded: bool = False) -> Path | None:
+    """The checkpoint-N of the highest N that was written to the end."""
+    found = [(int(m.group(1)), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    for _, folder in sorted(found, reverse=True):
+        missing = _missing(folder, sharded)
+        if not missing:
+            return folder
+        logger.warning("%s is not whole (%s): passed over", folder, missing)
+    return None
+
+
+def _missing(folder: Path, sharded: bool) -> str:
+    """Why ``folder`` is no whole checkpoint; empty when it is."""
+    if not folder.is_dir():
+        return "no such folder"
+    for name in () if sharded else _NEEDED:
+        if not (folder / name).is_file():
+            return f"no {name}"
+    if not sharded and not list(folder.glob("*.safetensors")):
+        return "no weights"
+    try:
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"no readable {STATE_FILE}"
+    return ""

@@ -1,0 +1,121 @@
+"""From a command line or a .yaml/.json file to the argument dataclasses.
+
+A configuration file is turned into the words of a command line and goes through the same parser, so there is one
+set of rules; words after the file override it (``run.py recipe.yaml --learning_rate 2e-5``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from FlagEmbedding.finetune.arguments import (
+    DataArguments,
+    EngineArguments,
+    LossArguments,
+    ModelArguments,
+    RetrieverTrainingArguments,
+)
+from FlagEmbedding.utils.errors import UsageError
+
+
+@dataclass
+class Arguments:
+    """All groups of ``run.py``."""
+
+    model: ModelArguments
+    data: DataArguments
+    loss: LossArguments
+    engine: EngineArguments
+    training: RetrieverTrainingArguments
+
+
+class _Parser(HfArgumentParser):
+    """Refuses in one line, without printing several hundred lines of usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists all options)")
+
+    def format_usage(self) -> str:
+        return "usage: run.py [recipe.yaml] --model_name_or_path MODEL --train_data FOLDER --output_dir DIR [options]\n"
+
+    def format_help(self) -> str:
+        # The generated usage line alone would be two screens long; the groups below it say the same.
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            if group._group_actions:
+                formatter.start_section(group.title)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+        return f"{self.format_usage()}\n{formatter.format_help()}"
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling a flag (the hyphenated twins are accepted, not listed) and no negative twins."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not any(option.startswith("--no_") for option in action.option_strings):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [option for option in action.option_strings if "-" not in option[2:]]
+        metavar = "" if action.nargs == 0 else " " + self._format_args(action, action.dest.upper())
+        return ", ".join(spellings or action.option_strings) + metavar
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser of ``run.py``."""
+    groups = [ModelArguments, DataArguments, LossArguments, EngineArguments, RetrieverTrainingArguments]
+    return _Parser(
+        groups,  # type: ignore[arg-type]
+        prog="run.py",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        description="Fine-tune an XLM-RoBERTa, RoBERTa or BERT retriever with the contrastive learning penalty and experts.",
+    )
+
+
+def parse_arguments(words: list[str]) -> Arguments:
+    """Parse ``words`` (``sys.argv[1:]``). Raises ``UsageError`` for anything that is not an option of ours."""
+    if words and not words[0].startswith("-"):
+        words = [*config_words(Path(words[0])), *words[1:]]
+    parser = build_parser()
+    try:
+        parts = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
+    except (ValueError, argparse.ArgumentTypeError) as error:  # TrainingArguments' own checks
+        raise UsageError(" ".join(str(error).split())) from error
+    if parts[-1]:
+        raise UsageError(f"unknown option {parts[-1][0]} (--help lists all options)")
+    return Arguments(*parts[:5])
+
+
+def config_words(path: Path) -> list[str]:
+    """A .yaml or .json mapping as command-line words. Lists become several words, null leaves the default."""
+    if path.suffix not in {".yaml", ".yml", ".json"}:
+        raise UsageError(f"{path}: expected a .yaml or .json configuration or an option, got {path.name!r}")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such configuration file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected a mapping of option names to values, got {type(values).__name__}")
+    words: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        words.append(f"--{key}")
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        else:
+            words.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+    return words

@@ -1,0 +1,118 @@
+"""What the routers do during training: load, entropy, and how many tokens have changed their expert.
+
+Load and entropy are counted over the real tokens of every forward between two log lines. "Changed" is measured on a
+probe: tokens of the first batch, routed once before the first step and again at every log line, without dropout or
+noise. The probe and its first routing travel with each checkpoint, so a resumed run measures from the same start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from FlagEmbedding.finetune.biencoder import BGEM3Model
+from FlagEmbedding.losses.router import routing_statistics
+from FlagEmbedding.modeling.moe import Routing, record_routing
+from FlagEmbedding.modeling.tokens import TokenBatch
+
+PROBE_FILE = "router_probe.safetensors"
+PROBE_ROWS = 16
+
+
+class RouterMonitor:
+    """Accumulates routing statistics between log lines and compares the probe's routing with its first."""
+
+    def __init__(self) -> None:
+        self._load: Tensor | None = None  # [layers, E] tokens sent to each expert
+        self._entropy: Tensor | None = None  # [layers] summed over tokens
+        self._tokens = 0
+        self._probe: TokenBatch | None = None
+        self._first: Tensor | None = None  # [layers, T, K] experts chosen at the start
+
+    def observe(self, layers: list[list[Routing]]) -> None:
+        """Add one forward's routing (one list of calls per layer)."""
+        statistics = [
+            routing_statistics(
+                torch.cat([call.logits.detach() for call in calls]), torch.cat([call.experts for call in calls])
+            )
+            for calls in layers
+        ]
+        load = torch.stack([item.tokens_per_expert for item in statistics]).double()
+        entropy = torch.stack([item.entropy for item in statistics]).double()
+        tokens = sum(call.logits.shape[0] for call in layers[0])
+        self._load = load if self._load is None else self._load + load
+        self._entropy = entropy * tokens if self._entropy is None else self._entropy + entropy * tokens
+        self._tokens += tokens
+
+    def start_probe(self, model: BGEM3Model, query: dict[str, Tensor], passage: dict[str, Tensor]) -> None:
+        """Choose the probe from the first batch, once, and remember how it is routed now."""
+        if self._probe is None:
+            rows = {key: passage[key][:PROBE_ROWS] for key in ("input_ids", "attention_mask")}
+            self._probe = TokenBatch.from_padded(rows)
+            self._first = self._route_probe(model)
+
+    def summary(self, model: BGEM3Model) -> dict[str, Any]:
+        """Statistics since the last call, and start anew. Empty when nothing was observed."""
+        if self._load is None or self._entropy is None or not self._tokens:
+            return {}
+        share = self._load / self._load.sum(dim=1, keepdim=True)
+        entropy = self._entropy / self._tokens
+        result: dict[str, Any] = {
+            "router_load": [[round(value, 6) for value in layer] for layer in share.tolist()],
+            "router_entropy_per_layer": [round(value, 6) for value in entropy.tolist()],
+            "router_load_min": float(share.min()),
+            "router_load_max": float(share.max()),
+            "router_entropy": float(entropy.mean()),
+        }
+        if self._probe is not None and self._first is not None:
+            now = self._route_probe(model)
+            changed = (now != self._first.to(now.device)).any(dim=-1).double()
+            result["router_changed"] = float(changed.mean())
+            result["router_changed_per_layer"] = [round(value, 6) for value in changed.mean(dim=1).tolist()]
+        self._load = self._entropy = None
+        self._tokens = 0
+        return result
+
+    @torch.no_grad()
+    def _route_probe(self, model: BGEM3Model) -> Tensor:
+        assert self._probe is not None
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        probe = TokenBatch(self._probe.ids.to(device), self._probe.lengths, self._probe.padded_length)
+        with record_routing(model.model) as tape:
+            model.encode([probe], [{"dense"}])
+        model.train(was_training)
+        # The order of tokens within a call is the engine's, the same every time for the same rows. The set of chosen
+        # experts counts, not their order by weight.
+        return torch.stack([torch.cat([call.experts for call in calls]).sort(dim=-1).values for calls in tape.layers])
+
+    def save(self, folder: Path) -> None:
+        """Write the probe, its first routing and the counts since the last log line into a checkpoint folder."""
+        if self._probe is None or self._first is None:
+            return
+        tensors = {
+            "ids": self._probe.ids.cpu(),
+            "lengths": torch.tensor(self._probe.lengths),
+            "padded_length": torch.tensor([self._probe.padded_length]),
+            "first": self._first.cpu().contiguous(),
+            "tokens": torch.tensor([self._tokens]),
+        }
+        if self._load is not None and self._entropy is not None:
+            tensors |= {"load": self._load.cpu(), "entropy": self._entropy.cpu()}
+        save_file(tensors, folder / PROBE_FILE)
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Read back what ``save`` wrote; a checkpoint without it starts a new probe."""
+        if not (folder / PROBE_FILE).is_file():
+            return
+        tensors = load_file(folder / PROBE_FILE)
+        self._probe = TokenBatch(tensors["ids"], tensors["lengths"].tolist(), int(tensors["padded_length"]))
+        self._first = tensors["first"]
+        self._tokens = int(tensors["tokens"])
+        if "load" in tensors:
+            self._load, self._entropy = tensors["load"].to(device), tensors["entropy"].to(device)

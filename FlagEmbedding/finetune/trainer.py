@@ -1,0 +1,184 @@
+"""The HF Trainer with our batches, our objective's named terms, and exact continuation.
+
+What is ours: batches come from a batch sampler keyed by (epoch, row); ``compute_loss`` keeps the objective's terms for
+the log; a non-finite loss, or a loss of exactly 0 for ten steps, stops the run and names the rows; a checkpoint also
+carries what stands between two log lines, so that a resumed run logs what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
+
+from FlagEmbedding.finetune.biencoder import BGEM3Model, EncoderOutput
+from FlagEmbedding.finetune.checkpoints import STATE_FILE, LossWindow
+from FlagEmbedding.finetune.router_monitor import RouterMonitor
+from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.modeling.backbone import load_trained_state
+from FlagEmbedding.utils.errors import UserError
+from FlagEmbedding.utils.io import write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+ZERO_LOSS_STEPS = 10
+TRAINING_ARGS_FILE = "training_args.json"
+
+
+class _RestoreWindow(TrainerCallback):
+    """The Trainer resets its running loss just before it tells callbacks that training begins: restore it then."""
+
+    def __init__(self, trainer: BiEncoderTrainer, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.restore_window(self.folder)
+
+
+class BiEncoderTrainer(Trainer):
+    """Trains a ``BGEM3Model`` on batches of a ``TaskBatchSampler``.
+
+    Args:
+        batch_sampler: yields lists of (epoch, row) keys for the train dataset.
+        train_arguments: what the command line said, written beside every checkpoint as JSON.
+    """
+
+    def __init__(
+        self, *, batch_sampler: TaskBatchSampler, train_arguments: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.batch_sampler = batch_sampler
+        self.train_arguments = train_arguments or {}
+        self.window = LossWindow()
+        self.router = RouterMonitor()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train; with a checkpoint folder, go on as if the run had never stopped."""
+        if resume_from_checkpoint is not None:
+            self.add_callback(_RestoreWindow(self, Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # ---- batches ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of our sampler; accelerate gives every process its share of them."""
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's objective; its terms go to the log, its rows into the message when it breaks."""
+        rows = inputs.pop("rows", [])
+        bare = self._bare_model()
+        if bare.has_experts:
+            self.router.start_probe(bare, inputs["query"], inputs["passage"])
+        output: EncoderOutput = model(**inputs)
+        assert output.loss is not None and output.terms is not None
+        self._watch(output.loss.detach(), rows)
+        self.window.add(output.terms)
+        if output.routing:
+            self.router.observe(output.routing)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _bare_model(self) -> BGEM3Model:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _watch(self, loss: Tensor, rows: list[str]) -> None:
+        value = float(loss)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise UserError(
+                f"the loss is {value} at step {self.state.global_step + 1}, in the batch of {_shown(rows)}: look at "
+                "these rows, lower --learning_rate, or train in bf16 or fp32 instead of fp16"
+            )
+        self.window.saw(zero=value == 0.0)
+        if self.window.zero_micro_batches >= ZERO_LOSS_STEPS * self.args.gradient_accumulation_steps:
+            raise UserError(
+                f"the loss has been exactly 0 for {ZERO_LOSS_STEPS} steps, last in the batch of {_shown(rows)}: nothing "
+                "is left to learn from these rows; raise --train_group_size, or use harder negatives"
+            )
+
+    # ---- log ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms and router scalars to a loss line; per-layer lists go to trainer_state.json alone."""
+        details: dict[str, Any] = {}
+        if "loss" in logs:
+            logs |= self.window.flush(self.accelerator)
+            if self._bare_model().has_experts:
+                summary = self.router.summary(self._bare_model())
+                details = {key: value for key, value in summary.items() if isinstance(value, list)}
+                logs |= {key: value for key, value in summary.items() if key not in details}
+        super().log(logs, start_time)
+        self.state.log_history[-1].update(details)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        self._bare_model().save(folder, state_dict=state_dict)
+        write_json_atomic(Path(folder) / TRAINING_ARGS_FILE, self.train_arguments)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # The state file, written last, marks a whole checkpoint; a killed run may have left an old one here.
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STATE_FILE).unlink(missing_ok=True)
+            self.window.save(
+                folder,
+                forwards=self._bare_model().step,
+                loss_sum=float(self._tr_loss),
+                last_logged=self._globalstep_last_logged,
+            )
+            self.router.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_trained_state(self._bare_model(), Path(resume_from_checkpoint))
+
+    def restore_window(self, folder: Path) -> None:
+        """Put back what stood between the last log line and the checkpoint (called when training begins)."""
+        state = self.window.load(folder, self.args.device)
+        if state is None:
+            logger.warning("%s holds no log window: the first logged loss covers the steps since it", folder)
+            return
+        self._bare_model().step = state["forwards"]
+        self._tr_loss += state["loss_sum"]
+        self._globalstep_last_logged = state["last_logged"]
+        self.router.load(folder, self.args.device)
+
+
+def _shown(rows: list[str]) -> str:
+    shown = ", ".join(rows[:8])
+    return shown + (f" and {len(rows) - 8} more" if len(rows) > 8 else "") if rows else "unknown rows"

@@ -1,0 +1,46 @@
+# One way in per job. Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install quickstart test check lint types data-demo figures clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# One stamp per set of extras; a changed setup.py or constraints.txt installs again.
+$(VENV)/.installed-%: $(VENV)/.created setup.py constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+install: $(VENV)/.installed-demo,eval  ## create .venv and install the package with pinned versions
+
+quickstart: $(VENV)/.installed-demo,eval  ## small real base model, CLP + MoE training, nDCG before and after (minutes, no GPU, no hub)
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+
+data-demo: $(VENV)/.installed-demo,eval,mining  ## from the sample's raw topics and corpus to a checked training file
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/data_demo.sh
+
+test: $(VENV)/.installed-test  ## run all tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+check: lint types  ## lint, types and tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+figures: $(VENV)/.installed-eval  ## draw the pictures in imgs/ again
+	$(BIN)/python imgs/make_figures.py
+
+clean:  ## remove what quickstart and the tests left
+	rm -rf quickstart .pytest_cache .mypy_cache .ruff_cache
