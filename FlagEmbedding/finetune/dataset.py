@@ -1,0 +1,208 @@
+"""The training rows and what is drawn from them: one positive, G − 1 negatives, and the negatives' own queries.
+
+A map-style dataset whose keys are (epoch, row). What an item holds is a function of (seed, epoch, row) alone, so a run
+repeats for any number of dataloader workers and processes, and a resumed run sees what the uninterrupted one would.
+
+Choices:
+
+* With teacher scores the drawn negatives are ordered by score, highest first, as published.
+* ``shuffle_ratio`` applies to positives and negatives alike. Published, it was meant for the positive only (which
+  would give it away) and left an empty text behind.
+* ``max_example_num_per_dataset`` samples each file by ``seed``, the same rows every epoch. Whether a file is small is
+  decided by all its rows.
+* A row's number counts the rows of all files in order, so sampling or merging files does not renumber it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from FlagEmbedding.finetune.store import StoredFile, cache_folder, record_of, report_missing_scores, store_file
+from FlagEmbedding.finetune.tasks import Task, make_tasks
+from FlagEmbedding.schema import Problems, TrainRecord, find_files
+from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import PathLike
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+Key = tuple[int, int]
+
+SHUFFLED_FROM = 100  # a passage of at most this many characters is never cut
+
+
+@dataclass(frozen=True)
+class TrainDataConfig:
+    """Which rows are used and what is drawn from each; the names are ``run.py``'s, and explained there."""
+
+    train_group_size: int = 8
+    seed: int = 42
+    knowledge_distillation: bool = False
+    same_task_within_batch: bool = False
+    max_example_num_per_dataset: int | None = None
+    small_threshold: int = 0
+    drop_threshold: int = 0
+    batch_size_by_length: bool = False
+    shuffle_ratio: float = 0.0
+    query_instruction_for_retrieval: str | None = None
+    passage_instruction_for_retrieval: str | None = None
+    cache_path: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainExample:
+    """One drawn row.
+
+    Attributes:
+        query: with its instruction.
+        passages: G texts with their instruction, the positive first.
+        neg_q: for each of the G − 1 negatives the queries it answers (0 to n, without instruction), or None.
+        teacher_scores: G scores in the order of ``passages``, or None.
+        row: ``file:line``.
+        parallel: the row comes from a parallel corpus (a folder named ``parallel_…``).
+    """
+
+    query: str
+    passages: list[str]
+    neg_q: list[list[str]] | None
+    teacher_scores: list[float] | None
+    row: str
+    parallel: bool
+
+
+class TrainDataset(Dataset[TrainExample]):
+    """All rows that ``train_data`` names, checked, on disk, drawn by key.
+
+    Args:
+        train_data: folders (their .json and .jsonl files) and files.
+        config: what to draw.
+
+    Attributes:
+        tasks: the sets that batches are drawn from; a sampler's affair.
+        epoch: the epoch that a sampler draws next. It lies here because accelerate and the Trainer hand an epoch
+            to the dataset in every arrangement of wrapped samplers, resumed and sharded ones included.
+
+    Raises:
+        DataError: problems in the files (first 20 and their number), or nothing left to train on.
+        UsageError: options that do not fit together.
+    """
+
+    def __init__(self, train_data: Sequence[PathLike], config: TrainDataConfig | None = None) -> None:
+        self.config = config or TrainDataConfig()
+        self.epoch = 0
+        _check(self.config)
+        self.files = _open_files(train_data, self.config)
+        counts = [stored.statistics.rows for stored in self.files]
+        self._starts = [0, *np.cumsum(counts).tolist()]
+        self.tasks: list[Task] = make_tasks(self.files, self._starts, self.config)
+        if not self.tasks:
+            raise DataError(
+                f"--drop_threshold {self.config.drop_threshold} drops every row of the training data: lower it"
+            )
+        for task in self.tasks:
+            logger.info("training data: %s: %d rows", task.name, len(task.rows))
+
+    def __len__(self) -> int:
+        return sum(len(task.rows) for task in self.tasks)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch a sampler of this dataset draws next."""
+        self.epoch = epoch
+
+    def record(self, row: int) -> tuple[StoredFile, TrainRecord]:
+        """The row as it stands in its file."""
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(f"row {row} of {self._starts[-1]}")
+        index = bisect_right(self._starts, row) - 1
+        stored = self.files[index]
+        return stored, record_of(stored.table[row - self._starts[index]])
+
+    def __getitem__(self, key: Key) -> TrainExample:
+        epoch, row = key
+        stored, record = self.record(row)
+        config = self.config
+        # Seeding by text goes through SHA-512 and is the same on every platform and Python.
+        generator = random.Random(f"{config.seed}/{epoch}/{row}")
+        positive = generator.randrange(len(record.pos))
+        negatives = draw_negatives(len(record.neg), config.train_group_size - 1, generator)
+        scores = None
+        if config.knowledge_distillation and record.pos_scores is not None and record.neg_scores is not None:
+            negatives.sort(key=record.neg_scores.__getitem__, reverse=True)
+            scores = [record.pos_scores[positive], *(record.neg_scores[i] for i in negatives)]
+        texts = [record.pos[positive], *(record.neg[i] for i in negatives)]
+        if config.shuffle_ratio > 0:
+            texts = [shuffle_text(text, config.shuffle_ratio, generator) for text in texts]
+        prefix = config.passage_instruction_for_retrieval or ""
+        return TrainExample(
+            query=(config.query_instruction_for_retrieval or "") + record.query,
+            passages=[prefix + text for text in texts],
+            neg_q=None if record.neg_q is None else [record.neg_q[i] for i in negatives],
+            teacher_scores=scores,
+            row=f"{stored.file.path}:{record.line}",
+            parallel=is_parallel(stored.file.folder),
+        )
+
+
+def draw_negatives(available: int, wanted: int, generator: random.Random) -> list[int]:
+    """``wanted`` of the numbers 0 … ``available`` − 1, without replacement while there are enough.
+
+    With fewer than wanted, they are drawn without replacement from the list repeated ⌈wanted/available⌉ times, so that
+    no number comes more often than that.
+    """
+    repeats = max(1, math.ceil(wanted / available))
+    return generator.sample(list(range(available)) * repeats, wanted)
+
+
+def shuffle_text(text: str, ratio: float, generator: random.Random) -> str:
+    """With chance ``ratio``, cut a text of over 100 characters into 3 chunks and join them in random order."""
+    if len(text) <= SHUFFLED_FROM or generator.random() >= ratio:
+        return text
+    size = len(text) // 3 + 1
+    chunks = [text[start : start + size] for start in range(0, len(text), size)]
+    generator.shuffle(chunks)
+    return " ".join(chunks)
+
+
+def is_parallel(folder: str) -> bool:
+    """True for a folder that marks a parallel corpus by its name."""
+    return "parallel_" in folder
+
+
+def _check(config: TrainDataConfig) -> None:
+    if config.train_group_size < 1:
+        raise UsageError(f"--train_group_size must be at least 1, got {config.train_group_size}")
+    if config.batch_size_by_length and config.train_group_size not in (1, 8):
+        raise UsageError(
+            f"--batch_size_by_length has a table for --train_group_size 8 and 1 only, got {config.train_group_size}"
+        )
+    if config.batch_size_by_length and not config.same_task_within_batch:
+        raise UsageError("--batch_size_by_length goes by file, so it needs --same_task_within_batch True")
+
+
+def _open_files(train_data: Sequence[PathLike], config: TrainDataConfig) -> list[StoredFile]:
+    problems = Problems()
+    folder = cache_folder(config.cache_path)
+    files = []
+    for file in find_files(train_data, problems):
+        stored = store_file(file, folder, problems)
+        if stored is not None:
+            files.append(stored)
+            if config.knowledge_distillation:
+                report_missing_scores(file, stored.statistics, problems)
+    problems.raise_if_any()
+    if not files:
+        raise DataError("--train_data names no path: give at least one folder or file")
+    if config.knowledge_distillation and not any(stored.statistics.scored for stored in files):
+        raise DataError(
+            f"{Path(files[0].file.path)}: --knowledge_distillation needs pos_scores and neg_scores, and no row of the "
+            "training data has them; add them, or leave the flag out"
+        )
+    return files

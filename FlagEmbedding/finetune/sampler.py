@@ -1,0 +1,104 @@
+"""Batches for all processes: lists of (epoch, row) keys, a pure function of (seed, epoch).
+
+The sampler yields the batches of process 0, 1, … of one step after each other, always for every process, and all of
+one step from one task. accelerate's ``BatchSamplerShard`` gives process i the batches i, i + world, …: at each step
+every process works on the same file, and none runs out before the others.
+
+As published, each epoch leaves out what remains of a task when fewer than 2 × processes rows are left (one short of a
+whole file with batches of one in a single process), which are other rows every epoch. A remainder above that becomes
+smaller batches, equal on all processes, unless ``drop_last``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from FlagEmbedding.finetune.dataset import Key, TrainDataset
+from FlagEmbedding.finetune.tasks import Task
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class TaskBatchSampler(Sampler[list[Key]]):
+    """Batches of keys for a ``TrainDataset``.
+
+    Args:
+        dataset: gives the tasks and holds the epoch.
+        batch_size: queries a process takes at a time (``per_device_train_batch_size``).
+        seed: of the order.
+        num_processes: data-parallel processes of the run.
+        drop_last: leave out the smaller batches at the end of a task.
+
+    Raises:
+        DataError: the rows do not make a single batch.
+    """
+
+    def __init__(
+        self, dataset: TrainDataset, *, batch_size: int, seed: int, num_processes: int = 1, drop_last: bool = False
+    ) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.num_processes = num_processes
+        # For accelerate: there is never a batch that some process lacks, so nothing to even out. There is no
+        # attribute batch_size, which would promise that all batches have it.
+        self.drop_last = True
+        self._steps: list[tuple[int, int, int]] = []  # task, first row, rows a process
+        for index, task in enumerate(dataset.tasks):
+            steps = plan_steps(len(task.rows), task.batch_size or batch_size, num_processes, drop_last)
+            if not steps:
+                logger.warning("%s: its %s make no batch and are left out", task.name, _rows(task))
+            self._steps += [(index, start, size) for start, size in steps]
+        if not self._steps:
+            needed = max(2, batch_size if drop_last else 0) * num_processes
+            raise DataError(
+                f"no batch can be made: {dataset.tasks[0].name} holds {_rows(dataset.tasks[0])}, a step of batch size "
+                f"{batch_size} on {num_processes} process(es) needs {needed}; add rows, lower "
+                "--per_device_train_batch_size, or mix the files (--same_task_within_batch False)"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration draws."""
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._steps) * self.num_processes
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.dataset.epoch
+        generator = stable_generator(self.seed, epoch)
+        rows: list[NDArray[np.int64]] = [
+            task.rows[generator.permutation(len(task.rows))] for task in self.dataset.tasks
+        ]
+        for number in generator.permutation(len(self._steps)):
+            index, start, size = self._steps[number]
+            for process in range(self.num_processes):
+                first = start + process * size
+                yield [(epoch, int(row)) for row in rows[index][first : first + size]]
+
+
+def plan_steps(rows: int, batch_size: int, num_processes: int, drop_last: bool) -> list[tuple[int, int]]:
+    """(first row, rows a process) of every step that ``rows`` rows make."""
+    steps = []
+    for start in range(0, rows, batch_size * num_processes):
+        left = rows - start
+        if left < 2 * num_processes:
+            break
+        size = min(batch_size, left // num_processes)
+        if size == batch_size or not drop_last:
+            steps.append((start, size))
+    return steps
+
+
+def stable_generator(seed: int, epoch: int) -> np.random.RandomState:
+    """A generator for (seed, epoch). ``RandomState`` is the kind whose stream numpy promises never to change."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed % 2**32, epoch])))
+
+
+def _rows(task: Task) -> str:
+    return "1 row" if len(task.rows) == 1 else f"{len(task.rows)} rows"

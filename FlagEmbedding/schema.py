@@ -1,0 +1,377 @@
+"""Training records and the reader of their JSONL files; a problem names file, line and key, and says what to do.
+
+A record is one JSON object a line (a ``.json`` file may also hold one array of such objects)::
+
+    {"query": "…", "pos": ["…"], "neg": ["…", "…"], "pos_scores": [4.1], "neg_scores": [0.3, 1.2], "neg_q": ["…", ""]}
+
+Choices:
+
+* ``pos`` and ``neg`` may be a plain string, read as a list of one. Columns of other names are ignored.
+* ``neg_q`` runs parallel to ``neg``: item i is a query that ``neg[i]`` answers, or a list of several such queries.
+  A negative that has none is written ``""`` or ``[]``; ``null`` there is a problem, since it is usually a bug upstream.
+* An optional column that is ``null`` as a whole counts as absent (that is how table tools write missing columns).
+* All problems of all files are counted, the first 20 are shown, in one ``DataError``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.io import PathLike
+
+SHOWN_PROBLEMS = 20
+SUFFIXES = (".json", ".jsonl")
+
+Report = Callable[[str, str, str], None]  # key, what was found, what to do
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One training row.
+
+    Attributes:
+        query: the query.
+        pos, neg: passages that answer it, and that do not; at least one each.
+        pos_scores, neg_scores: the teacher's score of each passage, or None.
+        neg_q: for each negative the queries it answers (0 to n of them), or None when the row has no such column.
+        line: line of the file, from 1.
+    """
+
+    query: str
+    pos: list[str]
+    neg: list[str]
+    pos_scores: list[float] | None = None
+    neg_scores: list[float] | None = None
+    neg_q: list[list[str]] | None = None
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong in one place. ``line`` 0 means the file or folder as a whole, ``key`` "" the line as a whole."""
+
+    path: str
+    line: int
+    key: str
+    found: str
+    cure: str
+
+    def __str__(self) -> str:
+        place = f"{self.path}:{self.line}" if self.line else self.path
+        return f"{place}: {self.key} {self.found}; {self.cure}" if self.key else f"{place}: {self.found}; {self.cure}"
+
+
+@dataclass
+class Problems:
+    """The first problems and the number of all (a file can have millions)."""
+
+    first: list[Problem] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, problem: Problem) -> None:
+        """Count ``problem``, and keep it when it is one of the first."""
+        self.count += 1
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append(problem)
+
+    def error(self) -> DataError:
+        """All of them as one error: a single line for a single problem."""
+        if self.count == 1:
+            return DataError(str(self.first[0]))
+        shown = "all" if self.count <= len(self.first) else f"the first {len(self.first)}"
+        return DataError(f"{self.count} problems in the data, {shown}:\n" + "\n".join(f"  {p}" for p in self.first))
+
+    def raise_if_any(self) -> None:
+        """Raise the ``DataError`` when there is a problem."""
+        if self.count:
+            raise self.error()
+
+
+# ---- files ----
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of training rows and the folder, as the user named it, that it counts to."""
+
+    path: str
+    folder: str
+
+
+def find_files(paths: Sequence[PathLike], problems: Problems) -> list[DataFile]:
+    """The data files that ``paths`` name: files as given, and the .json/.jsonl files of folders, sorted by name.
+
+    Folders are not searched recursively and hidden files are passed over. What is missing or empty goes to
+    ``problems``.
+    """
+    files: list[DataFile] = []
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != ".")
+            if not inside:
+                cure = "put the training rows there, one JSON object a line"
+                problems.add(Problem(str(given), 0, "", "the folder holds no .json or .jsonl file", cure))
+            files += [DataFile(str(p), str(path)) for p in inside]
+        elif path.exists():
+            files.append(DataFile(str(path), str(path.parent)))
+        else:
+            problems.add(Problem(str(given), 0, "", "there is no such file or folder", "check the path"))
+    return files
+
+
+def read_rows(path: PathLike, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) for every row of a file that is JSON at all; the rest goes to ``problems``."""
+    path = str(path)
+    rows = 0
+    try:
+        with _open_bytes(path) as stream:
+            for number, raw in enumerate(stream, 1):
+                if not raw.strip():
+                    continue
+                text = _decode(path, number, raw if number > 1 else raw.removeprefix(b"\xef\xbb\xbf"), problems)
+                if rows == 0 and text is not None and text.lstrip().startswith("["):
+                    rest = _decode(path, number + 1, stream.read(), problems)
+                    pairs = [] if rest is None else _array_items(path, number, text + rest, problems)
+                    rows += 1
+                    for line, value in pairs:
+                        yield from _as_object(path, line, value, problems)
+                    break
+                rows += 1
+                if text is not None:
+                    yield from _parse_line(path, number, text, problems)
+    except (OSError, EOFError) as error:
+        problems.add(unreadable(path, error))
+        return
+    if not rows:
+        problems.add(Problem(path, 0, "", "the file is empty", "write one JSON object a line, or remove the file"))
+
+
+def unreadable(path: str, error: Exception) -> Problem:
+    """The problem of a file that the system does not let us read."""
+    return Problem(path, 0, "", f"cannot be read ({error})", "check the file and its permissions")
+
+
+def _open_bytes(path: str) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _decode(path: str, number: int, raw: bytes, problems: Problems) -> str | None:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = number + raw.count(b"\n", 0, error.start)
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        found = f"byte 0x{raw[error.start]:02x} at column {column} is not UTF-8"
+        problems.add(Problem(path, line, "", found, "save the file as UTF-8"))
+        return None
+
+
+def _parse_line(path: str, number: int, text: str, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.add(_broken(path, number, error, "write one whole JSON object a line"))
+        return
+    yield from _as_object(path, number, value, problems)
+
+
+def _array_items(path: str, first_line: int, text: str, problems: Problems) -> list[tuple[int, Any]]:
+    """The items of a file that is one JSON array, each with the line it starts on."""
+    try:
+        count = len(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        line = first_line + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
+        problems.add(_broken(path, line, error, "write one JSON object a line, or one array of objects"))
+        return []
+    if not count:
+        problems.add(Problem(path, 0, "", "the file is an empty array", "write at least one object into it"))
+    decoder = json.JSONDecoder()
+    items: list[tuple[int, Any]] = []
+    at, line, counted = text.index("[") + 1, first_line, 0
+    for _ in range(count):
+        while text[at] in ", \t\r\n":
+            at += 1
+        line, counted = line + text.count("\n", counted, at), at
+        value, at = decoder.raw_decode(text, at)
+        items.append((line, value))
+    return items
+
+
+def _broken(path: str, line: int, error: Exception, cure: str) -> Problem:
+    detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return Problem(path, line, "", f"broken JSON ({detail})", cure)
+
+
+def _as_object(path: str, line: int, value: Any, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    if isinstance(value, dict):
+        yield line, value
+    else:
+        cure = 'write an object: {"query": …, "pos": […], "neg": […]}'
+        problems.add(Problem(path, line, "", f"the row is {_kind(value)}", cure))
+
+
+# ---- records ----
+
+
+def read_records(path: PathLike, problems: Problems | None = None) -> Iterator[TrainRecord]:
+    """The valid records of a file, in order.
+
+    Problems are added to ``problems``; without one, a ``DataError`` is raised when the file has been read through.
+    """
+    found = Problems() if problems is None else problems
+    for line, row in read_rows(path, found):
+        record = parse_record(row, str(path), line, found)
+        if record is not None:
+            yield record
+    if problems is None:
+        found.raise_if_any()
+
+
+def check_files(paths: Sequence[PathLike]) -> Problems:
+    """Read everything that ``paths`` name and return the problems: the first 20, and how many there are."""
+    problems = Problems()
+    for file in find_files(paths, problems):
+        for _ in read_records(file.path, problems):
+            pass
+    return problems
+
+
+def parse_record(row: dict[str, Any], path: str, line: int, problems: Problems) -> TrainRecord | None:
+    """A record out of one JSON object, or None when something is wrong with it."""
+    before = problems.count
+
+    def report(key: str, found: str, cure: str) -> None:
+        problems.add(Problem(path, line, key, found, cure))
+
+    query = _query(row, report)
+    pos, neg = (_passages(row, key, report) for key in ("pos", "neg"))
+    pos_scores, neg_scores = (_scores(row, key, report) for key in ("pos_scores", "neg_scores"))
+    neg_q = _negative_queries(row, report)
+    for key, values, of, passages in (
+        ("pos_scores", pos_scores, "pos", pos),
+        ("neg_scores", neg_scores, "neg", neg),
+        ("neg_q", neg_q, "neg", neg),
+    ):
+        if values is not None and passages is not None and len(values) != len(passages):
+            hint = 'one item for each, "" where a negative has none' if key == "neg_q" else "one score for each"
+            report(key, f"has {len(values)} items, {of} has {len(passages)}", f"give {hint}")
+    if problems.count > before or query is None or pos is None or neg is None:
+        return None
+    return TrainRecord(query, pos, neg, pos_scores, neg_scores, neg_q, line)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"{value}".lower()
+    if isinstance(value, int | float):
+        return f"the number {value!r}"[:60]
+    if isinstance(value, str):
+        return f"the text {value!r}" if len(value) <= 40 else f"the text {value[:40]!r}…"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def _text(value: Any, key: str, report: Report, cure: str) -> str | None:
+    """``value`` if it is text that can be encoded and is not blank; otherwise reported."""
+    if not isinstance(value, str):
+        report(key, f"is {_kind(value)}", cure)
+    elif not value.strip():
+        report(key, "is empty text", cure)
+    else:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            report(key, f"holds half of a surrogate pair at character {error.start + 1}", "write whole characters")
+        else:
+            return value
+    return None
+
+
+def _query(row: dict[str, Any], report: Report) -> str | None:
+    if "query" not in row:
+        report("query", "is missing", "give the query's text")
+        return None
+    return _text(row["query"], "query", report, "give the query's text")
+
+
+def _passages(row: dict[str, Any], key: str, report: Report) -> list[str] | None:
+    cure = "give a list of at least one passage"
+    if key not in row:
+        report(key, "is missing", cure)
+        return None
+    value = row[key]
+    if isinstance(value, str):
+        text = _text(value, key, report, cure)
+        return None if text is None else [text]
+    if not isinstance(value, list):
+        report(key, f"is {_kind(value)}", cure)
+        return None
+    if not value:
+        report(key, "is an empty list", cure)
+        return None
+    item_cure = "give the passage's text, or take the item out"
+    texts = [_text(item, f"{key}[{i}]", report, item_cure) for i, item in enumerate(value)]
+    return value if None not in texts else None
+
+
+def _scores(row: dict[str, Any], key: str, report: Report) -> list[float] | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = [value]
+        else:
+            report(key, f"is {_kind(value)}", "give a list of numbers, or leave the key out")
+            return None
+    scores = [_score(item, f"{key}[{i}]", report) for i, item in enumerate(value)]
+    return [score for score in scores if score is not None] if None not in scores else None
+
+
+def _score(value: Any, key: str, report: Report) -> float | None:
+    cure = "give a finite number"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        report(key, f"is {_kind(value)}", cure)
+        return None
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        report(key, "is NaN" if math.isnan(score) else "is infinite", cure)
+        return None
+    return score
+
+
+def _negative_queries(row: dict[str, Any], report: Report) -> list[list[str]] | None:
+    value = row.get("neg_q")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        report("neg_q", f"is {_kind(value)}", "give a list parallel to neg, or leave the key out")
+        return None
+    items = [_queries_of(item, f"neg_q[{i}]", report) for i, item in enumerate(value)]
+    return [item for item in items if item is not None] if None not in items else None
+
+
+def _queries_of(value: Any, key: str, report: Report) -> list[str] | None:
+    if isinstance(value, str) and not value.strip():
+        return []
+    if isinstance(value, str) or not isinstance(value, list):
+        cure = 'give a query that this negative answers, several in a list, or "" for none'
+        text = _text(value, key, report, cure)
+        return None if text is None else [text]
+    cure = "give the query's text, or take the item out"
+    texts = [_text(item, f"{key}[{i}]", report, cure) for i, item in enumerate(value)]
+    return value if None not in texts else None
