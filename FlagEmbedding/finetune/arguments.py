@@ -184,7 +184,9 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.warmup_steps = self.warmup_ratio
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other: give one of them")
-        if self.fp16 and (self.use_cpu or not torch.cuda.is_available()):
+        # Without any accelerator say so to the Trainer: it refuses bf16 otherwise.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.fp16 and self.use_cpu:
             # GradScaler and half-precision kernels need a GPU; published command lines say --fp16 everywhere.
             self.fp16 = False
             self.bf16 = cpu_has_bf16()

@@ -1,0 +1,86 @@
+"""Contradictions are refused in one line with exit code 2, before any model or data is touched: a table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from FlagEmbedding.finetune.checks import check_arguments
+from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.utils.errors import UsageError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
+
+REFUSED = [
+    ("--moe foo", "argument --moe: invalid choice: 'foo'"),
+    ("--only_train foo", "argument --only_train/--only-train: invalid choice: 'foo'"),
+    ("--moe output --only_train intermediate", "would leave every expert frozen: use --only_train output"),
+    ("--moe intermediate --only_train output", "would leave every expert frozen: use --only_train intermediate"),
+    ("--moe output --num_experts 2 --num_experts_per_tok 3", "--num_experts_per_tok 3 is more than --num_experts 2"),
+    ("--num_experts 2", "--num_experts 2 has no effect without --moe"),
+    ("--num_experts 0 --moe output", "--num_experts must be at least 1, got 0"),
+    ("--train_group_size 1 --per_device_train_batch_size 1", "raise --train_group_size to at least 2"),
+    ("--train_group_size 0", "--train_group_size must be at least 1, got 0"),
+    ("--fix_encoder", "nothing would train"),
+    ("--fix_encoder --unified_finetuning --only_train output", "--fix_encoder freezes what --only_train would train"),
+    ("--only_train output --fix_position_embedding", "--fix_position_embedding has no effect with --only_train"),
+    ("--use_self_distill True", "--use_self_distill has no effect without --unified_finetuning True"),
+    ("--unified_finetuning --self_distill_start_step 4", "no effect without --use_self_distill True"),
+    ("--colbert_dim 64", "--colbert_dim has no effect without --unified_finetuning True"),
+    ("--colbert_dim 0 --unified_finetuning", "--colbert_dim must be -1"),
+    ("--penalty_weight 1.5", "--penalty_weight is λ in [0, 1], got 1.5"),
+    ("--temperature 0", "--temperature must be above 0, got 0.0"),
+    ("--shuffle_ratio 2", "--shuffle_ratio is a chance in [0, 1], got 2.0"),
+    ("--router_jitter 1", "--router_jitter must be in [0, 1), got 1.0"),
+    ("--router_z_loss_coef -1", "--router_z_loss_coef must not be negative"),
+    ("--knowledge_distillation --train_group_size 1 --per_device_train_batch_size 2", "leaves the teacher nothing"),
+    ("--batch_size_by_length --train_group_size 5", "has a table for --train_group_size 8 and 1 only, got 5"),
+    ("--engine padded --grad_cache", "--grad_cache works on the slabs of --engine packed"),
+    ("--slab_tokens -1", "--slab_tokens must be 0"),
+    ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
+    ("--warmup_ratio 0.1 --warmup_steps 5", "--warmup_ratio and --warmup_steps"),
+    ("--eval_strategy steps --eval_steps 5", "run.py does not evaluate while training"),
+    ("--temprature 0.1", "unknown option --temprature"),
+    ("--normlized maybe", "Truthy value expected"),
+    ("--query_max_len many", "invalid int value: 'many'"),
+]
+
+
+@pytest.mark.parametrize(("options", "line"), REFUSED, ids=[options for options, _ in REFUSED])
+def test_refused_in_one_line(options: str, line: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_arguments(parse_arguments([*BASE, *options.split()]))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "run.py"), *words], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([*BASE, "--moe", "foo"], "error: argument --moe: invalid choice: 'foo'"),
+        (["recipe.yaml"], "error: recipe.yaml: no such configuration file"),
+        (["recipe.txt"], "error: recipe.txt: expected a .yaml or .json configuration"),
+        (["--train_data", "d"], "error: the following arguments are required: --model_name_or_path"),
+        (BASE, "error: d: no such file or folder"),
+    ],
+)
+def test_the_command_exits_2_with_one_line_and_no_traceback(words: list[str], line: str, tmp_path: Path) -> None:
+    answer = run_command(*words, cwd=tmp_path)
+    assert answer.returncode == 2
+    errors = [text for text in answer.stderr.splitlines() if text.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(line)
+    assert "Traceback" not in answer.stderr
+    assert list(tmp_path.iterdir()) == []

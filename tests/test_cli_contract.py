@@ -1,0 +1,115 @@
+"""The published flags are pinned: a script that worked with the published code parses here, with the same defaults."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from FlagEmbedding.finetune.parsing import parse_arguments
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TRAIN = (
+    "--output_dir CreaLabs/bge-m3-fa-CLPL-outputMoE --model_name_or_path BAAI/bge-m3 --train_data ./train_data "
+    "--learning_rate 1e-5 --fp16 y --num_train_epochs 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
+    "--dataloader_drop_last True --normlized True --temperature 0.02 --query_max_len 128 --passage_max_len 512 "
+    "--train_group_size 5 --logging_steps 10 --same_task_within_batch True --unified_finetuning False "
+    "--use_self_distill False --only_train intermediate --moe intermediate --num_experts 2 --num_experts_per_tok 1"
+)
+
+PUBLISHED_DEFAULTS = {
+    "config_name": None, "tokenizer_name": None, "cache_dir": None, "moe": None, "only_train": None, "num_experts": 1,
+    "num_experts_per_tok": 1, "knowledge_distillation": False, "cache_path": None, "train_group_size": 8,
+    "query_max_len": 32, "passage_max_len": 128, "max_example_num_per_dataset": None,
+    "query_instruction_for_retrieval": None, "passage_instruction_for_retrieval": None, "same_task_within_batch": False,
+    "shuffle_ratio": 0.0, "small_threshold": 0, "drop_threshold": 0, "negatives_cross_device": False,
+    "temperature": 0.02, "fix_position_embedding": False, "fix_encoder": False, "sentence_pooling_method": "cls",
+    "normalize_embeddings": True, "enable_sub_batch": True, "unified_finetuning": False, "use_self_distill": False,
+    "colbert_dim": -1, "self_distill_start_step": -1,
+}  # fmt: skip
+OURS = {
+    "penalty_weight": 0.1, "router_gradient": "none", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0,
+    "router_jitter": 0.0,
+}  # fmt: skip
+MINIMAL = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
+
+
+def flat(arguments) -> dict[str, object]:
+    parts = (arguments.model, arguments.data, arguments.loss, arguments.engine, arguments.training)
+    return {name: value for part in parts for name, value in vars(part).items()}
+
+
+def test_the_published_command_parses_as_written() -> None:
+    values = flat(parse_arguments(shlex.split(TRAIN)))
+    expected = {
+        "model_name_or_path": "BAAI/bge-m3", "train_data": ["./train_data"], "learning_rate": 1e-5,
+        "num_train_epochs": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
+        "dataloader_drop_last": True, "normalize_embeddings": True, "temperature": 0.02, "query_max_len": 128,
+        "passage_max_len": 512, "train_group_size": 5, "logging_steps": 10, "same_task_within_batch": True,
+        "unified_finetuning": False, "use_self_distill": False, "only_train": "intermediate", "moe": "intermediate",
+        "num_experts": 2, "num_experts_per_tok": 1, "penalty_weight": 0.1,
+    }  # fmt: skip
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_defaults_are_the_published_ones() -> None:
+    values = flat(parse_arguments(MINIMAL))
+    assert {name: values[name] for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
+    assert {name: values[name] for name in OURS} == OURS
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--normlized", "False"], "normalize_embeddings", False),
+        (["--normalize_embeddings", "n"], "normalize_embeddings", False),
+        (["--bf16"], "bf16", True),
+        (["--bf16", "y"], "bf16", True),
+        (["--overwrite_output_dir"], "overwrite_output_dir", True),
+        (["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
+        (["--train_data", "a", "b"], "train_data", ["a", "b"]),
+        (["--report_to", "tensorboard"], "report_to", ["tensorboard"]),
+    ],
+)
+def test_spellings(words: list[str], name: str, value: object) -> None:
+    assert flat(parse_arguments([*MINIMAL, *words]))[name] == value
+
+
+def test_fp16_without_a_gpu_goes_on_with_one_clear_line(caplog: pytest.LogCaptureFixture) -> None:
+    for words in (["--fp16"], ["--fp16", "y"], ["--fp16", "True"]):
+        caplog.clear()
+        values = flat(parse_arguments([*MINIMAL, *words, "--use_cpu"]))
+        assert values["fp16"] is False
+        lines = [r.getMessage() for r in caplog.records if "--fp16" in r.getMessage()]
+        assert len(lines) == 1
+        assert lines[0].endswith("bf16" if values["bf16"] else "fp32")
+
+
+def test_a_recipe_file_says_the_same_and_the_command_line_overrides_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: m\ntrain_data: [a, b]\noutput_dir: o\nnormlized: false\nlearning_rate: 1.0e-5\ncache_dir: null\n"
+    )
+    values = flat(parse_arguments([str(recipe), "--learning_rate", "3e-5"]))
+    assert values["train_data"] == ["a", "b"]
+    assert values["normalize_embeddings"] is False
+    assert values["learning_rate"] == 3e-5
+    as_json = tmp_path / "recipe.json"
+    as_json.write_text('{"model_name_or_path": "m", "train_data": ["a"], "output_dir": "o", "moe": "output", "num_experts": 3}')
+    values = flat(parse_arguments([str(as_json)]))
+    assert (values["moe"], values["num_experts"]) == ("output", 3)
+
+
+def test_help_is_grouped_and_names_every_published_flag() -> None:
+    answer = subprocess.run(
+        [sys.executable, REPOSITORY / "run.py", "--help"], capture_output=True, text=True, check=True, cwd="/"
+    )
+    for group in ("model and experts", "training data", "objective", "engine", "Hugging Face TrainingArguments"):
+        assert f"{group}:" in answer.stdout
+    for name in (*PUBLISHED_DEFAULTS, *OURS, "model_name_or_path", "train_data", "normlized"):
+        assert f"--{name}" in answer.stdout
+    assert answer.stdout.index("--moe ") < answer.stdout.index("--learning_rate")
