@@ -1,0 +1,219 @@
+"""Experts for training: settings, the router's gradient, and a tape of what the routers decided.
+
+The layer's forward is the published one and lives in ``remote_code/modeling_moe_encoder.py``, the file that travels
+with a checkpoint; ``MoELinear`` adds what only training needs. None of it changes a bit of the output in evaluation.
+
+Shape legend: T tokens, E experts, K experts chosen per token, H and I the widths in and out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from simple_parsing.helpers import Serializable
+from torch import Tensor, nn
+
+from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import ExpertLinear, Routing
+from FlagEmbedding.utils.errors import UsageError
+
+__all__ = ["ExpertLinear", "MoEConfig", "MoELinear", "RoutingTape", "Routing", "record_routing", "token_mask"]
+
+Place = Literal["intermediate", "output"]
+RouterGradient = Literal["none", "straight_through"]
+PLACES = ("intermediate", "output")
+
+
+@dataclass
+class MoEConfig(Serializable):
+    """Which linear layers become experts, how many, and how the router learns.
+
+    Attributes:
+        moe: ``intermediate`` (H to I), ``output`` (I to H), or None: the model as it is.
+        only_train: train only ``encoder.layer.*.{this}.dense.*``; None: everything.
+        num_experts: E, copies of the dense layer.
+        num_experts_per_tok: K.
+        router_gradient: ``none``: as published, so with K = 1 the router gets no gradient; ``straight_through``: the
+            same forward to the bit, and the gradient of the softmax over all E reaches the router.
+        router_jitter: while training, the router's input is multiplied by uniform noise in ``1 ± router_jitter``.
+
+    Raises:
+        UsageError: values that do not fit together.
+    """
+
+    moe: str | None = None
+    only_train: str | None = None
+    num_experts: int = 1
+    num_experts_per_tok: int = 1
+    router_gradient: str = "none"
+    router_jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("moe", "only_train"):
+            value = getattr(self, name)
+            if value is not None and value not in PLACES:
+                raise UsageError(f"{name} must be intermediate, output or left out, got {value!r}")
+        if self.router_gradient not in ("none", "straight_through"):
+            raise UsageError(f"router_gradient must be none or straight_through, got {self.router_gradient!r}")
+        for name in ("num_experts", "num_experts_per_tok"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise UsageError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}: a token "
+                "cannot be sent to more experts than there are"
+            )
+        if self.moe is None and self.num_experts > 1:
+            raise UsageError(
+                f"num_experts {self.num_experts} has no effect without moe: give moe intermediate or moe output"
+            )
+        if self.moe and self.only_train and self.moe != self.only_train:
+            raise UsageError(
+                f"moe {self.moe} with only_train {self.only_train} would leave every expert frozen: use only_train "
+                f"{self.moe} or leave only_train out"
+            )
+        if not 0 <= self.router_jitter < 1:
+            raise UsageError(f"router_jitter must be in [0, 1), got {self.router_jitter}")
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Identity whose backward also gives a parameter a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, parameter: Tensor) -> Tensor:
+        ctx.like = (parameter.shape, parameter.dtype, parameter.device)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.like
+        return gradient, torch.zeros(shape, dtype=dtype, device=device)
+
+
+class MoELinear(ExpertLinear):
+    """The published layer, ready to train.
+
+    With ``router_gradient`` ``none`` and K = 1 the router's gradient is exactly zero, as published: the gate still
+    receives it (a tensor of zeros), so that weight decay and DDP treat it as they did there.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        num_experts: int,
+        num_experts_per_tok: int,
+        router_gradient: str = "none",
+        router_jitter: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, num_experts, num_experts_per_tok)
+        self.router_gradient = router_gradient
+        self.router_jitter = router_jitter
+        self._recorders: list[Callable[[Routing, Tensor | None], None]] = []
+        self._token_mask: Tensor | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MoEConfig) -> MoELinear:
+        """``config.num_experts`` deep copies of ``linear`` and a new gate (``nn.Linear``'s usual initialisation)."""
+        experts, per_token = config.num_experts, config.num_experts_per_tok
+        with torch.device("meta"):  # every parameter is put in place below
+            layer = cls(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                experts,
+                per_token,
+                config.router_gradient,
+                config.router_jitter,
+            )
+        layer.experts = nn.ModuleList(copy.deepcopy(linear) for _ in range(experts))
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        layer.gate = nn.Linear(linear.in_features, experts, bias=False, **like)
+        return layer
+
+    def router_logits(self, x: Tensor) -> Tensor:
+        if self.training and self.router_jitter > 0:
+            precise = x.to(torch.promote_types(x.dtype, torch.float32))
+            noise = torch.empty_like(precise).uniform_(1 - self.router_jitter, 1 + self.router_jitter)
+            x = precise * noise
+        return super().router_logits(x)
+
+    def route(self, x: Tensor) -> Routing:
+        """The published choice and weights; the weights carry the router's gradient as configured."""
+        routing = super().route(x)
+        if self.router_gradient == "straight_through":
+            # w + (p - p) is w to the bit, and has the gradient of p, the softmax over all experts.
+            full = torch.softmax(routing.logits, dim=-1).gather(-1, routing.experts)
+            routing = routing._replace(weights=routing.weights.detach() + (full - full.detach()))
+        elif self.num_experts_per_tok == 1:
+            routing = routing._replace(weights=routing.weights.detach())
+        for record in self._recorders:
+            record(routing, self._token_mask)
+        return routing
+
+    def mix(self, x: Tensor, routing: Routing) -> Tensor:
+        y = super().mix(x, routing)
+        if not routing.weights.requires_grad and torch.is_grad_enabled() and self.gate.weight.requires_grad:
+            y = _ZeroGradient.apply(y, self.gate.weight)
+        return y
+
+
+class RoutingTape:
+    """What the routers decided while ``record_routing`` was active.
+
+    ``layers`` has one list per MoE layer, in the order of the encoder, with one ``Routing`` per call. Padding tokens
+    are left out (the padded engine says which they are), gradients are kept.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._calls: list[list[tuple[Routing, Tensor | None]]] = [[] for _ in range(layers)]
+
+    def recorder(self, layer: int) -> Callable[[Routing, Tensor | None], None]:
+        """The function that one layer calls with its routing."""
+        return lambda routing, mask: self._calls[layer].append((routing, mask))
+
+    @property
+    def layers(self) -> list[list[Routing]]:
+        # Padding is taken out here and not while recording: under activation checkpointing an extra operation in the
+        # forward that the recomputation lacks would be an error.
+        for calls in self._calls:
+            for position, (routing, mask) in enumerate(calls):
+                if mask is not None:
+                    calls[position] = (Routing(*(part[mask] for part in routing)), None)
+        return [[routing for routing, _ in calls] for calls in self._calls]
+
+
+def _layers_of(model: nn.Module) -> list[MoELinear]:
+    return [module for module in model.modules() if isinstance(module, MoELinear)]
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingTape]:
+    """Record every routing of ``model``'s MoE layers inside the block; a model without experts gives no layers."""
+    layers = _layers_of(model)
+    tape = RoutingTape(len(layers))
+    for number, layer in enumerate(layers):
+        layer._recorders.append(tape.recorder(number))
+    try:
+        yield tape
+    finally:
+        for layer in layers:
+            layer._recorders.pop()
+
+
+@contextmanager
+def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Say which of the tokens in the next forward are real (``mask`` ``[N, L]`` bool), for the tape's sake."""
+    layers = _layers_of(model)
+    for layer in layers:
+        layer._token_mask = mask.reshape(-1)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._token_mask = None

@@ -1,0 +1,1 @@
+"""The file that travels with a MoE checkpoint, so that other libraries can load it."""

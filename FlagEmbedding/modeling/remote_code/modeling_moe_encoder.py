@@ -1,0 +1,121 @@
+"""An encoder whose feed-forward layers hold experts: the published forward, and nothing needed for training.
+
+This file is written beside the weights of every such checkpoint, so that ``AutoModel`` and ``SentenceTransformer``
+can load it with ``trust_remote_code=True``; it needs torch and transformers only. It is also the one definition of
+the layer in the package that wrote it: training builds on these classes.
+
+Shape legend: T tokens, E experts, K experts chosen per token, H and I the widths in and out.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+CLASS_PREFIX = "MoE"
+
+
+class Routing(NamedTuple):
+    """What the router decided for T tokens.
+
+    Attributes:
+        logits: ``[T, E]``, float32 (float64 in a float64 model).
+        experts: ``[T, K]`` int64, the chosen experts, greatest logit first.
+        weights: ``[T, K]``, dtype of ``logits``: softmax over the chosen logits.
+    """
+
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+class ExpertLinear(nn.Module):
+    """E linear layers in the place of one, and a gate that sends each token to K of them.
+
+    ``y = sum_k softmax(top_K(gate(x)))_k * expert_k(x)``, the softmax being over the K chosen logits alone. With
+    K = 1 the weight is therefore the constant 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, num_experts: int, num_experts_per_tok: int):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(num_experts))
+        self.gate = nn.Linear(in_features, num_experts, bias=False)
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def router_logits(self, x: Tensor) -> Tensor:
+        """``[T, H]`` to ``[T, E]`` in float32 at least, whatever autocast says: near ties decide who computes."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(precise), self.gate.weight.to(precise))
+
+    def route(self, x: Tensor) -> Routing:
+        """Choose K experts for every row of ``x`` ``[T, H]``."""
+        logits = self.router_logits(x)
+        chosen, experts = torch.topk(logits, self.num_experts_per_tok, dim=-1)
+        return Routing(logits, experts, torch.softmax(chosen, dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., I]``."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.mix(rows, self.route(rows))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def mix(self, x: Tensor, routing: Routing) -> Tensor:
+        """Run every expert on its own tokens, in one piece each, and sum by weight: ``[T, H]`` to ``[T, I]``."""
+        per_token = self.num_experts_per_tok
+        if len(self.experts) == 1:
+            y = self.experts[0](x)
+        else:
+            slots = routing.experts.reshape(-1)  # [T*K]
+            order = torch.argsort(slots, stable=True)
+            counts = torch.bincount(slots, minlength=len(self.experts)).tolist()
+            # Expanding before the permutation makes the backward a permutation and a sum: no atomics, so it repeats.
+            wide = x if per_token == 1 else x.unsqueeze(1).expand(-1, per_token, -1).reshape(-1, x.shape[-1])
+            pieces = wide.index_select(0, order).split(counts)
+            # An expert without tokens runs on zero rows, so that its parameters take part in the backward (DDP).
+            y = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
+            back = torch.empty_like(order)
+            back[order] = torch.arange(order.numel(), device=order.device)
+            y = y.index_select(0, back)  # [T*K, I]
+        if per_token == 1 and not routing.weights.requires_grad:
+            return y  # the weight is exactly 1
+        weights = routing.weights.to(y.dtype)
+        if per_token == 1:
+            return y * weights
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+def expert_places(model: nn.Module, moe: str) -> list[nn.Module]:
+    """The modules whose ``dense`` becomes experts, one a layer: ``encoder.layer.*.{intermediate|output}``."""
+    return [getattr(layer, moe) for layer in model.encoder.layer]  # type: ignore[union-attr]
+
+
+@functools.cache
+def encoder_with_experts(base: type[Any], layer_class: type[ExpertLinear] = ExpertLinear) -> type[Any]:
+    """A subclass of transformers' ``base`` encoder that has experts where its configuration says so."""
+
+    class Encoder(base):  # type: ignore[misc]
+        def __init__(self, config: Any, add_pooling_layer: bool = False, **kwargs: Any) -> None:
+            super().__init__(config, add_pooling_layer=add_pooling_layer, **kwargs)
+            for place in expert_places(self, config.moe):
+                dense = place.dense
+                place.dense = layer_class(
+                    dense.in_features,
+                    dense.out_features,
+                    dense.bias is not None,
+                    config.num_experts,
+                    config.num_experts_per_tok,
+                )
+
+    Encoder.__name__ = Encoder.__qualname__ = CLASS_PREFIX + base.__name__
+    return Encoder
+
+
+def __getattr__(name: str) -> type[Any]:
+    # ``auto_map`` names a class of this module: MoEXLMRobertaModel is transformers' XLMRobertaModel with experts.
+    if name.startswith(CLASS_PREFIX) and hasattr(transformers, name.removeprefix(CLASS_PREFIX)):
+        return encoder_with_experts(getattr(transformers, name.removeprefix(CLASS_PREFIX)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
