@@ -176,7 +176,7 @@ def _decode(path: str, number: int, raw: bytes, problems: Problems) -> str | Non
 
 def _parse_line(path: str, number: int, text: str, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip())
     except (ValueError, RecursionError) as error:
         problems.add(_broken(path, number, error, "write one whole JSON object a line"))
         return
@@ -206,7 +206,11 @@ def _array_items(path: str, first_line: int, text: str, problems: Problems) -> l
 
 
 def _broken(path: str, line: int, error: Exception, cure: str) -> Problem:
-    detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    detail = (
+        f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
     return Problem(path, line, "", f"broken JSON ({detail})", cure)
 
 
