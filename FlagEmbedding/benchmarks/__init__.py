@@ -1,0 +1,1 @@
+"""Benchmarks: where their files are and how to read them."""

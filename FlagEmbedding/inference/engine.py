@@ -1,0 +1,246 @@
+"""One loaded checkpoint that turns texts into vectors: the only place where inference meets the model.
+
+Texts come in windows. A window is tokenised ahead (``tokenization.py``), its rows are sorted by real token count and
+cut into slabs by token budget inside ``M3Encoder.encode``, and come back in the order they went in. What a slab holds
+depends on the window alone, so the same windows give the same bytes, whoever encodes them and whenever.
+
+The token budget of a slab is ``batch_size x max_length``, the most a published batch could reach, held below what
+suits the machine: 2,048 tokens stay in a CPU's cache, and a GPU wants many more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from FlagEmbedding.inference.precision import choose_device, dtype_name, resolve_dtype
+from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
+from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
+from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
+from FlagEmbedding.modeling.files import load_config, resolve_folder
+from FlagEmbedding.modeling.heads import load_heads
+from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.provenance import model_fingerprint
+
+logger = get_logger(__name__)
+
+T = TypeVar("T")
+Kind = Literal["dense", "sparse", "colbert"]
+DENSE: tuple[Kind, ...] = ("dense",)
+SLAB_TOKENS = {"cpu": 2_048, "cuda": 131_072}
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How to load and run a checkpoint. ``None``: what the checkpoint says (pooling) or the machine offers (device)."""
+
+    pooling: str | None = None
+    normalize: bool = True
+    dtype: str = "fp32"
+    device: str | None = None
+    engine: Literal["packed", "padded"] = "packed"
+    moe: str | None = None
+    heads: bool = False
+    colbert_dim: int = -1
+    workers: int = 0
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+
+class TextEncoder:
+    """A checkpoint in evaluation mode on one device, with its tokenizer.
+
+    Raises ``UsageError`` where the options contradict the checkpoint (``moe``, ``heads``, ``pooling``).
+    """
+
+    def __init__(self, model_name_or_path: str, options: EncoderOptions | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        self.options = options or EncoderOptions()
+        self.name = model_name_or_path
+        self.folder = str(resolve_folder(model_name_or_path, cache_dir=self.options.cache_dir))
+        self.device = torch.device(self.options.device) if self.options.device else choose_device()
+        self.dtype = resolve_dtype(self.options.dtype, self.device)
+        self.pooling = self.options.pooling or stored_pooling(self.folder) or "cls"
+        if self.pooling not in ("cls", "mean"):
+            raise UsageError(f"pooling method {self.pooling!r}: choose cls or mean")
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            self.folder, trust_remote_code=self.options.trust_remote_code
+        )
+        self.encoder = self._load().to(device=self.device, dtype=self.dtype).eval()
+        self.hidden_size: int = self.encoder.model.config.hidden_size
+        self.longest = longest_input(self.encoder.model.config)
+        self.pool = TokenizerPool(
+            self.tokenizer, self.folder, self.options.workers, self.options.trust_remote_code
+        )
+
+    def _load(self) -> M3Encoder:
+        self._check_moe()
+        backbone = load_backbone(self.folder, dtype=self.dtype)
+        colbert = sparse = None
+        if self.options.heads:
+            colbert, sparse, found = load_heads(self.folder, backbone.config.hidden_size, self.options.colbert_dim)
+            if not found:
+                colbert = sparse = None
+        return M3Encoder(
+            backbone,
+            colbert_linear=colbert,
+            sparse_linear=sparse,
+            pooling=self.pooling,
+            normalize=False,  # done in float32 by _finish, whatever the model computes in
+            engine=EngineConfig(engine=self.options.engine),
+        )
+
+    def _check_moe(self) -> None:
+        """The checkpoint's config decides where experts are; ``--moe`` merely has to agree."""
+        stored = stored_experts(load_config(self.folder), self.folder)
+        there = stored.moe if stored else None
+        if self.options.moe is not None and self.options.moe != there:
+            is_what = f"a mixture of experts in '{there}'" if there else "a dense model"
+            raise UsageError(
+                f"--moe {self.options.moe}: {self.name} is {is_what}, as its config.json says; leave --moe out"
+            )
+
+    @property
+    def has_heads(self) -> bool:
+        """True when the checkpoint came with sparse and colbert heads and they were asked for."""
+        return self.encoder.sparse_linear is not None and self.encoder.colbert_linear is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the vectors, for a manifest."""
+        return {
+            "model": model_fingerprint(self.folder),
+            "pooling": self.pooling,
+            "normalize_embeddings": self.options.normalize,
+            "dtype": dtype_name(self.dtype),
+            "engine": self.options.engine,
+            "device": self.device.type,
+            "dimension": self.hidden_size,
+        }
+
+    def max_length(self, asked: int) -> int:
+        """``asked``, or the most that this model can read, in which case one line says so."""
+        if asked < 3:
+            raise UsageError(f"a maximum length of {asked} tokens leaves no room for text; give 3 or more")
+        if self.longest is not None and asked > self.longest:
+            logger.warning("%s reads at most %d tokens: cutting there, not at %d", self.name, self.longest, asked)
+            return self.longest
+        return asked
+
+    def slab_tokens(self, batch_size: int, max_length: int) -> int:
+        """Token budget of a slab (see the top of this file)."""
+        if batch_size < 1:
+            raise UsageError(f"a batch size of {batch_size}: give 1 or more")
+        return min(batch_size * max_length, SLAB_TOKENS.get(self.device.type, SLAB_TOKENS["cpu"]))
+
+    def encode(
+        self,
+        source: Iterable[tuple[Sequence[str], T]],
+        max_length: int,
+        want: Collection[Kind] = DENSE,
+        batch_size: int = 256,
+    ) -> Iterator[tuple[Representations, T]]:
+        """Representations of each window of texts in ``source``, in order, beside the ``T`` that came with it.
+
+        Dense rows are ``[N, D]``, normalised if the options say so. Reading, tokenising and, on a GPU, fetching the
+        window before run while the model computes.
+        """
+        self._check_want(want)
+        self.encoder.engine = EngineConfig(
+            engine=self.options.engine, slab_tokens=self.slab_tokens(batch_size, max_length)
+        )
+        previous: tuple[Representations, T] | None = None
+        for window in self.pool.windows(source, max_length):
+            current = self._launch(window.tokens, set(want)), window.extra
+            if self.device.type != "cuda":
+                yield current
+                continue
+            # GPU work is queued, not awaited: start the next window before reading the last one's results.
+            if previous is not None:
+                yield previous
+            previous = current
+        if previous is not None:
+            yield previous
+
+    def _launch(self, rows: TokenRows, want: set[Kind]) -> Representations:
+        ids = torch.from_numpy(rows.ids)
+        if self.device.type == "cuda":
+            ids = ids.pin_memory()
+        ids = ids.to(self.device, non_blocking=True).long()
+        return self.represent(TokenBatch(ids, rows.lengths, max(rows.lengths, default=0)), want)
+
+    @torch.inference_mode()
+    def represent(self, tokens: TokenBatch, want: Collection[Kind]) -> Representations:
+        """Representations of one batch of token rows, in their order; normalised in float32 if the options say so."""
+        if self.options.engine == "packed" or not len(tokens):
+            found = self.encoder.encode([tokens], [set(want)])[0]
+        else:
+            found = self._represent_padded(tokens, set(want))
+        if self.options.normalize:
+            if found.dense is not None:
+                found.dense = F.normalize(found.dense.float(), dim=-1)
+            if found.colbert is not None:
+                found.colbert = F.normalize(found.colbert.float(), dim=-1)
+        return found
+
+    def _represent_padded(self, tokens: TokenBatch, want: set[Kind]) -> Representations:
+        """The padded engine takes rows as they come: hand it slabs of rows sorted by length, and restore the order."""
+        order = sorted(range(len(tokens)), key=lambda row: -tokens.lengths[row])
+        budget = self.encoder.engine.slab_tokens
+        slabs: list[list[int]] = []
+        for row in order:
+            if not slabs or (len(slabs[-1]) + 1) * tokens.lengths[slabs[-1][0]] > budget:
+                slabs.append([])
+            slabs[-1].append(row)
+        pieces: list[list[torch.Tensor]] = [[], [], []]
+        for slab in slabs:
+            piece = tokens.select(slab)
+            piece.padded_length = max(piece.lengths)
+            found = self.encoder.encode([piece], [want])[0]
+            if found.dense is not None:
+                pieces[0].extend(found.dense.split(1))
+            if found.token_weights is not None:
+                pieces[1].extend(found.token_weights.split(piece.lengths))
+            if found.colbert is not None:
+                pieces[2].extend(found.colbert.split([length - 1 for length in piece.lengths]))
+        place = sorted(range(len(order)), key=order.__getitem__)
+        dense, weights, colbert = (torch.cat([rows[i] for i in place]) if rows else None for rows in pieces)
+        return Representations(tokens, dense, weights, colbert)
+
+    def _check_want(self, want: Collection[Kind]) -> None:
+        if not want:
+            raise UsageError("nothing to encode: ask for at least one of dense, sparse, colbert")
+        if not self.has_heads and set(want) & {"sparse", "colbert"}:
+            raise UsageError(
+                f"{self.name} has no sparse and colbert heads (sparse_linear.pt, colbert_linear.pt): only dense "
+                "vectors come out of it"
+            )
+
+
+def stored_pooling(folder: str) -> str | None:
+    """The pooling that a checkpoint's sentence-transformers files name ('cls', 'mean'); None where they do not."""
+    try:
+        with open(f"{folder}/1_Pooling/config.json", encoding="utf-8") as stream:
+            config = json.load(stream)
+    except (OSError, ValueError):
+        return None
+    for method in ("cls", "mean"):
+        if config.get("pooling_mode") == method or config.get(f"pooling_mode_{method}_token{'s' * (method == 'mean')}"):
+            return method
+    return None
+
+
+def longest_input(config: Any) -> int | None:
+    """Tokens that the position table allows: XLM-R and RoBERTa lose ``pad_token_id + 1`` places to their offset."""
+    places = getattr(config, "max_position_embeddings", None)
+    if places is None:
+        return None
+    offset = config.pad_token_id + 1 if config.model_type in ("xlm-roberta", "roberta", "camembert") else 0
+    return places - offset

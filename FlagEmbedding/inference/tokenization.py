@@ -1,0 +1,193 @@
+"""Tokenising ahead of the computation.
+
+A feeder thread pulls windows of texts (reading and unpacking the corpus on the way), has them tokenised, by itself
+or by worker processes, and keeps a few finished windows in a bounded queue. Token ids travel as one int32 array a
+window: no padding, no per-token Python objects between processes. The order of windows is the order they came in.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+_JOB_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokenised texts, end to end: ``ids [T]`` int32 and the token count of each row."""
+
+    ids: np.ndarray
+    lengths: list[int]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenRows:
+    """Token ids of each text with its special tokens, cut at ``max_length``."""
+    if not texts:
+        return TokenRows(np.empty(0, dtype=np.int32), [])
+    rows = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    ids = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=sum(map(len, rows)))
+    return TokenRows(ids, [len(row) for row in rows])
+
+
+_worker_tokenizer: Any = None
+
+
+def _start_worker(folder: str, trust_remote_code: bool) -> None:
+    from transformers import AutoTokenizer
+
+    # One worker a core already; a pool of threads inside each would only get in the way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    global _worker_tokenizer  # noqa: PLW0603 — a worker process holds its tokenizer for life
+    _worker_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _work(texts: Sequence[str], max_length: int) -> TokenRows:
+    return tokenize(_worker_tokenizer, texts, max_length)
+
+
+@dataclass(frozen=True)
+class Window(Generic[T]):
+    """A window of texts after tokenisation, with whatever the caller wants to see again beside it."""
+
+    tokens: TokenRows
+    extra: T
+
+
+class TokenizerPool:
+    """Tokenises windows ahead of their use; ``workers=0``: in the feeder thread, else in that many processes."""
+
+    def __init__(self, tokenizer: Any, folder: str, workers: int = 0, trust_remote_code: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.workers = workers
+        self.trust_remote_code = trust_remote_code
+        self._executor: Executor | None = None
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+
+    def windows(
+        self, source: Iterable[tuple[Sequence[str], T]], max_length: int, depth: int = 2
+    ) -> Iterator[Window[T]]:
+        """Windows of ``source`` (texts, extra) in order, up to ``depth`` of them finished ahead of the consumer."""
+        if self.workers and self._executor is None:
+            # Threads and CUDA do not survive a fork, so workers start afresh.
+            self._executor = ProcessPoolExecutor(
+                self.workers, get_context("spawn"), _start_worker, (self.folder, self.trust_remote_code)
+            )
+        if self._executor is None:
+            jobs: Iterable[Window[T]] = (
+                Window(tokenize(self.tokenizer, texts, max_length), extra) for texts, extra in source
+            )
+        else:
+            jobs = self._in_workers(self._executor, source, max_length)
+        return ahead(jobs, depth)
+
+    def _in_workers(
+        self, executor: Executor, source: Iterable[tuple[Sequence[str], T]], max_length: int
+    ) -> Iterator[Window[T]]:
+        waiting: deque[tuple[list[Future[TokenRows]], T]] = deque()
+        queued = 0
+        for texts, extra in source:
+            jobs = [
+                executor.submit(_work, list(texts[i : i + _JOB_TEXTS]), max_length)
+                for i in range(0, len(texts), _JOB_TEXTS)
+            ]
+            waiting.append((jobs, extra))
+            queued += len(jobs)
+            while queued > 2 * self.workers and len(waiting) > 1:
+                done, extra = waiting.popleft()
+                queued -= len(done)
+                yield _join(done, extra)
+        for done, extra in waiting:
+            yield _join(done, extra)
+
+
+def _join(jobs: list[Future[TokenRows]], extra: T) -> Window[T]:
+    parts = [job.result() for job in jobs]
+    ids = np.concatenate([part.ids for part in parts]) if parts else np.empty(0, dtype=np.int32)
+    return Window(TokenRows(ids, [n for part in parts for n in part.lengths]), extra)
+
+
+_END = object()
+
+
+def ahead(source: Iterable[T], depth: int) -> Iterator[T]:
+    """Iterate ``source`` in a thread, at most ``depth`` items ahead; its errors surface here, and it stops with us."""
+    items: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
+    stop = threading.Event()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def feed() -> None:
+        try:
+            for item in source:
+                if not put(item):
+                    return
+        except BaseException as error:  # noqa: BLE001 — raised again where the items are used
+            put(error)
+        else:
+            put(_END)
+
+    thread = threading.Thread(target=feed, name="tokenise-ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Behind:
+    """Hands work to one thread and waits only when the work before is not done; errors surface at the next call."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._pool.submit(self._call, *args)
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if self._pending is not None and kind is None:
+                self._pending.result()
+        finally:
+            self._pool.shutdown(wait=True)

@@ -1,0 +1,206 @@
+"""The index folder ``{index_save_dir}/{name}/{lang}``: a faiss file, its docids, and a manifest that says what it is.
+
+    index          a faiss IndexFlatIP, byte for byte what ``faiss.write_index`` writes
+    docid          one id a line, in row order; with ``index`` this is what pyserini's FaissSearcher opens
+    manifest.json  identity (model hash, arguments, corpus), counts, checksums, provenance
+
+The faiss file is written straight from the shards, a mebibyte at a time, so neither writing nor searching ever
+holds the vectors in memory. Layout of an IndexFlatIP (faiss, ``impl/index_write.cpp``): fourcc ``IxFI``, dimension
+int32, rows int64, two unused int64 (1 << 20), trained uint8, metric int32 (0 = inner product), then the number of
+floats as uint64 and the floats. faiss itself opens each finished file before the manifest calls it done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+
+INDEX, DOCID = "index", "docid"
+_HEADER = struct.Struct("<4siqqqBiQ")
+_PIECE = 1 << 20
+
+
+def index_name(encoder: str) -> str:
+    """Folder name of an encoder's results: its base name; ``…/parent/checkpoint-N`` becomes ``parent_checkpoint-N``."""
+    path = encoder.rstrip("/")
+    if os.path.basename(path) in ("", ".", ".."):
+        path = os.path.realpath(encoder)
+    base = os.path.basename(path)
+    if base.startswith("checkpoint-"):
+        parent = os.path.basename(os.path.dirname(path))
+        if parent in ("", ".", ".."):
+            parent = os.path.basename(os.path.dirname(os.path.realpath(path)))
+        base = f"{parent}_{base}"
+    return base
+
+
+def index_folder(index_save_dir: str | Path, encoder: str, lang: str) -> Path:
+    """Where the index of ``lang`` lives."""
+    return Path(index_save_dir) / index_name(encoder) / lang
+
+
+def flat_header(rows: int, dimension: int) -> bytes:
+    """The first 45 bytes of a faiss IndexFlatIP file of ``rows`` vectors of ``dimension`` floats."""
+    return _HEADER.pack(b"IxFI", dimension, rows, 1 << 20, 1 << 20, 1, 0, rows * dimension)
+
+
+def assemble_index(store: ShardStore, folder: Path, **more: Any) -> dict[str, Any]:
+    """Join the finished shards into ``folder``; returns the manifest. Memory: one piece, whatever the corpus.
+
+    Every shard is checked against its SHA-256 on the way. Raises ``DataError`` for a shard that is missing or
+    damaged; then, and on a kill, no file of ``folder`` has been touched.
+    """
+    digests = {INDEX: hashlib.sha256(), DOCID: hashlib.sha256()}
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    with (
+        clear_disk_errors(f"writing the index to {folder}"),
+        atomic_open(folder / INDEX, "wb") as vectors,
+        atomic_open(folder / DOCID, "wb") as docids,
+    ):
+        header = flat_header(store.rows, store.dimension)
+        vectors.write(header)
+        digests[INDEX].update(header)
+        for shard in range(len(store)):
+            record = store.record(shard)
+            _copy(store, shard, "f32", record["f32_sha256"], vectors, digests[INDEX])
+            _copy(store, shard, "docid", record["docid_sha256"], docids, digests[DOCID])
+    _ask_faiss(folder / INDEX, store.rows, store.dimension)
+    manifest = {
+        **store.manifest,
+        **more,
+        "files": {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()},
+    }
+    with clear_disk_errors(f"writing {folder / MANIFEST}"):
+        write_json_atomic(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _copy(store: ShardStore, shard: int, suffix: str, expected: str, target: IO[bytes], total: Any) -> None:
+    digest = hashlib.sha256()
+    for piece in _pieces(store, shard, suffix):
+        digest.update(piece)
+        total.update(piece)
+        target.write(piece)
+    if digest.hexdigest() != expected:
+        raise store.damaged(shard, f"SHA-256 of its {suffix} file is {digest.hexdigest()[:12]}…, not {expected[:12]}…")
+
+
+def _pieces(store: ShardStore, shard: int, suffix: str) -> Iterator[bytes]:
+    # Only reading counts as damage of the shard: this generator is not where a full disk is met.
+    try:
+        with open(store.path(shard, suffix), "rb") as source:
+            while piece := source.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise store.damaged(shard, f"{suffix} file: {error.strerror}") from error
+
+
+def _ask_faiss(path: Path, rows: int, dimension: int) -> None:
+    """Let faiss open the file, mapped and not read, before a manifest calls it finished."""
+    import faiss
+
+    flags = faiss.IO_FLAG_MMAP | getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+    if not hasattr(faiss, "IO_FLAG_MMAP_IFC"):
+        return  # older faiss would read all the vectors into memory here
+    index = faiss.read_index(str(path), flags)
+    if (index.ntotal, index.d) != (rows, dimension):
+        raise DataError(f"faiss reads {index.ntotal} vectors of {index.d}, expected {rows} of {dimension}")
+
+
+class DocIds(Sequence[str]):
+    """The ids of a ``docid`` file by row number. Keeps one offset (8 bytes) a row in memory, the text on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY)
+        parts, position = [np.zeros(1, dtype=np.int64)], 0
+        while piece := os.pread(self._handle, _PIECE, position):
+            ends = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
+            parts.append(ends + position + 1)
+            position += len(piece)
+        self._offsets = np.concatenate(parts)
+        if self._offsets[-1] != position:  # a last line without its line end, as other tools write it
+            self._offsets = np.append(self._offsets, position + 1)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
+        # pread leaves no shared position behind, so threads may read together
+        return os.pread(self._handle, stop - start - 1, start).decode()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+
+class FlatIndex:
+    """A read-only view of an index folder: ``rows`` x ``dimension`` float32 on disk, read block by block."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / INDEX
+        for name in (INDEX, DOCID):
+            if not (self.folder / name).is_file():
+                raise DataError(f"{self.folder}: no {name} file; run step0-generate_embedding.py for it first")
+        self.manifest = read_manifest(self.folder / MANIFEST)
+        self.rows, self.dimension = self._read_header()
+        self.docids = DocIds(self.folder / DOCID)
+        if len(self.docids) != self.rows:
+            raise DataError(f"{self.folder}: {self.rows} vectors in index, {len(self.docids)} ids in docid")
+
+    def _read_header(self) -> tuple[int, int]:
+        with open(self.path, "rb") as stream:
+            header = stream.read(_HEADER.size)
+        if len(header) < _HEADER.size or header[:4] not in (b"IxFI", b"IxF2"):
+            raise DataError(f"{self.path}: expected a faiss IndexFlatIP file, it starts with {header[:4]!r}")
+        code, dimension, rows, _, _, _, metric, floats = _HEADER.unpack(header)
+        size = self.path.stat().st_size
+        if code == b"IxF2" or metric != 0:
+            raise DataError(f"{self.path}: an L2 index; expected inner products (IndexFlatIP)")
+        if floats != rows * dimension or size != _HEADER.size + 4 * floats:
+            raise DataError(
+                f"{self.path}: {rows} x {dimension} floats announced, {size} bytes found; the file is damaged, run "
+                "step0 with --overwrite True"
+            )
+        return rows, dimension
+
+    def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """``(first row, vectors [n, dimension])`` through the file; each array is fresh and may be kept."""
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(_HEADER.size)
+            for start in range(0, self.rows, block_rows):
+                block = np.empty((min(block_rows, self.rows - start), self.dimension), dtype="<f4")
+                _read_fully(stream, block, self.path)
+                yield start, block
+
+    def read_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Vectors of the given rows, ``[n, dimension]`` float32."""
+        found = np.empty((len(rows), self.dimension), dtype="<f4")
+        with open(self.path, "rb", buffering=0) as stream:
+            for place, row in enumerate(rows):
+                stream.seek(_HEADER.size + int(row) * self.dimension * 4)
+                _read_fully(stream, found[place], self.path)
+        return found
+
+
+def _read_fully(stream: IO[bytes], array: np.ndarray, path: Path) -> None:
+    view = memoryview(array).cast("B")  # type: ignore[arg-type]
+    while view:
+        got = stream.readinto(view)  # type: ignore[attr-defined]
+        if not got:
+            raise DataError(f"{path}: ends before its last vector; the file is damaged")
+        view = view[got:]
