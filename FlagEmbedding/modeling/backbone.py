@@ -14,74 +14,33 @@ import inspect
 import json
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from FlagEmbedding.modeling.moe import PLACES, MoEConfig, MoELinear
-from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import encoder_with_experts, expert_places
+from FlagEmbedding.modeling import interchange
+from FlagEmbedding.modeling.files import first_line, load_config, resolve_folder, weight_files, weight_keys
+from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
+from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
+from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, encoder_with_experts, expert_places
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import PathLike, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-PathLike = str | os.PathLike[str]
 MOE_FIELDS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 _EXPERT_KEY = re.compile(r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.experts\.(\d+)\.")
-# What a hub snapshot needs; the rest of a repository (ONNX, images) may be gigabytes.
-_SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "1_Pooling/*"]
 
 
-# ---- finding and reading ----
-
-
-def resolve_folder(name_or_path: PathLike, *, cache_dir: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: the path itself, or the snapshot of a hub id (downloaded where needed).
-
-    Raises:
-        UsageError: neither a folder nor a repository that can be reached.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder} is no checkpoint: it holds no config.json")
-        return folder
-    name = str(name_or_path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UsageError(f"{name} is neither a checkpoint folder nor a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        found = Path(snapshot_download(name, cache_dir=cache_dir, revision=revision, allow_patterns=_SNAPSHOT))
-        if not list(found.glob("*.safetensors")):
-            # Older repositories, BAAI/bge-m3 among them, hold a pickle alone; it is read with weights_only.
-            found = Path(
-                snapshot_download(
-                    name, cache_dir=cache_dir, revision=revision, allow_patterns=[*_SNAPSHOT, "pytorch_model*.bin"]
-                )
-            )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise UsageError(
-            f"{name} is not a folder here, and the hub did not give a repository of that name "
-            f"({type(error).__name__}): check the name, or download it first and give the folder"
-        ) from error
-    return found
-
-
-def load_config(
-    name_or_path: PathLike, *, cache_dir: str | None = None, revision: str | None = None
-) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder or hub id, expert fields included."""
-    folder = resolve_folder(name_or_path, cache_dir=cache_dir, revision=revision)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / 'config.json'} is no configuration that transformers knows: {_line(error)}") from error
+# ---- loading ----
 
 
 def stored_experts(config: PreTrainedConfig, source: PathLike) -> MoEConfig | None:
@@ -92,33 +51,9 @@ def stored_experts(config: PreTrainedConfig, source: PathLike) -> MoEConfig | No
     if missing:
         raise DataError(f"{source}/config.json says moe {config.moe!r} but lacks {' and '.join(missing)}")
     try:
-        return MoEConfig(
-            moe=config.moe, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok
-        )
+        return MoEConfig(moe=config.moe, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     except UsageError as error:
         raise DataError(f"{source}/config.json: {error}") from error
-
-
-def weight_keys(folder: Path) -> set[str]:
-    """Names of all tensors in a checkpoint folder, without reading the tensors."""
-    keys: set[str] = set()
-    files = sorted(folder.glob("model*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as stream:
-                keys |= set(stream.keys())
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{file} cannot be read as safetensors: {_line(error)}") from error
-    if not files:
-        files = sorted(folder.glob("pytorch_model*.bin"))
-        for file in files:
-            keys |= set(torch.load(file, map_location="meta", weights_only=True))
-    if not files:
-        raise DataError(f"{folder} holds no weights: expected model.safetensors (or shards of it) or pytorch_model.bin")
-    return keys
-
-
-# ---- loading ----
 
 
 def load_backbone(
@@ -185,8 +120,8 @@ def _check_expert_keys(stored: MoEConfig | None, keys: set[str], folder: Path) -
     places, count = {place for place, _ in found}, len({number for _, number in found})
     if stored is None and found:
         raise DataError(
-            f"{folder} holds weights of {count} experts in {' and '.join(sorted(places))}, but its config.json does not "
-            "say so: it needs moe, num_experts and num_experts_per_tok"
+            f"{folder} holds weights of {count} experts in {' and '.join(sorted(places))}, but its config.json does "
+            "not say so: it needs moe, num_experts and num_experts_per_tok"
         )
     if stored is not None and (places != {stored.moe} or count != stored.num_experts):
         has = f"weights of {count} experts in {' and '.join(sorted(places))}" if found else "weights of dense layers"
@@ -196,24 +131,24 @@ def _check_expert_keys(stored: MoEConfig | None, keys: set[str], folder: Path) -
 
 
 def _read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: torch.dtype) -> PreTrainedModel:
-    base = MODEL_MAPPING.get(type(config), None)
-    base = base[0] if isinstance(base, list | tuple) else base
+    found: Any = MODEL_MAPPING.get(type(config), None)
+    base = found[0] if isinstance(found, tuple) else found
     if base is None:
         raise UsageError(f"{folder} holds a {config.model_type!r} model, for which transformers has no encoder")
-    pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base.__init__).parameters else {}
-    config.transformers_weights = None  # see interchange.GUARD
+    pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
     cls = encoder_with_experts(base, MoELinear) if experts else base
     try:
         model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **pooler)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise DataError(f"{folder}: the weights do not fit config.json: {_line(error)}") from error
+        raise DataError(f"{folder}: the weights do not fit config.json: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     # Heads of other tasks and the pooler are no part of the encoder.
     unexpected = sorted(key for key in info["unexpected_keys"] if re.match(r"(\w+\.)?(encoder|embeddings)\.", key))
     for what, keys in (("lacks", missing), ("holds, beyond what config.json describes,", unexpected)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise DataError(f"{folder} {what} {keys[0]}{more}: nothing is initialised at random, give a whole checkpoint")
+            cure = "nothing is initialised at random here, give a whole checkpoint"
+            raise DataError(f"{folder} {what} {keys[0]}{more}: {cure}")
     return model.eval()
 
 
@@ -238,6 +173,9 @@ def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
         place.dense = MoELinear.from_linear(place.dense, config)  # type: ignore[arg-type]
     for name in MOE_FIELDS:
         setattr(model.config, name, getattr(config, name))
+    # The class that the same model has when it is loaded: it knows how to save itself so that nobody misreads it.
+    dense_class: Any = type(model)
+    model.__class__ = encoder_with_experts(dense_class, MoELinear)
 
 
 def moe_layers(model: nn.Module) -> list[MoELinear]:
@@ -245,7 +183,168 @@ def moe_layers(model: nn.Module) -> list[MoELinear]:
     return [module for module in model.modules() if isinstance(module, MoELinear)]
 
 
-def _line(error: BaseException) -> str:
-    """An exception's first line, for a message of one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+# ---- training ----
+
+
+def select_trainable(
+    model: nn.Module, only_train: str | None, fix_encoder: bool = False, fix_position_embedding: bool = False
+) -> None:
+    """Set ``requires_grad`` of every parameter of an ``M3Encoder`` (or a bare backbone).
+
+    Args:
+        only_train: ``intermediate`` or ``output``: of the backbone only ``encoder.layer.*.{this}.dense.*`` trains,
+            experts and gate included. The heads of unified fine-tuning train as well: frozen they would stay random,
+            and nobody asks for that.
+        fix_encoder: the backbone is frozen, the heads alone train.
+        fix_position_embedding: the position embeddings are frozen.
+
+    Raises:
+        UsageError: nothing would train.
+    """
+    kept = re.compile(rf"(^|\.)encoder\.layer\.\d+\.{only_train}\.dense\.") if only_train else None
+    for name, parameter in model.named_parameters():
+        if re.match(r"(colbert|sparse)_linear\.", name):
+            parameter.requires_grad_(True)
+        elif fix_encoder or (kept is not None and not kept.search(name)):
+            parameter.requires_grad_(False)
+        else:
+            parameter.requires_grad_(not (fix_position_embedding and "position_embeddings" in name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "nothing would train: --fix_encoder needs --unified_finetuning True, --only_train needs an encoder with "
+            "encoder.layer.*.{intermediate,output}.dense"
+        )
+
+
+def load_trained_state(model: nn.Module, folder: PathLike) -> None:
+    """Put a checkpoint's weights and heads into ``model`` (an ``M3Encoder``), for continuing a run exactly.
+
+    Raises:
+        DataError: the checkpoint does not hold exactly this model's tensors.
+    """
+    source = Path(folder)
+    state: dict[str, Tensor] = {}
+    for file in weight_files(source):
+        state |= load_file(file)
+    try:
+        model.model.load_state_dict(state)  # type: ignore[union-attr]
+        for name, file in HEAD_FILES.items():
+            head = getattr(model, f"{name}_linear", None)
+            if head is not None:
+                head.load_state_dict(read_state(source / file))
+    except RuntimeError as error:
+        raise DataError(f"{folder} holds another model than the one being trained: {first_line(error)}") from error
+
+
+# ---- saving ----
+
+
+def save_checkpoint(
+    model: nn.Module,
+    output_dir: PathLike,
+    tokenizer: Any = None,
+    heads: dict[str, nn.Linear] | None = None,
+    pooling: str = "cls",
+    normalize: bool = True,
+    max_length: int | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint that every library can load by its path.
+
+    config.json (base fields, and with experts the published four), model.safetensors (bare keys), tokenizer, heads,
+    sentence-transformers' files, and with experts the modelling file. Everything is first written to a folder inside
+    ``output_dir`` and then moved into place, weights before config.json; files of an older checkpoint there that would
+    contradict it are removed, other files stay.
+
+    Args:
+        model: an ``M3Encoder``, which brings its heads, pooling and normalisation, or a bare backbone.
+        heads: for a bare backbone: ``colbert`` and ``sparse`` heads.
+        max_length: for sentence-transformers; None: the tokenizer's limit, at most what the positions allow.
+        state_dict: ``model``'s state gathered from elsewhere (FSDP, DeepSpeed); None: its own.
+    """
+    backbone = model if isinstance(model, PreTrainedModel) else model.model
+    assert isinstance(backbone, PreTrainedModel)
+    if backbone is not model:
+        pooling, normalize = str(model.pooling), bool(model.normalize)
+        heads = {name: head for name in HEAD_FILES if (head := getattr(model, f"{name}_linear")) is not None}
+    weights, head_states = _split_state(backbone, heads or {}, state_dict, wrapped=backbone is not model)
+    target = Path(output_dir)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
+        draft = Path(temporary)
+        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        save_heads(draft, head_states)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, draft)
+        config = backbone.config
+        length = max_length or _max_length(config, tokenizer)
+        for path, content in interchange.sentence_transformers_files(config, pooling, normalize, length).items():
+            write_json_atomic(draft / path, content)
+        if moe_layers(backbone):
+            shutil.copyfile(interchange.REMOTE_FILE, draft / interchange.REMOTE_FILE.name)
+        write_json_atomic(draft / "config.json", _config_fields(backbone))
+        _move_into_place(draft, target)
+
+
+def _split_state(
+    backbone: PreTrainedModel, heads: dict[str, nn.Linear], state: dict[str, Tensor] | None, wrapped: bool
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Backbone weights with bare keys, and the heads' state dicts."""
+    if state is None:
+        return _portable(backbone.state_dict()), {name: head.state_dict() for name, head in heads.items()}
+    if not wrapped:
+        return _portable(state), {name: head.state_dict() for name, head in heads.items()}
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    return _portable(below("model.")), {name: below(f"{name}_linear.") for name in heads}
+
+
+def _portable(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _config_fields(backbone: PreTrainedModel) -> dict[str, Any]:
+    """``config.json``: what transformers would write, without the traces of where it was loaded from."""
+    fields: dict[str, Any] = json.loads(backbone.config.to_json_string())
+    for name in ("_name_or_path", "auto_map", "transformers_weights"):  # set anew below where they belong
+        fields.pop(name, None)
+    base_class = type(backbone).__name__
+    layers = moe_layers(backbone)
+    if layers:
+        base_class = base_class.removeprefix(CLASS_PREFIX)
+        fields |= interchange.remote_code_fields(base_class)
+        fields |= {name: getattr(backbone.config, name, None) for name in MOE_FIELDS}
+    fields["architectures"] = [base_class]
+    fields["dtype"] = str(next(backbone.parameters()).dtype).removeprefix("torch.")
+    return fields
+
+
+def _save_tokenizer(tokenizer: Any, draft: Path) -> None:
+    tokenizer.save_pretrained(draft)
+    # transformers 5 writes tokenizer.json alone; older readers look for the sentencepiece model it was made from.
+    source = getattr(tokenizer, "vocab_file", None)
+    if source and Path(source).is_file() and not (draft / Path(source).name).exists():
+        shutil.copyfile(source, draft / Path(source).name)
+
+
+def _max_length(config: PreTrainedConfig, tokenizer: Any) -> int:
+    """The longest row that positions allow: RoBERTa's kind counts them from the padding id on."""
+    positions = int(config.max_position_embeddings)
+    if "roberta" in config.model_type:
+        positions -= int(config.pad_token_id) + 1
+    return min(positions, int(getattr(tokenizer, "model_max_length", positions)))
+
+
+def _move_into_place(draft: Path, target: Path) -> None:
+    files = [path.relative_to(draft) for path in draft.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: file.name == "config.json" and file.parent == Path()):
+        (target / file.parent).mkdir(parents=True, exist_ok=True)
+        os.replace(draft / file, target / file)
+    owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, "2_Normalize/config.json"}
+    stale = [target / name for name in owned - {file.as_posix() for file in files}]
+    stale += [*target.glob("model-*-of-*.safetensors"), *target.glob("pytorch_model*.bin*")]
+    stale += [target / "model.safetensors.index.json"]
+    for path in stale:
+        path.unlink(missing_ok=True)

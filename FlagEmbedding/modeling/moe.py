@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import ExpertLinear, Routing
 from FlagEmbedding.utils.errors import UsageError
 
-__all__ = ["ExpertLinear", "MoEConfig", "MoELinear", "RoutingTape", "Routing", "record_routing", "token_mask"]
+__all__ = ["ExpertLinear", "MoEConfig", "MoELinear", "Routing", "RoutingTape", "record_routing", "token_mask"]
 
 Place = Literal["intermediate", "output"]
 RouterGradient = Literal["none", "straight_through"]

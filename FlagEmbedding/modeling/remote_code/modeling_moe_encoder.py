@@ -7,7 +7,10 @@ the layer in the package that wrote it: training builds on these classes.
 Shape legend: T tokens, E experts, K experts chosen per token, H and I the widths in and out.
 """
 
+import copy
 import functools
+import json
+import pathlib
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,10 @@ import transformers
 from torch import Tensor, nn
 
 CLASS_PREFIX = "MoE"
+# The weights file that config.json names for whoever does not know the experts; no such file exists. Without it,
+# transformers' own class would load this checkpoint with random feed-forward layers.
+GUARD = "this-model-has-experts--load-it-with-trust_remote_code=True.safetensors"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class Routing(NamedTuple):
@@ -88,9 +95,9 @@ class ExpertLinear(nn.Module):
         return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
 
-def expert_places(model: nn.Module, moe: str) -> list[nn.Module]:
+def expert_places(model: Any, moe: str) -> list[Any]:
     """The modules whose ``dense`` becomes experts, one a layer: ``encoder.layer.*.{intermediate|output}``."""
-    return [getattr(layer, moe) for layer in model.encoder.layer]  # type: ignore[union-attr]
+    return [getattr(layer, moe) for layer in model.encoder.layer]
 
 
 @functools.cache
@@ -110,6 +117,25 @@ def encoder_with_experts(base: type[Any], layer_class: type[ExpertLinear] = Expe
                     config.num_experts_per_tok,
                 )
 
+        @classmethod
+        def from_pretrained(cls, name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            if not isinstance(config, transformers.PretrainedConfig):
+                source = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+                config = cls.config_class.from_pretrained(config or name_or_path, **source)
+            config = copy.deepcopy(config)
+            if getattr(config, "transformers_weights", None) == GUARD:
+                del config.transformers_weights
+            return super().from_pretrained(name_or_path, *args, config=config, **kwargs)
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            file = pathlib.Path(save_directory, "config.json")
+            if file.is_file():  # transformers drops the field; without it the copy would be unguarded
+                fields = json.loads(file.read_text(encoding="utf-8")) | {"transformers_weights": GUARD}
+                file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+    # Remote code is known by the name of its module, which transformers has made unique.
+    Encoder.__module__ = __name__
     Encoder.__name__ = Encoder.__qualname__ = CLASS_PREFIX + base.__name__
     return Encoder
 
