@@ -173,7 +173,7 @@ def shuffle_text(text: str, ratio: float, generator: random.Random) -> str:
 
 def is_parallel(folder: str) -> bool:
     """True for a folder that marks a parallel corpus by its name."""
-    return "parallel_" in folder
+    return "parallel_" in Path(folder).name
 
 
 def _check(config: TrainDataConfig) -> None:

@@ -1,5 +1,8 @@
 """Batches for all processes: lists of (epoch, row) keys, a pure function of (seed, epoch).
 
+What a step of the whole run holds does not depend on how it is divided: batch size 8 on one process and 4 on two give
+the same steps (up to a task's remainder).
+
 The sampler yields the batches of process 0, 1, … of one step after each other, always for every process, and all of
 one step from one task. accelerate's ``BatchSamplerShard`` gives process i the batches i, i + world, …: at each step
 every process works on the same file, and none runs out before the others.
@@ -11,6 +14,7 @@ smaller batches, equal on all processes, unless ``drop_last``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,13 +52,16 @@ class TaskBatchSampler(Sampler[list[Key]]):
         # For accelerate: there is never a batch that some process lacks, so nothing to even out. There is no
         # attribute batch_size, which would promise that all batches have it.
         self.drop_last = True
-        self._steps: list[tuple[int, int, int]] = []  # task, first row, rows a process
-        for index, task in enumerate(dataset.tasks):
-            steps = plan_steps(len(task.rows), task.batch_size or batch_size, num_processes, drop_last)
+        self._steps: list[list[tuple[int, int]]] = []  # of each task: first row and rows a process
+        self._slots: list[int] = []  # of each task: steps it would have, were no remainder left out
+        for task in dataset.tasks:
+            size = task.batch_size or batch_size
+            steps = plan_steps(len(task.rows), size, num_processes, drop_last)
             if not steps:
                 logger.warning("%s: its %s make no batch and are left out", task.name, _rows(task))
-            self._steps += [(index, start, size) for start, size in steps]
-        if not self._steps:
+            self._steps.append(steps)
+            self._slots.append(math.ceil(len(task.rows) / (size * num_processes)))
+        if not any(self._steps):
             needed = max(2, batch_size if drop_last else 0) * num_processes
             raise DataError(
                 f"no batch can be made: {dataset.tasks[0].name} holds {_rows(dataset.tasks[0])}, a step of batch size "
@@ -67,16 +74,21 @@ class TaskBatchSampler(Sampler[list[Key]]):
         self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self._steps) * self.num_processes
+        return sum(map(len, self._steps)) * self.num_processes
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.dataset.epoch
         generator = stable_generator(self.seed, epoch)
-        rows: list[NDArray[np.int64]] = [
-            task.rows[generator.permutation(len(task.rows))] for task in self.dataset.tasks
-        ]
-        for number in generator.permutation(len(self._steps)):
-            index, start, size = self._steps[number]
+        rows: list[NDArray[np.int64]] = []
+        order: list[tuple[float, int, int]] = []
+        for index, task in enumerate(self.dataset.tasks):
+            rows.append(task.rows[generator.permutation(len(task.rows))])
+            # One place for every slot, used or not: a remainder that another number of processes would leave out
+            # does not change the order of the rest.
+            places = generator.random_sample(self._slots[index])
+            order += [(places[step], index, step) for step in range(len(self._steps[index]))]
+        for _, index, step in sorted(order):
+            start, size = self._steps[index][step]
             for process in range(self.num_processes):
                 first = start + process * size
                 yield [(epoch, int(row)) for row in rows[index][first : first + size]]
