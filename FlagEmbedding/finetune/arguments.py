@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -157,17 +158,13 @@ class EngineArguments:
 class RetrieverTrainingArguments(TrainingArguments):
     """Hugging Face's training arguments; see their documentation for the rest.
 
-    Changed defaults: rows keep all their columns, checkpoints of the same run never mix with a non-finite loss
-    (which stops the run instead of being averaged away), and nothing is reported unless asked.
+    Changed defaults: rows keep all their columns, and a non-finite loss stops the run instead of being averaged away.
     """
 
     _argument_group_name: ClassVar[str] = "Hugging Face TrainingArguments"
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collator needs every key."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept False: a non-finite loss stops the run."})
-    report_to: str | list[str] = field(
-        default="none", metadata={"help": "Where to report: none, tensorboard, wandb, mlflow … (comma-separated)."}
-    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."}
     )
@@ -176,8 +173,6 @@ class RetrieverTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.report_to, str):
-            self.report_to = [name for name in self.report_to.split(",") if name]
         if self.warmup_ratio is not None:
             if self.warmup_steps:
                 raise UsageError("--warmup_ratio and --warmup_steps both say how long to warm up: give one of them")
@@ -192,6 +187,10 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.bf16 = cpu_has_bf16()
             logger.warning("--fp16 needs a GPU: going on in %s", "bf16" if self.bf16 else "fp32")
         super().__post_init__()
+        for name in self.report_to or []:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise UsageError(f"--report_to {name}: expected none, all or one of {known}")
         if self.activation_checkpointing:
             # The reentrant kind loses the gradient when the first layers are frozen (--only_train).
             given = self.activation_checkpointing_kwargs

@@ -73,7 +73,7 @@ def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["recipe.yaml"], "error: recipe.yaml: no such configuration file"),
         (["recipe.txt"], "error: recipe.txt: expected a .yaml or .json configuration"),
         (["--train_data", "d"], "error: the following arguments are required: --model_name_or_path"),
-        (BASE, "error: d: no such file or folder"),
+        (BASE, "error: d: there is no such file or folder; check the path"),
     ],
 )
 def test_the_command_exits_2_with_one_line_and_no_traceback(words: list[str], line: str, tmp_path: Path) -> None:
