@@ -1,0 +1,259 @@
+"""Self-attention over rows without padding.
+
+On a CPU: groups of rows of one length, each a dense batch without a mask. The whole slab is one autograd function,
+because slicing and concatenating groups through autograd would cost a zero-filled gradient of the whole slab for every
+group. Two ways to compute a group:
+
+- flash: torch's fused kernel. Best in fp32 without dropout.
+- plain: products, softmax and dropout written out. The only way with dropout, and in bf16 twice as fast as the fused
+  kernel, whose bf16 products are slow. Works a few rows at a time, so that the probabilities stay in the cache.
+
+On a GPU: variable-length kernels, ``flash_attn`` where installed, else torch's own (``torch.nn.attention.varlen``;
+with dropout the ATen operator beneath it, which that module does not expose); fp32 has no such kernel and goes by
+groups of equal length through ``scaled_dot_product_attention``.
+
+Shape legend: N rows, T tokens in all, H heads, d width of a head, D = H * d; in a group B rows of L tokens, Q queries
+a row (L, or 1 where only the first token of each row asks).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from FlagEmbedding.modeling.dropout import MaskSource
+from FlagEmbedding.modeling.slabs import Group, Layout
+
+# Probabilities computed at a time by the plain way: 1 MB in fp32, what a core's second cache holds.
+CHUNK_ELEMENTS = 1 << 18
+
+
+def packed_attention(
+    projections: Tensor, layout: Layout, heads: int, *, queries: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention of every row with itself, scaled by ``d ** -0.5``.
+
+    Args:
+        projections: ``[T, 3 * D]``, queries, keys and values side by side; ``[T, 2 * D]``, keys and values, with
+            ``queries``.
+        layout: where the rows lie.
+        heads: H.
+        queries: ``[N, D]``, one query a row (its first token's); None: every token asks.
+        dropout: chance that a probability is dropped; 0 in evaluation.
+
+    Returns:
+        ``[T, D]``, or ``[N, D]`` with ``queries``; dtype of ``projections``.
+    """
+    if projections.device.type == "cuda":
+        if projections.dtype in (torch.float16, torch.bfloat16):
+            return _varlen(projections, layout, heads, queries, dropout)
+        return _fused_groups(projections, layout, heads, queries, dropout)
+    return _GroupedAttention.apply(projections, queries, layout, heads, dropout)
+
+
+# ---- CPU ----
+
+
+def _chunks(group: Group, heads: int, queries: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) of the group, a few at a time."""
+    step = max(1, CHUNK_ELEMENTS // (heads * queries * group.length))
+    for start in range(0, group.count, step):
+        yield start, min(start + step, group.count)
+
+
+def _rows(packed: Tensor, first: int, rows: int, length: int, heads: int, part: int, parts: int) -> Tensor:
+    """``[B, H, L, d]`` view of one part (query, key or value) of ``packed`` ``[T, parts * D]``."""
+    block = packed[first : first + rows * length].view(rows, length, parts, heads, -1)
+    return block[:, :, part].transpose(1, 2)
+
+
+def _dense(view: Tensor, factor: float = 1.0) -> Tensor:
+    """``[B, H, L, d]`` view to contiguous ``[B * H, L, d]``, times ``factor``, in one pass."""
+    copy = torch.empty(view.shape, dtype=view.dtype)
+    torch.mul(view, factor, out=copy)
+    return copy.view(-1, *view.shape[2:])
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """Attention of a whole slab on the CPU, group by group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, projections: Tensor, queries: Tensor | None, layout: Layout, heads: int, dropout: float
+    ) -> Tensor:
+        parts = 3 if queries is None else 2
+        width = projections.shape[1] // parts
+        asking = projections if queries is None else queries
+        ctx.layout, ctx.heads, ctx.parts, ctx.width = layout, heads, parts, width
+        ctx.plain = dropout > 0 or projections.dtype != torch.float32
+        ctx.source = MaskSource(dropout) if dropout > 0 else None
+        output = projections.new_empty(asking.shape[0], width)
+        keep = any(ctx.needs_input_grad)
+        saved: list[Tensor] = []
+        with torch.autocast("cpu", enabled=False):
+            for group in layout.groups:
+                _forward_group(ctx, projections, asking, group, output, saved if keep else None)
+        ctx.scale = ctx.source.scale if ctx.source else 1.0
+        ctx.source = None
+        if keep:
+            ctx.save_for_backward(projections, queries, *saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+        projections, queries, *saved = ctx.saved_tensors
+        asking = projections if queries is None else queries
+        d_projections = torch.empty_like(projections)
+        d_queries = None if queries is None else torch.empty_like(queries)
+        d_asking = d_projections if d_queries is None else d_queries
+        gradient = gradient.contiguous()
+        remaining = iter(saved)
+        with torch.autocast("cpu", enabled=False):
+            for group in ctx.layout.groups:
+                _backward_group(ctx, (projections, asking), gradient, group, (d_projections, d_asking), remaining)
+        return d_projections, d_queries, None, None, None
+
+
+def _views(
+    ctx: Any, projections: Tensor, asking: Tensor, group: Group, start: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value views ``[B, H, ., d]`` of some of a group's rows."""
+    rows, first = stop - start, group.token + start * group.length
+    key, value = (
+        _rows(projections, first, rows, group.length, ctx.heads, part, ctx.parts)
+        for part in (ctx.parts - 2, ctx.parts - 1)
+    )
+    if ctx.parts == 3:
+        return _rows(asking, first, rows, group.length, ctx.heads, 0, 3), key, value
+    return _rows(asking, group.row + start, rows, 1, ctx.heads, 0, 1), key, value
+
+
+def _output_view(ctx: Any, output: Tensor, group: Group, start: int, stop: int) -> Tensor:
+    """``[B, H, Q, d]`` view of some of a group's rows of ``[T, D]`` (or ``[N, D]``)."""
+    if ctx.parts == 3:
+        return _rows(output, group.token + start * group.length, stop - start, group.length, ctx.heads, 0, 1)
+    return _rows(output, group.row + start, stop - start, 1, ctx.heads, 0, 1)
+
+
+def _forward_group(
+    ctx: Any, projections: Tensor, asking: Tensor, group: Group, output: Tensor, saved: list[Tensor] | None
+) -> None:
+    if not ctx.plain:
+        query, key, value = _views(ctx, projections, asking, group, 0, group.count)
+        result, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        _output_view(ctx, output, group, 0, group.count).copy_(result)
+        if saved is not None:
+            saved += [result, log_sum]
+        return
+    scale = (ctx.width // ctx.heads) ** -0.5
+    for start, stop in _chunks(group, ctx.heads, group.length if ctx.parts == 3 else 1):
+        query, key, value = _views(ctx, projections, asking, group, start, stop)
+        source: MaskSource | None = ctx.source
+        scores = torch.bmm(_dense(query, scale), _dense(key).transpose(1, 2))  # [B * H, Q, L]
+        probabilities = torch.softmax(scores, dim=-1)
+        if saved is not None:
+            saved.append(probabilities)
+        if source is not None:
+            mask = source.draw(*probabilities.shape)
+            probabilities = probabilities * mask
+            if saved is not None:
+                saved.append(mask)
+        # The scale of the kept probabilities is cheaper on the values.
+        result = torch.bmm(probabilities, _dense(value, source.scale if source else 1.0))
+        view = _output_view(ctx, output, group, start, stop)
+        view.copy_(result.view(view.shape))
+
+
+def _backward_group(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor],
+    gradient: Tensor,
+    group: Group,
+    gradients: tuple[Tensor, Tensor],
+    saved: Iterator[Tensor],
+) -> None:
+    if not ctx.plain:
+        query, key, value = _views(ctx, *inputs, group, 0, group.count)
+        result, log_sum = next(saved), next(saved)
+        d_result = _output_view(ctx, gradient, group, 0, group.count)
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_result, query, key, value, result, log_sum, 0.0, False
+        )
+        for target, part in zip(_views(ctx, *gradients, group, 0, group.count), parts, strict=True):
+            target.copy_(part)
+        return
+    scale = (ctx.width // ctx.heads) ** -0.5
+    for start, stop in _chunks(group, ctx.heads, group.length if ctx.parts == 3 else 1):
+        query, key, value = _views(ctx, *inputs, group, start, stop)
+        probabilities = next(saved)
+        mask = next(saved) if ctx.scale != 1.0 else None
+        d_result = _dense(_output_view(ctx, gradient, group, start, stop))
+        d_probabilities = torch.bmm(d_result, _dense(value, ctx.scale).transpose(1, 2))
+        kept = probabilities
+        if mask is not None:
+            kept = probabilities * mask
+            d_probabilities.mul_(mask)
+        d_value = torch.bmm(kept.transpose(1, 2), d_result)
+        d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
+        d_query = torch.bmm(d_scores, _dense(key))
+        d_key = torch.bmm(d_scores.transpose(1, 2), _dense(query, scale))
+        targets = _views(ctx, *gradients, group, start, stop)
+        for target, part, factor in zip(targets, (d_query, d_key, d_value), (scale, 1.0, ctx.scale), strict=True):
+            torch.mul(part.view(target.shape), factor, out=target)
+
+
+# ---- GPU ----
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _varlen(projections: Tensor, layout: Layout, heads: int, queries: Tensor | None, dropout: float) -> Tensor:
+    """One kernel for the whole slab, half precision on a GPU."""
+    if queries is None:
+        query, key, value = projections.view(len(projections), 3, heads, -1).unbind(1)  # [T, H, d]
+        query_ends, most = layout.cumulative, layout.longest
+    else:
+        key, value = projections.view(len(projections), 2, heads, -1).unbind(1)
+        query = queries.view(len(queries), heads, -1)
+        query_ends, most = layout.row_numbers, 1
+    if _has_flash_attn():
+        from flash_attn import flash_attn_varlen_func
+
+        result = flash_attn_varlen_func(
+            query, key, value, query_ends, layout.cumulative, most, layout.longest, dropout_p=dropout
+        )
+    elif dropout == 0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        result = varlen_attn(query, key, value, query_ends, layout.cumulative, most, layout.longest)
+    else:
+        result = torch.ops.aten._flash_attention_forward(
+            query, key, value, query_ends, layout.cumulative, most, layout.longest, dropout, False, False
+        )[0]
+    return result.reshape(len(query), -1)
+
+
+def _fused_groups(projections: Tensor, layout: Layout, heads: int, queries: Tensor | None, dropout: float) -> Tensor:
+    """Groups of equal length through torch's fused attention; any device and dtype, gradients by autograd."""
+    parts = 3 if queries is None else 2
+    sizes = [group.count * group.length for group in layout.groups]
+    # One split, not a slice a group: the gradient of a split is one concatenation.
+    pieces = projections.split(sizes)
+    asking = pieces if queries is None else queries.split([group.count for group in layout.groups])
+    results = []
+    for group, piece, asked in zip(layout.groups, pieces, asking, strict=True):
+        key, value = (_rows(piece, 0, group.count, group.length, heads, i, parts) for i in (parts - 2, parts - 1))
+        length = group.length if queries is None else 1
+        query = _rows(asked, 0, group.count, length, heads, 0, parts if queries is None else 1)
+        result = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        results.append(result.transpose(1, 2).reshape(group.count * length, -1))
+    return torch.cat(results)

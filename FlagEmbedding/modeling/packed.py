@@ -1,0 +1,136 @@
+"""The forward of an XLM-R, RoBERTa or BERT encoder over rows without padding.
+
+Runs transformers' own modules and parameters, layer by layer, on the real tokens alone: every linear layer and every
+pointwise operation sees all tokens of a slab as one matrix ``[T, D]``, attention runs row by row (``attention.py``),
+queries, keys and values come from one product, feed-forward experts keep their tokens grouped (``grouped.py``), and
+there is no pooler. If only the first token of each row is asked for, the last layer computes queries, output and
+feed-forward for those alone, which changes nothing: other tokens' last states are read by nobody.
+
+Dropout follows the configuration, at all its places. Layers below the lowest trained parameter keep no graph, since
+nothing there needs a gradient. The numbers are those of the padded forward.
+
+Shape legend: N rows, T tokens in all, D hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from FlagEmbedding.modeling.attention import packed_attention
+from FlagEmbedding.modeling.dropout import dropout, dropout_add_norm
+from FlagEmbedding.modeling.slabs import Layout, plan_slabs
+from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.utils.errors import UsageError
+
+__all__ = ["packed_forward", "plan_slabs", "why_not_packable"]
+
+
+def packed_forward(backbone: PreTrainedModel, tokens: TokenBatch, *, first_rows_only: bool = False) -> Tensor:
+    """Last hidden states of the real tokens.
+
+    Args:
+        backbone: an encoder of the XLM-R, RoBERTa or BERT structure, dense or with experts.
+        tokens: the rows, best sorted by length (any order is right, equal lengths side by side are fast).
+        first_rows_only: give each row's first token alone.
+
+    Returns:
+        ``[T, D]``, rows end to end, or ``[N, D]``.
+
+    Raises:
+        UsageError: the backbone has another structure.
+    """
+    reason = why_not_packable(backbone)
+    if reason:
+        raise UsageError(f"{type(backbone).__name__} {reason}: use --engine padded")
+    layout = Layout(tokens.lengths, tokens.ids.device)
+    encoder: Any = backbone.encoder
+    x = _embed(backbone.embeddings, tokens.ids, layout)
+    layers = list(encoder.layer)
+    for number, layer in enumerate(layers):
+        first_only = first_rows_only and number == len(layers) - 1
+        run = partial(_layer, layer, layout=layout, first_only=first_only)
+        if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
+            x = layer._gradient_checkpointing_func(run, x)
+        else:
+            x = run(x)
+    if first_rows_only and not layers:
+        x = x.index_select(0, layout.starts)
+    return x
+
+
+def why_not_packable(backbone: nn.Module) -> str | None:
+    """Why this encoder cannot run packed; None if it can."""
+    try:
+        layers = backbone.encoder.layer  # type: ignore[union-attr]
+        embeddings = backbone.embeddings
+        parts = [embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings]  # type: ignore[union-attr]
+        parts += [embeddings.LayerNorm, embeddings.dropout]  # type: ignore[union-attr]
+        for layer in layers:  # type: ignore[union-attr]
+            attention = layer.attention
+            parts += [attention.self.query, attention.self.key, attention.self.value, attention.self.dropout]
+            parts += [attention.output.dense, attention.output.LayerNorm, layer.intermediate.intermediate_act_fn]
+            parts += [layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm]
+    except AttributeError as error:
+        return f"is not built like XLM-R, RoBERTa or BERT ({error})"
+    config: Any = backbone.config
+    if getattr(config, "is_decoder", False):
+        return "is a decoder"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        return f"has {config.position_embedding_type} position embeddings"
+    return None
+
+
+def _embed(embeddings: Any, ids: Tensor, layout: Layout) -> Tensor:
+    """``[T]`` ids to ``[T, D]``: word, position and token type 0, LayerNorm, dropout."""
+    x = embeddings.word_embeddings(ids) + embeddings.position_embeddings(_positions(embeddings, ids, layout))
+    x = x + embeddings.token_type_embeddings.weight[0]
+    return dropout(embeddings.LayerNorm(x), embeddings.dropout.p, embeddings.training)
+
+
+def _positions(embeddings: Any, ids: Tensor, layout: Layout) -> Tensor:
+    """``[T]`` position numbers: 0, 1, 2 … in BERT; in RoBERTa and XLM-R they begin after the padding index."""
+    begins = layout.starts.index_select(0, layout.row_of_token)
+    padding = getattr(embeddings, "padding_idx", None)
+    if padding is None:
+        return torch.arange(len(ids), device=ids.device) - begins
+    # As transformers: a token that has the padding id counts for nothing, even amid a row.
+    real = ids.ne(padding).long()
+    counted = real.cumsum(0)
+    before = (counted - real).index_select(0, begins)
+    return (counted - before) * real + padding
+
+
+def _layer(layer: Any, x: Tensor, *, layout: Layout, first_only: bool) -> Tensor:
+    """One encoder layer, ``[T, D]`` to ``[T, D]``, or to ``[N, D]`` where only first tokens are asked for."""
+    attention = layer.attention.self
+    attention_dropout = attention.dropout.p if attention.training else 0.0
+    heads = attention.num_attention_heads
+    if first_only:
+        both = _fused(x, attention.key, attention.value)
+        x = x.index_select(0, layout.starts)
+        context = packed_attention(both, layout, heads, queries=attention.query(x), dropout=attention_dropout)
+    else:
+        all_three = _fused(x, attention.query, attention.key, attention.value)
+        context = packed_attention(all_three, layout, heads, dropout=attention_dropout)
+    output = layer.attention.output
+    x = dropout_add_norm(output.dense(context), x, output.LayerNorm, output.dropout.p, output.training)
+    wide = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
+    output = layer.output
+    return dropout_add_norm(output.dense(wide), x, output.LayerNorm, output.dropout.p, output.training)
+
+
+def _fused(x: Tensor, *linears: nn.Module) -> Tensor:
+    """The outputs of several linear layers side by side, as one product where they are plain linear layers."""
+    if any(type(linear) is not nn.Linear or linear._forward_hooks for linear in linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    weight = torch.cat([linear.weight for linear in linears])  # type: ignore[misc]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if biases and len(biases) < len(linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    return F.linear(x, weight, torch.cat(biases) if biases else None)  # type: ignore[arg-type]
