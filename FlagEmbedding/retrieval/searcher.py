@@ -1,9 +1,10 @@
 """Exact top-k over an index on disk: read block by block with a running top-k, so it may be larger than memory.
 
 Order of hits: score rounded to 6 decimals (what a run file shows), highest first; equal scores by docid, highest
-first, which is the order trec_eval gives ties. The rank column therefore is the order that is evaluated, a run
-repeats whatever the block size, and passages with equal vectors do not change places with the last bits of a sum.
-Every passage tied with the last hit takes part in that order before the list is cut.
+first, which is the order trec_eval gives ties. The rank column therefore is the order that is evaluated. A matrix
+product's last bits depend on block size, threads and device; so whatever comes within rounding of the last place is
+kept, and the kept passages are scored again in double precision before they are ranked and cut. A run repeats, and
+passages with equal vectors get equal scores.
 
 The block scores are one matrix product, on CPU or GPU alike; no faiss-gpu is needed for it. Approximate search
 (``approximate.py``) is faiss's.
@@ -24,6 +25,9 @@ from FlagEmbedding.utils.errors import DataError, UsageError
 
 _MICRO = 1_000_000
 _SCORE_BYTES = 256 << 20
+_RESCORED_PAIRS = 8_192
+# float32 inner products of unit vectors are off by less than this; longer vectors scale it.
+_ROUNDING = 2e-6
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def search(
             vectors = torch.from_numpy(block).to(device)
             for first in range(0, len(queries), step):
                 _update(running[first : first + step], q[first : first + step] @ vectors.T, start)
+    _score_again(index, queries, running)
     return [top.hits(index.docids) for top in running]
 
 
@@ -104,12 +109,12 @@ def _update(running: list[_TopK], scores: torch.Tensor, start: int) -> None:
     """Offer a block's scores ``[Q, n]`` to the running lists."""
     top_k = min(running[0].size, scores.shape[1])
     values, places = torch.topk(scores, top_k, dim=1, sorted=False)
+    tied = np.zeros(len(running), dtype=bool)
     if top_k < scores.shape[1]:
         # topk cuts through a tie where it likes; such queries are few and are looked at in full.
-        least = values.min(dim=1).values[:, None] - 1.0 / _MICRO
+        last = values.min(dim=1, keepdim=True).values
+        least = last - _ROUNDING * last.abs().clamp(min=1.0)
         tied = ((scores >= least).sum(dim=1) > top_k).cpu().numpy()
-    else:
-        least, tied = values[:, :1], np.zeros(len(running), dtype=bool)
     host_values, host_places = values.cpu().numpy(), places.cpu().numpy()
     for query, top in enumerate(running):
         if tied[query]:
@@ -120,25 +125,41 @@ def _update(running: list[_TopK], scores: torch.Tensor, start: int) -> None:
 
 
 class _TopK:
-    """The best rows so far, with everything tied with the last of them; scores in whole millionths."""
+    """The best rows so far, with everything that is within rounding of the last of them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.micros = np.empty(0, dtype=np.int64)
+        self.scores: np.ndarray = np.empty(0, dtype=np.float64)
         self.rows = np.empty(0, dtype=np.int64)
 
     def offer(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        micros = np.concatenate([self.micros, np.rint(scores.astype(np.float64) * _MICRO).astype(np.int64)])
-        rows = np.concatenate([self.rows, rows])
-        if len(micros) > self.size:
-            keep = micros >= np.partition(micros, -self.size)[-self.size]
-            micros, rows = micros[keep], rows[keep]
-        self.micros, self.rows = micros, rows
+        scores, rows = np.concatenate([self.scores, scores]), np.concatenate([self.rows, rows])
+        if len(scores) > self.size:
+            last = np.partition(scores, -self.size)[-self.size]
+            keep = scores >= last - _ROUNDING * max(1.0, abs(last))
+            scores, rows = scores[keep], rows[keep]
+        self.scores, self.rows = scores, rows
 
     def hits(self, docids: DocIds) -> list[Hit]:
-        found = [(int(micro), docids[int(row)], int(row)) for micro, row in zip(self.micros, self.rows, strict=True)]
+        micros = np.rint(self.scores * _MICRO).astype(np.int64)
+        found = [(int(micro), docids[int(row)], int(row)) for micro, row in zip(micros, self.rows, strict=True)]
         found.sort(reverse=True)
         return [Hit(docid, micro / _MICRO, row) for micro, docid, row in found[: self.size]]
+
+
+def _score_again(index: FlatIndex, queries: np.ndarray, running: list[_TopK]) -> None:
+    """Replace the kept scores by inner products in double precision; rows are read in the order they lie on disk."""
+    query_of = np.concatenate([np.full(len(top.rows), query) for query, top in enumerate(running)])
+    rows = np.concatenate([top.rows for top in running])
+    scores, order = np.empty(len(rows)), np.argsort(rows, kind="stable")
+    for start in range(0, len(order), _RESCORED_PAIRS):
+        pairs = order[start : start + _RESCORED_PAIRS]
+        distinct, which = np.unique(rows[pairs], return_inverse=True)
+        vectors = index.read_rows(distinct).astype(np.float64)
+        scores[pairs] = np.einsum("nd,nd->n", vectors[which], queries[query_of[pairs]].astype(np.float64))
+    ends = np.cumsum([len(top.rows) for top in running])
+    for top, own in zip(running, np.split(scores, ends[:-1]), strict=True):
+        top.scores = own
 
 
 def rank(docids: DocIds, scores: np.ndarray, rows: np.ndarray, top_k: int) -> list[Hit]:

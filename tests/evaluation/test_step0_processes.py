@@ -1,0 +1,97 @@
+"""Step 0 as a program: killed three times, shared by two processes, and always the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.conftest import QUERIES, make_passages, write_collection
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = str(REPOSITORY / "evaluation" / "step0-generate_embedding.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(model: Path, collection: Path, out: Path, *more: str) -> list[str]:
+    paths = ["--encoder", str(model), "--data_dir", str(collection), "--index_save_dir", str(out)]
+    return [SCRIPT, *paths, "--languages", "sw", "--shard_size", "2", *more]
+
+
+@pytest.fixture(scope="module")
+def long_collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough shards of two passages that a kill meets the work half done."""
+    return write_collection(tmp_path_factory.mktemp("long"), "sw", make_passages(600), QUERIES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model_dir: Path, long_collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run([sys.executable, *arguments(tiny_model_dir, long_collection, out)], check=True, env=ENVIRONMENT)
+    return out / tiny_model_dir.name / "sw"
+
+
+def assert_same(folder: Path, undisturbed: Path) -> None:
+    for name in ("index", "docid"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert sorted(path.name for path in folder.iterdir()) == ["docid", "index", "manifest.json"]
+
+
+def shards(folder: Path) -> int:
+    return len(list((folder / "shards").glob("shard-*.json"))) if (folder / "shards").exists() else 0
+
+
+def test_killed_three_times_the_index_is_the_same(
+    tiny_model_dir: Path, long_collection: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, *arguments(tiny_model_dir, long_collection, tmp_path)]
+    folder = tmp_path / tiny_model_dir.name / "sw"
+    for target in (20, 90, 180):
+        started = shards(folder)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while shards(folder) < target and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+        assert target <= shards(folder) < 300
+        assert shards(folder) > started
+        assert not (folder / "index").exists()
+    # What a kill in the middle of the last copying leaves behind.
+    (folder / ".index.abc.tmp").write_bytes(b"half")
+    (folder / "index").write_bytes(b"half")
+    kept = (folder / "shards" / "shard-000000.f32").stat().st_mtime_ns
+    answer = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert kept
+    assert "going on, " in answer.stderr
+    assert_same(folder, undisturbed)
+
+
+def test_two_processes_write_the_same_index(
+    tiny_model_dir: Path, long_collection: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, *arguments(tiny_model_dir, long_collection, tmp_path)]
+    answer = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    folder = tmp_path / tiny_model_dir.name / "sw"
+    assert_same(folder, undisturbed)
+    assert '"processes": 2' in (folder / "manifest.json").read_text()
+
+
+def test_other_arguments_end_in_one_line(
+    tiny_model_dir: Path, long_collection: Path, undisturbed: Path
+) -> None:
+    out = undisturbed.parent.parent
+    command = [sys.executable, *arguments(tiny_model_dir, long_collection, out, "--pooling_method", "mean")]
+    answer = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+    assert answer.returncode == 2
+    errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "pooling: cls there, mean here" in errors[0]
+    assert "Traceback" not in answer.stderr
