@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from FlagEmbedding.modeling import interchange
 from FlagEmbedding.modeling.files import first_line, load_config, resolve_folder, weight_files, weight_keys
@@ -38,6 +41,8 @@ logger = get_logger(__name__)
 
 MOE_FIELDS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 _EXPERT_KEY = re.compile(r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.experts\.(\d+)\.")
+# Heads of other tasks and the pooler are no part of the encoder; position_ids is a constant that old versions stored.
+_BACKBONE_KEY = re.compile(r"(\w+\.)?(encoder|embeddings)\.(?!position_ids$)")
 
 
 # ---- loading ----
@@ -97,6 +102,8 @@ def load_backbone(
     model = _read_model(folder, config, stored is not None, dtype)
     if stored is None and asked.moe is not None:
         insert_experts(model, asked)
+    if moe is not None:
+        model.config.only_train = moe.only_train
     for layer in moe_layers(model):
         layer.router_gradient, layer.router_jitter = asked.router_gradient, asked.router_jitter
     return model
@@ -138,18 +145,36 @@ def _read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: to
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
     cls = encoder_with_experts(base, MoELinear) if experts else base
     try:
-        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **pooler)
+        with _quiet_transformers():
+            model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **pooler)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: the weights do not fit config.json: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
-    # Heads of other tasks and the pooler are no part of the encoder.
-    unexpected = sorted(key for key in info["unexpected_keys"] if re.match(r"(\w+\.)?(encoder|embeddings)\.", key))
+    unexpected = sorted(key for key in info["unexpected_keys"] if _BACKBONE_KEY.match(key))
     for what, keys in (("lacks", missing), ("holds, beyond what config.json describes,", unexpected)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             cure = "nothing is initialised at random here, give a whole checkpoint"
             raise DataError(f"{folder} {what} {keys[0]}{more}: {cure}")
+    # The loader leaves parameters inside the mapped file, wherever its header ends. Our own memory is aligned: the same
+    # weights then give the same bits, whichever file they come from.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return model.eval()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar, no table of keys: what is missing or left over is checked here, and is an error."""
+    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()
 
 
 def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
@@ -228,10 +253,10 @@ def load_trained_state(model: nn.Module, folder: PathLike) -> None:
         state |= load_file(file)
     try:
         model.model.load_state_dict(state)  # type: ignore[union-attr]
-        for name, file in HEAD_FILES.items():
+        for name, head_file in HEAD_FILES.items():
             head = getattr(model, f"{name}_linear", None)
             if head is not None:
-                head.load_state_dict(read_state(source / file))
+                head.load_state_dict(read_state(source / head_file))
     except RuntimeError as error:
         raise DataError(f"{folder} holds another model than the one being trained: {first_line(error)}") from error
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from simple_parsing.helpers import Serializable
 from torch import Tensor, nn
 
@@ -80,6 +81,28 @@ class MoEConfig(Serializable):
             raise UsageError(f"router_jitter must be in [0, 1), got {self.router_jitter}")
 
 
+class _PreciseLinear(torch.autograd.Function):
+    """``x @ weight.T`` in float32 at least; the backward casts ``x`` again instead of keeping a second, wider copy.
+
+    In half precision that copy would be twice the size of the layer's input, for E columns.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(precise), weight.to(precise))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            to_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+            to_weight = (gradient.T @ x.to(gradient.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight
+
+
 class _ZeroGradient(torch.autograd.Function):
     """Identity whose backward also gives a parameter a gradient of zeros."""
 
@@ -141,13 +164,14 @@ class MoELinear(ExpertLinear):
             precise = x.to(torch.promote_types(x.dtype, torch.float32))
             noise = torch.empty_like(precise).uniform_(1 - self.router_jitter, 1 + self.router_jitter)
             x = precise * noise
-        return super().router_logits(x)
+        return _PreciseLinear.apply(x, self.gate.weight)
 
     def route(self, x: Tensor) -> Routing:
         """The published choice and weights; the weights carry the router's gradient as configured."""
         routing = super().route(x)
         if self.router_gradient == "straight_through":
-            # w + (p - p) is w to the bit, and has the gradient of p, the softmax over all experts.
+            # w + (p - p) is w to the bit. Its gradient is that of p, the softmax over all experts, alone: w is held
+            # fixed, so that for K > 1 the router is not pulled by two softmaxes at once.
             full = torch.softmax(routing.logits, dim=-1).gather(-1, routing.experts)
             routing = routing._replace(weights=routing.weights.detach() + (full - full.detach()))
         elif self.num_experts_per_tok == 1:
