@@ -1,0 +1,201 @@
+"""Two or more systems on the same queries: means, differences, intervals, p-values.
+
+    python -m FlagEmbedding.evaluation.compare base.txt tuned.txt --qrels dev.tsv --topics topics.tsv --output_dir out
+
+compares run files of any system; step 2 with ``--compare`` does the same for models and languages by name. Library
+use: :func:`compare_runs` on scored systems, then ``report.write_comparison``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from FlagEmbedding.evaluation.metrics import Measure, PerQuery, evaluate, mean, parse_measures
+from FlagEmbedding.evaluation.significance import RESAMPLES, bootstrap_interval, holm, randomisation_p
+from FlagEmbedding.evaluation.trec import Qrels, Run, ranking, read_qrels, read_run
+from FlagEmbedding.utils.cli import entry_point
+from FlagEmbedding.utils.errors import DataError, UsageError
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class LanguageScores:
+    """One system on one language's queries.
+
+    Attributes:
+        values: measure key -> qid -> value (0 to 1), the same qids for every measure and system.
+        first_relevant: qid -> rank of the first relevant passage, None where none was found.
+        top: qid -> docid of the first hit, None where there is no hit.
+    """
+
+    values: PerQuery
+    first_relevant: dict[str, int | None]
+    top: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class System:
+    """A model or run with its scores on every language."""
+
+    name: str
+    languages: dict[str, LanguageScores]
+
+    def mean(self, lang: str, measure: Measure) -> float:
+        """Mean of a language, or for ``average`` the mean of the languages' means."""
+        if lang == AVERAGE:
+            return float(np.mean([self.mean(each, measure) for each in self.languages]))
+        return mean(self.languages[lang].values[measure.key])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One test: ``system`` minus ``baseline`` on one language (or ``average``) and one measure, values 0 to 1."""
+
+    baseline: str
+    system: str
+    language: str
+    measure: str
+    queries: int
+    baseline_mean: float
+    system_mean: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_holm: float
+    better: int
+    worse: int
+    equal: int
+
+
+def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageScores:
+    """Measures of every judged query, with what a reader of single queries wants to know."""
+    first: dict[str, int | None] = {}
+    top: dict[str, str | None] = {}
+    for qid, judged in qrels.items():
+        order = ranking(run.get(qid, {}))
+        top[qid] = order[0] if order else None
+        first[qid] = next((place for place, docid in enumerate(order, 1) if judged.get(docid, 0) > 0), None)
+    return LanguageScores(evaluate(qrels, run, measures), first, top)
+
+
+def compare_runs(
+    systems: Sequence[System],
+    measures: Sequence[Measure],
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Test pairs of systems on every language and, with several, on their average; Holm over all tests together.
+
+    :param pairs: places in ``systems``, (baseline, system); None: every system against every earlier one.
+    :raises DataError: when two systems do not have the same judged queries.
+    """
+    pairs = list(combinations(range(len(systems)), 2)) if pairs is None else list(pairs)
+    languages = list(systems[0].languages)
+    for system in systems[1:]:
+        _check_same_queries(systems[0], system)
+    rows = [*languages, AVERAGE] if len(languages) > 1 else languages
+    tests = [(systems[a], systems[b], lang, measure) for a, b in pairs for lang in rows for measure in measures]
+    found = [_test(*test, resamples=resamples, seed=seed) for test in tests]
+    corrected = holm([p for _, _, p in found])
+    results = []
+    for (base, system, lang, measure), (parts, (low, high), p), p_holm in zip(tests, found, corrected, strict=True):
+        each = np.concatenate(parts)
+        results.append(
+            Comparison(
+                baseline=base.name,
+                system=system.name,
+                language=lang,
+                measure=measure.key,
+                queries=len(each),
+                baseline_mean=base.mean(lang, measure),
+                system_mean=system.mean(lang, measure),
+                difference=float(np.mean([part.mean() for part in parts])),
+                low=low,
+                high=high,
+                p_value=p,
+                p_holm=p_holm,
+                better=int((each > 0).sum()),
+                worse=int((each < 0).sum()),
+                equal=int((each == 0).sum()),
+            )
+        )
+    return results
+
+
+def _test(
+    base: System, system: System, lang: str, measure: Measure, *, resamples: int, seed: int
+) -> tuple[list[np.ndarray], tuple[float, float], float]:
+    languages = list(base.languages) if lang == AVERAGE else [lang]
+    parts = [differences(base, system, each, measure) for each in languages]
+    return parts, bootstrap_interval(parts, resamples, seed), randomisation_p(parts, resamples, seed)
+
+
+def differences(base: System, system: System, lang: str, measure: Measure) -> np.ndarray:
+    """``system`` minus ``base`` for every judged query of a language, in qrels order."""
+    before, after = base.languages[lang].values[measure.key], system.languages[lang].values[measure.key]
+    return np.array([after[qid] - value for qid, value in before.items()])
+
+
+def _check_same_queries(one: System, other: System) -> None:
+    for lang, scores in one.languages.items():
+        if lang not in other.languages:
+            raise DataError(f"{other.name} has no scores for {lang}, {one.name} has: compare on common languages")
+        for key, values in scores.values.items():
+            if values.keys() != other.languages[lang].values[key].keys():
+                raise DataError(f"{one.name} and {other.name} were scored on different queries of {lang}")
+
+
+def unique_names(places: Sequence[str]) -> list[str]:
+    """Short names for run files: file stems, or whole paths where stems repeat."""
+    stems = [Path(place).name.removesuffix(".gz").removesuffix(".txt").removesuffix(".trec") for place in places]
+    return stems if len(set(stems)) == len(stems) else list(places)
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare run files of one query set."""
+    from FlagEmbedding.benchmarks.miracl import read_topics
+    from FlagEmbedding.evaluation.arguments import Parser
+    from FlagEmbedding.evaluation.report import Texts, write_comparison
+    from FlagEmbedding.utils.provenance import provenance
+
+    parser = Parser("Compare two or more TREC run files on the same queries; the first one is the baseline.")
+    add = parser.add_argument
+    add("runs", nargs="+", help="run files: qid Q0 docid rank score tag")
+    add("--qrels", required=True, help="qrels file: qid 0 docid grade")
+    add("--topics", help="queries for the tables: qid, tab, text")
+    add("--names", nargs="+", help="names of the runs; by default their file names")
+    add("--language", default="all", help="what the query set is called in tables")
+    add("--metrics", nargs="+", default=["ndcg@5", "ndcg@10", "recall@20"])
+    add("--output_dir", default="./comparison", help="tables, per-query file and chart go here")
+    add("--resamples", type=int, default=RESAMPLES, help="of the randomisation test and of the bootstrap")
+    add("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    names = arguments.names or unique_names(arguments.runs)
+    if len(arguments.runs) < 2 or len(names) != len(arguments.runs) or len(set(names)) != len(names):
+        raise UsageError("give two or more runs, and as many different --names")
+    measures = parse_measures(arguments.metrics)
+    qrels = read_qrels(arguments.qrels)
+    systems = [
+        System(name, {arguments.language: score_run(qrels, read_run(path), measures)})
+        for name, path in zip(names, arguments.runs, strict=True)
+    ]
+    comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
+    queries = {arguments.language: read_topics(arguments.topics)} if arguments.topics else {}
+    record = {"arguments": vars(arguments), "provenance": provenance()}
+    texts = Texts(queries, {arguments.language: qrels})
+    print(write_comparison(arguments.output_dir, systems, measures, comparisons, texts, record))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Step 2: scores of the runs that step 1 wrote, as JSON with provenance and as a table; comparison of models.
+
+A missing or broken file, an unknown measure, a run of other queries or one made under other flags ends the step
+before anything is written: there is never an empty score. The run's record (``{lang}.json``, written by step 1) says
+which model, index and title rule it came from; a run without one is scored all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.benchmarks import corpus, miracl
+from FlagEmbedding.evaluation.arguments import Parser
+from FlagEmbedding.evaluation.compare import AVERAGE, LanguageScores, System, compare_runs, score_run
+from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
+from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
+from FlagEmbedding.evaluation.significance import RESAMPLES
+from FlagEmbedding.evaluation.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run
+from FlagEmbedding.retrieval.index import index_name
+from FlagEmbedding.utils.cli import add_bool_flag
+from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.provenance import provenance
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """step2-eval_dense_mldr.py."""
+
+    encoder: list[str]
+    languages: list[str]
+    split: str
+    search_result_save_dir: str
+    qrels_dir: str
+    data_dir: str | None
+    eval_result_save_dir: str
+    metrics: list[str]
+    pooling_method: str | None
+    normalize_embeddings: bool | None
+    moe: str | None
+    compare: bool
+    compare_save_dir: str | None
+    resamples: int
+    seed: int
+    cache_dir: str | None
+
+
+def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
+    """The command line of step 2."""
+    parser = Parser("Score the runs of step 1 against the judgements of MIRACL languages; compare models.")
+    add = parser.add_argument
+    add("--encoder", nargs="+", required=True, help="model(s) as in step 1; --compare takes the first as the baseline")
+    add("--languages", nargs="+", required=True, help="MIRACL languages, such as ko fa hi")
+    add("--split", choices=["train", "dev", "testA", "testB"], default="dev", help="which judgements")
+    add("--search_result_save_dir", default="./search_results", help="runs are {this}/{encoder}/{lang}.txt")
+    add("--qrels_dir", default="../qrels", help="folder (or, for one language, the file) of the judgements")
+    add("--data_dir", help="folder in the hub's layout; also gives comparisons the texts of queries and passages")
+    add("--eval_result_save_dir", default="./eval_results", help="results go to {this}/{encoder}.json and .md")
+    add("--metrics", nargs="+", default=["ndcg@10"], help="ndcg@k recall@k mrr@k map@k p@k")
+    add("--pooling_method", choices=["cls", "mean"], help="recorded; must agree with the run")
+    add_bool_flag(parser, "--normalize_embeddings", default=None, help="recorded; must agree with the run")  # type: ignore[arg-type]
+    add("--moe", choices=["intermediate", "output"], help="accepted from older scripts; nothing depends on it here")
+    add_bool_flag(parser, "--compare", help="test the encoders against each other (two or more)")
+    add("--compare_save_dir", help="default: {eval_result_save_dir}/{first}_vs_{others}")
+    add("--resamples", type=int, default=RESAMPLES, help="of the randomisation test and of the bootstrap")
+    add("--seed", type=int, default=0, help="of the same")
+    add("--cache_dir", help="where the hub's files are kept")
+    return parser.parse(ScoreArguments, argv)
+
+
+def eval_dense(argv: Sequence[str] | None = None) -> int:
+    """Step 2."""
+    arguments = parse_score_arguments(argv)
+    languages = miracl.check_languages(arguments.languages)
+    measures = parse_measures(arguments.metrics)
+    names = [index_name(encoder) for encoder in arguments.encoder]
+    _check(arguments, names)
+    qrels = {lang: read_qrels(qrels_path(arguments, lang, len(languages) == 1)) for lang in languages}
+    systems, records = [], []
+    for name in names:
+        folder = Path(arguments.search_result_save_dir) / name
+        records.append({lang: _run_record(folder / f"{lang}.json", arguments) for lang in languages})
+        systems.append(System(name, {lang: _score(folder, lang, qrels[lang], measures) for lang in languages}))
+    origin = {"arguments": asdict(arguments), "provenance": provenance()}
+    for encoder, system, record in zip(arguments.encoder, systems, records, strict=True):
+        path = _write(encoder, system, measures, record, arguments, origin)
+        print(f"{system.name} (scores × 100)\n\n{score_table([system], measures)}\n\n{path}\n")
+    if arguments.compare:
+        comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
+        texts = _texts(arguments, languages, qrels, records[0])
+        folder = Path(arguments.compare_save_dir or Path(arguments.eval_result_save_dir) / _pair_name(names))
+        runs = {
+            name: {lang: _origin(found) for lang, found in record.items()}
+            for name, record in zip(names, records, strict=True)
+        }
+        print(write_comparison(folder, systems, measures, comparisons, texts, {"runs": runs, **origin}))
+    return 0
+
+
+def _check(arguments: ScoreArguments, names: list[str]) -> None:
+    if arguments.compare and len(names) < 2:
+        raise UsageError("--compare needs two or more models: --encoder base tuned --compare")
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--encoder: two models are called {name!r} and would share their runs; rename one")
+    if arguments.resamples < 100:
+        raise UsageError(f"--resamples {arguments.resamples}: give 100 or more")
+
+
+def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Path:
+    """The judgements of a language: from --qrels_dir, --data_dir or the hub; ``DataError`` where there are none."""
+    for place in (arguments.qrels_dir, arguments.data_dir):
+        found = find_qrels(place, lang, arguments.split, only_language) if place else None
+        if found:
+            return found
+    names = qrels_names(lang, arguments.split)
+    logger.info("%s: no qrels in %s: asking the hub", lang, arguments.qrels_dir)
+    try:
+        return miracl.qrels_file(lang, arguments.split, None, arguments.cache_dir)
+    except DataError as error:
+        raise DataError(
+            f"--qrels_dir {arguments.qrels_dir}: no qrels of {lang}; expected {names[0]} (or {', '.join(names[1:3])}, "
+            f"{', '.join(names[-3:])}) there, or the hub ({error})"
+        ) from error
+
+
+def _score(folder: Path, lang: str, qrels: Qrels, measures: Sequence[Measure]) -> LanguageScores:
+    path = folder / f"{lang}.txt"
+    if not path.exists():
+        raise DataError(f"{path}: no such run file; run step1-search_results.py --languages {lang} with this encoder")
+    run = read_run(path)
+    try:
+        scores = score_run(qrels, run, measures)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    absent = len(qrels.keys() - run.keys())
+    if absent:
+        logger.warning("%s: %d of %d judged queries have no results and count as 0", path, absent, len(qrels))
+    depth = run_depth(run)
+    for measure in measures:
+        if measure.cutoff is not None and measure.cutoff > depth:
+            logger.warning("%s: %s on a run that is %d deep; give step 1 more --hits", path, measure.label, depth)
+    return scores
+
+
+def _run_record(path: Path, arguments: ScoreArguments) -> dict[str, Any]:
+    """What step 1 wrote down beside the run; empty where there is none. Refuses flags that contradict it."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        encoder = record["encoder"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a record of step 1 ({error!r}); run step 1 again") from error
+    for flag, key in (("pooling_method", "pooling"), ("normalize_embeddings", "normalize_embeddings")):
+        asked, there = getattr(arguments, flag), encoder.get(key)
+        if asked is not None and there is not None and asked != there:
+            raise UsageError(f"--{flag} {asked}: the run was made with {there} ({path})")
+    asked_split, there = arguments.split, record.get("arguments", {}).get("split")
+    if there is not None and there != asked_split:
+        raise UsageError(f"--split {asked_split}: the run answers the queries of {there} ({path})")
+    return record
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    """Model hash, corpus size and title rule of a run, out of its record; nulls where step 1 left none."""
+    index = record.get("index", {})
+    return {
+        "model_sha256": record.get("encoder", {}).get("model"),
+        "dtype": record.get("encoder", {}).get("dtype"),
+        "query_instruction": record.get("query_instruction"),
+        "passage_instruction": index.get("passage_instruction"),
+        "corpus_passages": index.get("rows"),
+        "with_title": index.get("with_title"),
+        "max_passage_length": index.get("max_passage_length"),
+        "hits": record.get("arguments", {}).get("hits"),
+        "index_type": record.get("arguments", {}).get("index_type"),
+    }
+
+
+def _write(
+    encoder: str,
+    system: System,
+    measures: Sequence[Measure],
+    records: dict[str, dict[str, Any]],
+    arguments: ScoreArguments,
+    origin: dict[str, Any],
+) -> Path:
+    """The published result file (values 0 to 1) with what it came from, and the table beside it."""
+    said: dict[str, Any] = next((record["encoder"] for record in records.values() if record), {})
+    normalize = arguments.normalize_embeddings
+    languages = list(system.languages)
+    results = {lang: {m.key: system.mean(lang, m) for m in measures} for lang in [*languages, AVERAGE]}
+    path = Path(arguments.eval_result_save_dir) / f"{system.name}.json"
+    value = {
+        "model": encoder,
+        "pooling_method": arguments.pooling_method or said.get("pooling", "cls"),
+        "normalize_embeddings": said.get("normalize_embeddings", True) if normalize is None else normalize,
+        "results": results,
+        "queries": {lang: len(scores.first_relevant) for lang, scores in system.languages.items()},
+        "runs": {lang: _origin(record) for lang, record in records.items()},
+        **origin,
+    }
+    try:
+        write_json_atomic(path, value)
+        with atomic_open(path.with_suffix(".md")) as stream:
+            stream.write(f"# {system.name}\n\n{score_table([system], measures)}\n\nScores × 100.\n")
+    except OSError as error:
+        raise DataError(f"{path}: the results cannot be written there: {error.strerror}") from error
+    return path
+
+
+def _pair_name(names: list[str]) -> str:
+    name = f"{names[0]}_vs_{'_'.join(names[1:])}"
+    return name if len(name) <= 120 else f"{names[0]}_vs_{len(names) - 1}_others"
+
+
+def _texts(
+    arguments: ScoreArguments, languages: list[str], qrels: dict[str, Qrels], records: dict[str, dict[str, Any]]
+) -> Texts:
+    """Texts of queries and passages, from a folder known to hold them: given, recorded by step 1, or the qrels'."""
+    queries, folders = {}, {}
+    for lang in languages:
+        recorded = records[lang].get("arguments", {}).get("data_dir")
+        places = [Path(place) for place in (arguments.data_dir, recorded, arguments.qrels_dir) if place]
+        for place in places:
+            if place.is_dir() and (place / f"miracl-v1.0-{lang}").is_dir():
+                queries[lang] = miracl.read_topics(miracl.topics_file(lang, arguments.split, place))
+                folders[lang] = place
+                break
+        else:
+            logger.info("%s: no folder with its queries is known (--data_dir): tables show ids only", lang)
+
+    def passages(lang: str, wanted: set[str]) -> dict[str, str]:
+        if lang not in folders or not (folders[lang] / f"miracl-corpus-v1.0-{lang}").is_dir():
+            return {}
+        files = miracl.corpus_files(lang, folders[lang])
+        return {p.docid: p.text for path in files for p in corpus.read_file(path) if p.docid in wanted}
+
+    return Texts(queries, qrels, passages if folders else None)
