@@ -1,1 +1,1 @@
-"""What makes training data: hard negatives, the queries they answer, rows split by length; a loop through files."""
+"""From any corpus to a training file: mine negatives, ask for their queries, check, convert (``python -m FlagEmbedding.mining``)."""
