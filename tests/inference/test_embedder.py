@@ -1,0 +1,305 @@
+"""FlagModel and BGEM3FlagModel against the plain transformers forward and the formulas written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoTokenizer
+
+import FlagEmbedding
+from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
+from FlagEmbedding.inference.embedder import target_devices
+from FlagEmbedding.utils.errors import UsageError
+
+TEXTS = [
+    "강",
+    "The Han river runs through Seoul and reaches the Yellow Sea.",
+    "रود",
+    "گنگا and the river and the river and the sea, " * 4,
+    "",
+    "one two three",
+]
+
+
+class Reference:
+    """One text at a time, by transformers and the formulas of BGE-M3."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).eval()
+        self.heads = {
+            name: torch.load(folder / f"{name}_linear.pt", weights_only=True)
+            for name in ("colbert", "sparse")
+            if (folder / f"{name}_linear.pt").exists()
+        }
+
+    @torch.inference_mode()
+    def states(self, text: str, max_length: int = 128) -> tuple[list[int], torch.Tensor]:
+        features = self.tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        ids, mask = features["input_ids"], features["attention_mask"]
+        return ids[0].tolist(), self.model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+
+    def dense(self, text: str, pooling: str = "cls", max_length: int = 128) -> np.ndarray:
+        hidden = self.states(text, max_length)[1]
+        return F.normalize(hidden[0] if pooling == "cls" else hidden.mean(dim=0), dim=0).numpy()
+
+    def lexical(self, text: str) -> dict[str, float]:
+        ids, hidden = self.states(text)
+        head = self.heads["sparse"]
+        weights = torch.relu(hidden @ head["weight"].T + head["bias"])[:, 0].tolist()
+        unused = set(self.tokenizer.all_special_ids) - {self.tokenizer.mask_token_id}
+        row: dict[str, float] = {}
+        for token, weight in zip(ids, weights, strict=True):
+            if token not in unused and weight > 0:
+                row[str(token)] = max(weight, row.get(str(token), 0.0))
+        return row
+
+    def colbert(self, text: str) -> np.ndarray:
+        hidden = self.states(text)[1][1:]
+        head = self.heads["colbert"]
+        return F.normalize(hidden @ head["weight"].T + head["bias"], dim=-1).numpy()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_heads_dir: Path) -> Reference:
+    return Reference(tiny_heads_dir)
+
+
+@pytest.fixture(scope="module")
+def m3(tiny_heads_dir: Path) -> BGEM3FlagModel:
+    return BGEM3FlagModel(str(tiny_heads_dir))
+
+
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_dense_vectors(tiny_heads_dir: Path, reference: Reference, engine: str, pooling: str) -> None:
+    model = FlagModel(str(tiny_heads_dir), pooling_method=pooling, engine=engine)
+    found = model.encode(TEXTS, batch_size=2, max_length=40)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float32
+    expected = np.stack([reference.dense(text, pooling, 40) for text in TEXTS])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_one_text_many_texts_no_text_and_tensors(tiny_heads_dir: Path) -> None:
+    model = FlagModel(str(tiny_heads_dir))
+    many = model.encode(TEXTS)
+    assert model.encode(TEXTS[1]).shape == (32,)
+    np.testing.assert_allclose(model.encode(TEXTS[1]), many[1], atol=1e-6)
+    assert model.encode([]).shape == (0, 32)
+    tensors = model.encode(TEXTS, convert_to_numpy=False)
+    assert isinstance(tensors, torch.Tensor)
+    np.testing.assert_array_equal(tensors.numpy(), many)
+    with pytest.raises(UsageError, match="expected texts, found int"):
+        model.encode(["a", 3])
+
+
+def test_more_texts_than_a_window_keep_their_order(tiny_heads_dir: Path) -> None:
+    texts = [f"{i} {'x ' * (i % 7)}" for i in range(2100)]
+    model = FlagModel(str(tiny_heads_dir))
+    found = model.encode(texts)
+    assert found.shape == (2100, 32)
+    for i in (0, 2047, 2048, 2099):
+        np.testing.assert_allclose(found[i], model.encode(texts[i]), atol=1e-5)
+    two = FlagModel(str(tiny_heads_dir), devices=["cpu", "cpu"])
+    np.testing.assert_allclose(two.encode(texts), found, atol=1e-6)
+
+
+def test_instructions_go_before_the_text(tiny_heads_dir: Path) -> None:
+    plain = FlagModel(str(tiny_heads_dir))
+    told = FlagModel(
+        str(tiny_heads_dir),
+        query_instruction_for_retrieval="query: ",
+        passage_instruction_for_retrieval="passage",
+        passage_instruction_format="{}:\\n{}",
+    )
+    np.testing.assert_array_equal(told.encode_queries(TEXTS), plain.encode([f"query: {text}" for text in TEXTS]))
+    np.testing.assert_array_equal(told.encode_corpus("a b"), plain.encode("passage:\na b"))
+    np.testing.assert_array_equal(told.encode(TEXTS), plain.encode(TEXTS))
+
+
+def test_lengths_of_queries_and_passages(tiny_heads_dir: Path) -> None:
+    model = FlagModel(str(tiny_heads_dir), query_max_length=8, passage_max_length=12)
+    np.testing.assert_array_equal(model.encode_queries(TEXTS), model.encode(TEXTS, max_length=8))
+    np.testing.assert_array_equal(model.encode_corpus(TEXTS), model.encode(TEXTS, max_length=12))
+    assert np.abs(model.encode_queries(TEXTS[3]) - model.encode_corpus(TEXTS[3])).max() > 1e-3
+
+
+def test_shorter_and_unnormalised_vectors(tiny_heads_dir: Path) -> None:
+    whole = FlagModel(str(tiny_heads_dir)).encode(TEXTS)
+    short = FlagModel(str(tiny_heads_dir), truncate_dim=8).encode(TEXTS)
+    expected = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+    raw = FlagModel(str(tiny_heads_dir), normalize_embeddings=False).encode(TEXTS)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dtype": "bf16"}, torch.bfloat16),
+        ({"use_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+        ({"use_fp16": True}, torch.float32),  # as upstream: fp16 is for GPUs
+        ({"use_fp16": True, "dtype": "bf16"}, torch.bfloat16),
+    ],
+)
+def test_the_dtype_is_honoured_on_a_cpu(tiny_heads_dir: Path, settings: dict[str, Any], expected: torch.dtype) -> None:
+    model = FlagModel(str(tiny_heads_dir), devices="cpu", **settings)
+    assert next(model.model.parameters()).dtype is expected
+    exact = FlagModel(str(tiny_heads_dir), devices="cpu").encode(TEXTS)
+    difference = np.abs(model.encode(TEXTS) - exact).max()
+    assert difference < 0.1
+    assert (difference > 1e-4) == (expected is torch.bfloat16)
+
+
+def test_experts_need_no_flag(tiny_moe_dir: Path) -> None:
+    found = FlagModel(str(tiny_moe_dir)).encode(TEXTS)
+    np.testing.assert_array_equal(FlagModel(str(tiny_moe_dir), moe="intermediate").encode(TEXTS), found)
+    np.testing.assert_allclose(FlagModel(str(tiny_moe_dir), engine="padded").encode(TEXTS), found, atol=1e-5)
+    with pytest.raises(UsageError, match="--moe output"):
+        FlagModel(str(tiny_moe_dir), moe="output")
+
+
+def test_pooling_comes_from_the_checkpoint_unless_given(tiny_model_dir: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(tiny_model_dir, folder := tmp_path / "mean")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    assert FlagModel(str(folder)).pooling_method == "mean"
+    assert FlagModel(str(folder), pooling_method="cls").pooling_method == "cls"
+    assert FlagModel(str(tiny_model_dir)).pooling_method == "cls"
+
+
+def test_three_outputs(m3: BGEM3FlagModel, reference: Reference) -> None:
+    found = m3.encode(TEXTS, batch_size=4, return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    assert list(found) == ["dense_vecs", "lexical_weights", "colbert_vecs"]
+    np.testing.assert_allclose(found["dense_vecs"], np.stack([reference.dense(text) for text in TEXTS]), atol=1e-5)
+    for text, weights, vectors in zip(TEXTS, found["lexical_weights"], found["colbert_vecs"], strict=True):
+        expected = reference.lexical(text)
+        assert list(weights) == list(expected)
+        np.testing.assert_allclose(list(weights.values()), list(expected.values()), atol=1e-5)
+        np.testing.assert_allclose(vectors, reference.colbert(text), atol=1e-5)
+    assert any(found["lexical_weights"])
+
+
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_outputs_do_not_depend_on_the_engine_or_the_neighbours(
+    tiny_heads_dir: Path, m3: BGEM3FlagModel, engine: str
+) -> None:
+    everything = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
+    model = BGEM3FlagModel(str(tiny_heads_dir), engine=engine, **everything)
+    together = model.encode_corpus(TEXTS, batch_size=1, max_length=64)
+    for i, text in enumerate(TEXTS):
+        alone = m3.encode(text, max_length=64, **everything)
+        np.testing.assert_allclose(alone["dense_vecs"], together["dense_vecs"][i], atol=1e-5)
+        np.testing.assert_allclose(alone["colbert_vecs"], together["colbert_vecs"][i], atol=1e-5)
+        assert alone["lexical_weights"].keys() == together["lexical_weights"][i].keys()
+
+
+def test_only_what_was_asked_for(m3: BGEM3FlagModel) -> None:
+    found = m3.encode(TEXTS)
+    assert found["lexical_weights"] is None
+    assert found["colbert_vecs"] is None
+    found = m3.encode_queries("a b", return_dense=False, return_sparse=True)
+    assert found["dense_vecs"] is None
+    assert isinstance(found["lexical_weights"], dict)
+    with pytest.raises(UsageError, match="nothing to encode"):
+        m3.encode(TEXTS, return_dense=False)
+
+
+def test_scores_of_pairs(m3: BGEM3FlagModel, reference: Reference) -> None:
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[5], TEXTS[3]), (TEXTS[1], TEXTS[1])]
+    found = m3.compute_score(pairs, weights_for_different_modes=[0.4, 0.2, 0.4])
+    assert isinstance(found, dict)
+    assert set(found) == {"colbert", "sparse", "dense", "sparse+dense", "colbert+sparse+dense"}
+    for i, (query, passage) in enumerate(pairs):
+        dense = float(reference.dense(query) @ reference.dense(passage))
+        q, p = reference.lexical(query), reference.lexical(passage)
+        sparse = sum(q[token] * p[token] for token in q.keys() & p.keys())
+        colbert = float((reference.colbert(query) @ reference.colbert(passage).T).max(axis=1).mean())
+        assert found["dense"][i] == pytest.approx(dense, abs=1e-5)
+        assert found["sparse"][i] == pytest.approx(sparse, abs=1e-5)
+        assert found["colbert"][i] == pytest.approx(colbert, abs=1e-5)
+        assert found["sparse+dense"][i] == pytest.approx((0.4 * dense + 0.2 * sparse) / 0.6, abs=1e-5)
+        hybrid = 0.4 * dense + 0.2 * sparse + 0.4 * colbert
+        assert found["colbert+sparse+dense"][i] == pytest.approx(hybrid, abs=1e-5)
+    single = m3.compute_score(pairs[0], weights_for_different_modes=[0.4, 0.2, 0.4])
+    assert isinstance(single, dict)
+    assert single["dense"] == pytest.approx(found["dense"][0], abs=1e-6)
+    assert m3.compute_score([]) == []
+    with pytest.raises(UsageError, match="dense, sparse and colbert"):
+        m3.compute_score(pairs, weights_for_different_modes=[1.0])
+
+
+def test_scores_between_representations(m3: BGEM3FlagModel) -> None:
+    one, other = {"5": 2.0, "7": 1.0}, {"7": 3.0, "9": 1.0}
+    assert m3.compute_lexical_matching_score(one, other) == 3.0
+    np.testing.assert_array_equal(m3.compute_lexical_matching_score([one, other], [other]), [[3.0], [10.0]])
+    with pytest.raises(ValueError, match="two dictionaries"):
+        m3.compute_lexical_matching_score(one, [other])
+    q, p = np.eye(2, 3, dtype=np.float32), np.array([[0.5, 0.2, 0], [0.1, 0.9, 0]], dtype=np.float32)
+    assert m3.colbert_score(q, p).item() == pytest.approx((0.5 + 0.9) / 2)
+
+
+def test_ids_become_tokens(m3: BGEM3FlagModel, reference: Reference) -> None:
+    weights = m3.encode([TEXTS[1], TEXTS[5]], return_sparse=True)["lexical_weights"]
+    named = m3.convert_id_to_token(weights)
+    assert [list(row.values()) for row in named] == [list(row.values()) for row in weights]
+    first = next(iter(weights[0]))
+    assert next(iter(named[0])) == reference.tokenizer.decode([int(first)])
+    assert m3.convert_id_to_token(weights[0]) == named[0]
+
+
+def test_a_checkpoint_without_heads_gives_dense_vectors_only(tiny_model_dir: Path) -> None:
+    model = BGEM3FlagModel(str(tiny_model_dir))
+    assert model.encode("text")["dense_vecs"].shape == (32,)
+    with pytest.raises(UsageError, match="no sparse and colbert heads"):
+        model.encode("text", return_sparse=True)
+    with pytest.raises(UsageError, match="no sparse and colbert heads"):
+        model.compute_score(("a", "b"))
+
+
+def test_the_published_module(tiny_heads_dir: Path, reference: Reference) -> None:
+    module = BGEM3ForInference(model_name=str(tiny_heads_dir))
+    features = reference.tokenizer(TEXTS, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    output = module(text_input=features, return_dense=True, return_sparse=True, return_colbert=True)
+    length = features["input_ids"].shape[1]
+    assert output["sparse_vecs"].shape == (6, length, 1)
+    assert output["colbert_vecs"].shape == (6, length - 1, 16)
+    wide = module(text_input=features, return_dense=False, return_sparse=True, return_sparse_embedding=True)
+    assert list(wide) == ["sparse_vecs"]
+    for i, text in enumerate(TEXTS):
+        np.testing.assert_allclose(output["dense_vecs"][i], reference.dense(text, max_length=64), atol=1e-5)
+        if len(reference.states(text)[0]) > 64:
+            continue
+        vectors = reference.colbert(text)
+        np.testing.assert_allclose(output["colbert_vecs"][i, : len(vectors)], vectors, atol=1e-5)
+        assert not output["colbert_vecs"][i, len(vectors) :].any()
+        expected = np.zeros(wide["sparse_vecs"].shape[1], dtype=np.float32)
+        for token, weight in reference.lexical(text).items():
+            expected[int(token)] = weight
+        np.testing.assert_allclose(wide["sparse_vecs"][i], expected, atol=1e-5)
+    with pytest.raises(UsageError, match="at least one"):
+        module(text_input=features, return_dense=False)
+
+
+def test_devices() -> None:
+    assert target_devices("cpu") == ["cpu"]
+    assert target_devices(1) == ["cuda:1"]
+    assert target_devices([0, 2]) == ["cuda:0", "cuda:2"]
+    if not torch.cuda.is_available():
+        assert target_devices(None) == ["cpu"]
+    with pytest.raises(UsageError, match="empty list"):
+        target_devices([])
+
+
+def test_public_names() -> None:
+    assert {"FlagModel", "BGEM3FlagModel", "BGEM3ForInference"} <= set(dir(FlagEmbedding))
