@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from FlagEmbedding.utils.errors import UsageError
@@ -60,10 +59,12 @@ class ModelArguments:
     sentence_pooling_method: Literal["cls", "mean"] = field(
         default="cls", metadata={"help": "Which hidden states become the dense vector."}
     )
-    normalize_embeddings: bool = HfArg(
+    normalize_embeddings: bool = field(
         default=True,
-        aliases=["--normlized", "--normalized"],
-        help="L2-normalise dense (and colbert) vectors. Published spelling: --normlized.",
+        metadata={
+            "aliases": ["--normlized", "--normalized"],
+            "help": "L2-normalise dense (and colbert) vectors. Published spelling: --normlized.",
+        },
     )
     colbert_dim: int = field(default=-1, metadata={"help": "Width of the colbert vectors; -1: the hidden size."})
 

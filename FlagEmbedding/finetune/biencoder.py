@@ -147,6 +147,7 @@ class BGEM3Model(M3Encoder):
         self.penalty_weight = penalty_weight
         self.router_aux_loss_coef = router_aux_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
+        self.all_rows = router_aux_loss_coef > 0 or router_z_loss_coef > 0
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
         select_trainable(
             self, only_train, fix_encoder=fix_encoder, fix_position_embedding=fix_position_embedding

@@ -113,9 +113,9 @@ def _engine(a: Arguments) -> Iterator[str]:
 
 
 def _training(a: Arguments) -> Iterator[str]:
-    if str(a.training.eval_strategy.value) != "no":
+    if a.training.eval_strategy != "no":  # an enum that compares to its text
         yield (
-            f"--eval_strategy {a.training.eval_strategy.value}: run.py does not evaluate while training; "
+            f"--eval_strategy {getattr(a.training.eval_strategy, 'value', a.training.eval_strategy)}: run.py does not evaluate while training; "
             "use evaluation/step0 to step2 on the checkpoints"
         )
     if a.training.load_best_model_at_end:

@@ -27,26 +27,23 @@ class RouterMonitor:
     """Accumulates routing statistics between log lines and compares the probe's routing with its first."""
 
     def __init__(self) -> None:
-        self._load: Tensor | None = None  # [layers, E] tokens sent to each expert
+        self._load: Tensor | None = None  # [layers, E] choices that fell on each expert
         self._entropy: Tensor | None = None  # [layers] summed over tokens
-        self._tokens = 0
+        self._tokens: Tensor | None = None  # [layers]; the last layer routes first tokens alone for cls vectors
         self._probe: TokenBatch | None = None
-        self._first: Tensor | None = None  # [layers, T, K] experts chosen at the start
+        self._first: list[Tensor] = []  # per layer [T, K], experts chosen at the start
 
     def observe(self, layers: list[list[Routing]]) -> None:
         """Add one forward's routing (one list of calls per layer)."""
-        statistics = [
-            routing_statistics(
-                torch.cat([call.logits.detach() for call in calls]), torch.cat([call.experts for call in calls])
-            )
-            for calls in layers
-        ]
+        joined = [(_logits(calls), torch.cat([call.experts for call in calls])) for calls in layers]
+        statistics = [routing_statistics(logits, experts) for logits, experts in joined]
         load = torch.stack([item.tokens_per_expert for item in statistics]).double()
-        entropy = torch.stack([item.entropy for item in statistics]).double()
-        tokens = sum(call.logits.shape[0] for call in layers[0])
-        self._load = load if self._load is None else self._load + load
-        self._entropy = entropy * tokens if self._entropy is None else self._entropy + entropy * tokens
-        self._tokens += tokens
+        tokens = torch.tensor([len(logits) for logits, _ in joined], dtype=torch.float64, device=load.device)
+        entropy = torch.stack([item.entropy for item in statistics]).double() * tokens
+        if self._load is None or self._entropy is None or self._tokens is None:
+            self._load, self._entropy, self._tokens = load, entropy, tokens
+        else:
+            self._load, self._entropy, self._tokens = self._load + load, self._entropy + entropy, self._tokens + tokens
 
     def start_probe(self, model: BGEM3Model, query: dict[str, Tensor], passage: dict[str, Tensor]) -> None:
         """Choose the probe from the first batch, once, and remember how it is routed now."""
@@ -57,7 +54,7 @@ class RouterMonitor:
 
     def summary(self, model: BGEM3Model) -> dict[str, Any]:
         """Statistics since the last call, and start anew. Empty when nothing was observed."""
-        if self._load is None or self._entropy is None or not self._tokens:
+        if self._load is None or self._entropy is None or self._tokens is None:
             return {}
         share = self._load / self._load.sum(dim=1, keepdim=True)
         entropy = self._entropy / self._tokens
@@ -68,17 +65,16 @@ class RouterMonitor:
             "router_load_max": float(share.max()),
             "router_entropy": float(entropy.mean()),
         }
-        if self._probe is not None and self._first is not None:
-            now = self._route_probe(model)
-            changed = (now != self._first.to(now.device)).any(dim=-1).double()
-            result["router_changed"] = float(changed.mean())
-            result["router_changed_per_layer"] = [round(value, 6) for value in changed.mean(dim=1).tolist()]
-        self._load = self._entropy = None
-        self._tokens = 0
+        if self._probe is not None:
+            pairs = zip(self._route_probe(model), self._first, strict=True)
+            changed = [float((now != first.to(now.device)).any(dim=-1).double().mean()) for now, first in pairs]
+            result["router_changed"] = sum(changed) / len(changed)
+            result["router_changed_per_layer"] = [round(value, 6) for value in changed]
+        self._load = self._entropy = self._tokens = None
         return result
 
     @torch.no_grad()
-    def _route_probe(self, model: BGEM3Model) -> Tensor:
+    def _route_probe(self, model: BGEM3Model) -> list[Tensor]:
         assert self._probe is not None
         was_training = model.training
         model.eval()
@@ -89,21 +85,20 @@ class RouterMonitor:
         model.train(was_training)
         # The order of tokens within a call is the engine's, the same every time for the same rows. The set of chosen
         # experts counts, not their order by weight.
-        return torch.stack([torch.cat([call.experts for call in calls]).sort(dim=-1).values for calls in tape.layers])
+        return [torch.cat([call.experts for call in calls]).sort(dim=-1).values for calls in tape.layers]
 
     def save(self, folder: Path) -> None:
         """Write the probe, its first routing and the counts since the last log line into a checkpoint folder."""
-        if self._probe is None or self._first is None:
+        if self._probe is None:
             return
         tensors = {
             "ids": self._probe.ids.cpu(),
             "lengths": torch.tensor(self._probe.lengths),
             "padded_length": torch.tensor([self._probe.padded_length]),
-            "first": self._first.cpu().contiguous(),
-            "tokens": torch.tensor([self._tokens]),
+            **{f"first.{layer}": experts.cpu().contiguous() for layer, experts in enumerate(self._first)},
         }
-        if self._load is not None and self._entropy is not None:
-            tensors |= {"load": self._load.cpu(), "entropy": self._entropy.cpu()}
+        if self._load is not None and self._entropy is not None and self._tokens is not None:
+            tensors |= {"load": self._load.cpu(), "entropy": self._entropy.cpu(), "tokens": self._tokens.cpu()}
         save_file(tensors, folder / PROBE_FILE)
 
     def load(self, folder: Path, device: torch.device) -> None:
@@ -112,7 +107,11 @@ class RouterMonitor:
             return
         tensors = load_file(folder / PROBE_FILE)
         self._probe = TokenBatch(tensors["ids"], tensors["lengths"].tolist(), int(tensors["padded_length"]))
-        self._first = tensors["first"]
-        self._tokens = int(tensors["tokens"])
+        layers = sum(name.startswith("first.") for name in tensors)
+        self._first = [tensors[f"first.{layer}"] for layer in range(layers)]
         if "load" in tensors:
-            self._load, self._entropy = tensors["load"].to(device), tensors["entropy"].to(device)
+            self._load, self._entropy, self._tokens = (tensors[n].to(device) for n in ("load", "entropy", "tokens"))
+
+
+def _logits(calls: list[Routing]) -> Tensor:
+    return torch.cat([call.logits.detach() for call in calls])

@@ -49,19 +49,19 @@ def run(arguments: Arguments) -> TrainingSummary:
     # Process 0 prepares the rows, the others then open what it wrote.
     with training.main_process_first(desc="reading the training data"):
         dataset = TrainDataset(arguments.data.train_data, data_config(arguments))
+    sampler = TaskBatchSampler(
+        dataset,
+        batch_size=training.per_device_train_batch_size,
+        seed=dataset.config.seed,
+        num_processes=training.world_size,
+        drop_last=training.dataloader_drop_last,
+    )
     model = build_model(arguments, sharded)
     collator = TrainCollator(
         model.tokenizer,
         query_max_len=arguments.data.query_max_len,
         passage_max_len=arguments.data.passage_max_len,
         with_neg_q=arguments.loss.penalty_weight > 0,
-    )
-    sampler = TaskBatchSampler(
-        dataset,
-        batch_size=training.per_device_train_batch_size,
-        seed=training.seed,
-        num_processes=training.world_size,
-        drop_last=training.dataloader_drop_last,
     )
     trainer = BiEncoderTrainer(
         model=model,

@@ -7,7 +7,6 @@ carries what stands between two log lines, so that a resumed run logs what the u
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,8 +140,7 @@ class BiEncoderTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
+        folder = str(output_dir or self.args.output_dir)
         self._bare_model().save(folder, state_dict=state_dict)
         write_json_atomic(Path(folder) / TRAINING_ARGS_FILE, self.train_arguments)
 

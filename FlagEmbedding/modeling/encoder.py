@@ -106,6 +106,9 @@ class M3Encoder(nn.Module):
         self.normalize = normalize
         self.engine = engine or EngineConfig()
         self.enable_sub_batch = enable_sub_batch
+        # The packed engine computes the last layer for first tokens alone where nothing else is read. A router loss
+        # reads the routing of all tokens, and sets this.
+        self.all_rows = False
 
     def encode(self, batches: Sequence[TokenBatch], want: Sequence[Iterable[str]]) -> list[Representations]:
         """Encode several roles at once.
@@ -194,7 +197,7 @@ class M3Encoder(nn.Module):
     def _encode_slab(self, tokens: TokenBatch, kinds: frozenset[str]) -> Representations:
         from FlagEmbedding.modeling.packed import packed_forward
 
-        first_rows_only = kinds == {"dense"} and self.pooling == "cls"
+        first_rows_only = kinds == {"dense"} and self.pooling == "cls" and not self.all_rows
         states = packed_forward(self.model, tokens, first_rows_only=first_rows_only)
         dense = None
         if first_rows_only:

@@ -37,9 +37,15 @@ def add_bool_flag(
     parser: argparse._ActionsContainer, *names: str, default: bool = False, help: str = "", dest: str | None = None
 ) -> None:
     """Add a switch that may stand bare (``--fp16``) or with a value (``--fp16 y``, ``--fp16 False``)."""
-    extra = {"dest": dest} if dest else {}
     parser.add_argument(
-        *names, nargs="?", const=True, default=default, type=parse_bool, metavar="BOOL", help=help, **extra
+        *names,
+        dest=dest or names[0].lstrip("-").replace("-", "_"),
+        nargs="?",
+        const=True,
+        default=default,
+        type=parse_bool,
+        metavar="BOOL",
+        help=help,
     )
 
 

@@ -215,3 +215,13 @@ def test_padding_changes_neither_loss_nor_router_terms(tiny_moe_dir: Path) -> No
         assert float(narrow.loss) == pytest.approx(float(padded.loss), abs=1e-10)
         for name in ("router_aux_loss", "router_z_loss"):
             assert float(narrow.terms[name]) == pytest.approx(float(padded.terms[name]), abs=1e-6)
+
+
+def test_router_terms_do_not_depend_on_the_engine(tiny_moe_dir: Path) -> None:
+    query, passage, neg_q, _ = batch_for(tiny_moe_dir, 2, 3, [1, 2, 4, 5], False)
+    outputs = [
+        make(tiny_moe_dir, engine, router_aux_loss_coef=0.5, router_z_loss_coef=0.5)(query, passage, None, None, neg_q)
+        for engine in ("packed", "padded")
+    ]
+    assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), abs=1e-9)
+    assert float(outputs[0].terms["router_aux_loss"]) > 0.5
