@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.moe import token_mask
+from FlagEmbedding.modeling.packed import packed_forward, plan_slabs
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
@@ -174,12 +175,8 @@ class M3Encoder(nn.Module):
 
     def _encode_packed(self, batches: Sequence[TokenBatch], kinds: frozenset[str]) -> list[Representations]:
         """All rows of ``batches`` sorted by length, slab after slab through ``modeling.packed``, order restored."""
-        from FlagEmbedding.modeling.packed import plan_slabs
-
         together = TokenBatch.cat(batches)
-        order = sorted(range(len(together)), key=lambda row: -together.lengths[row])
-        plan = plan_slabs([together.lengths[row] for row in order], self.engine.slab_tokens)
-        slabs = [[order[position] for position in slab] for slab in plan]
+        slabs = plan_slabs(together.lengths, self.engine.slab_tokens)
         caching = self.engine.grad_cache and torch.is_grad_enabled()
         parts = []
         for slab in slabs:
@@ -195,8 +192,6 @@ class M3Encoder(nn.Module):
         return _split(joined, batches)
 
     def _encode_slab(self, tokens: TokenBatch, kinds: frozenset[str]) -> Representations:
-        from FlagEmbedding.modeling.packed import packed_forward
-
         first_rows_only = kinds == {"dense"} and self.pooling == "cls" and not self.all_rows
         states = packed_forward(self.model, tokens, first_rows_only=first_rows_only)
         dense = None
