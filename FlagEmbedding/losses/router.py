@@ -8,26 +8,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from FlagEmbedding.losses.precision import full_precision
 
 
 class RoutingStatistics(NamedTuple):
-    """``tokens_per_expert`` ``[E]``: choices that fell on each expert; ``entropy``: of the router's softmax, in nats."""
+    """``tokens_per_expert`` ``[E]`` int64: choices on each expert; ``entropy``: the mean, in nats."""
 
     tokens_per_expert: Tensor
     entropy: Tensor
 
 
+@full_precision
 def load_balance_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
-    """``E · Σ_e f_e · P_e``: f_e the share of choices on expert e, P_e its mean router probability.
+    """``E · Σ_e f_e · P_e``: f_e the share of choices on expert e, P_e its mean router probability over the tokens.
 
-    1 when both are uniform, up to E when one expert takes everything; the gradient goes through P alone
-    (Fedus et al. 2021, Switch Transformers, equations 4 to 6; for K > 1 the shares are over all choices).
+    1 when both are uniform, up to E when one expert takes everything; the gradient goes through P alone. Use it (weight
+    about 0.01) when the statistics show an expert starving. Source: Fedus et al. 2021 (Switch Transformers), equations
+    4 to 6; for K > 1 the shares are over all choices.
 
     Args:
-        router_logits: ``[T, E]``.
-        experts: ``[T, K]`` int64.
+        router_logits: ``[T, E]`` floating, real tokens only.
+        experts: ``[T, K]`` int64, the chosen ones.
 
     Returns:
         scalar; 0 for no tokens.
@@ -35,16 +38,19 @@ def load_balance_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
     tokens, count = router_logits.shape
     if not tokens:
         return router_logits.sum() * 0
-    probabilities = torch.softmax(router_logits, dim=-1).mean(dim=0)
-    shares = F.one_hot(experts, count).to(router_logits.dtype).sum(dim=(0, 1)) / experts.numel()
+    probabilities = torch.softmax(router_logits, dim=-1).mean(dim=0)  # [E]
+    shares = torch.bincount(experts.flatten(), minlength=count).to(probabilities.dtype) / experts.numel()  # [E]
     return count * (shares * probabilities).sum()
 
 
+@full_precision
 def z_loss(router_logits: Tensor) -> Tensor:
-    """``mean_t (log Σ_e exp x_te)²``, which keeps the router's logits small (Zoph et al. 2022, ST-MoE, equation 5).
+    """``mean_t (log Σ_e exp x_te)²`` keeps the router's logits small, so that its softmax stays exact and unsaturated.
+
+    Use it (weight about 0.001) when router logits grow during training. Source: Zoph et al. 2022 (ST-MoE), equation 5.
 
     Args:
-        router_logits: ``[T, E]``.
+        router_logits: ``[T, E]`` floating, real tokens only.
 
     Returns:
         scalar; 0 for no tokens.
@@ -54,8 +60,19 @@ def z_loss(router_logits: Tensor) -> Tensor:
     return torch.logsumexp(router_logits, dim=-1).square().mean()
 
 
+@torch.no_grad()
+@full_precision
 def routing_statistics(router_logits: Tensor, experts: Tensor) -> RoutingStatistics:
-    """Choices an expert and the mean entropy of the router's softmax over all experts (no gradient)."""
-    log_probabilities = torch.log_softmax(router_logits.detach(), dim=-1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
-    return RoutingStatistics(F.one_hot(experts, router_logits.shape[1]).sum(dim=(0, 1)), entropy)
+    """How the choices fall on the experts, and how sure the router is: the mean entropy of its softmax over all E.
+
+    Args:
+        router_logits: ``[T, E]`` floating, real tokens only.
+        experts: ``[T, K]`` int64.
+
+    Returns:
+        Counts ``[E]`` that sum to T·K, and a scalar in [0, log E]; both 0 for no tokens. No gradient.
+    """
+    tokens_per_expert = torch.bincount(experts.flatten(), minlength=router_logits.shape[1])
+    log_probabilities = torch.log_softmax(router_logits, dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum() / max(1, router_logits.shape[0])
+    return RoutingStatistics(tokens_per_expert, entropy)
