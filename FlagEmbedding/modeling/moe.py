@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,6 @@ from FlagEmbedding.utils.errors import UsageError
 
 __all__ = ["ExpertLinear", "MoEConfig", "MoELinear", "Routing", "RoutingTape", "record_routing", "token_mask"]
 
-Place = Literal["intermediate", "output"]
-RouterGradient = Literal["none", "straight_through"]
 PLACES = ("intermediate", "output")
 
 

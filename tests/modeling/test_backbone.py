@@ -137,6 +137,24 @@ def test_another_configuration(tiny_model_dir: Path, tiny_moe_dir: Path) -> None
     assert getattr(config, "moe", None) is None  # the caller's object is not touched
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_hub_id_from_the_local_cache(weights: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The cache's own layout; the tests run offline."""
+    repository = tmp_path / "models--Org--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40, "utf-8")
+    shutil.copy(tiny_model_dir / "config.json", snapshot)
+    state = load_file(tiny_model_dir / "model.safetensors")
+    if weights.endswith(".bin"):
+        torch.save(state, snapshot / weights)
+    else:
+        save_file(state, snapshot / weights, metadata={"format": "pt"})
+    model = load_backbone("Org/name", cache_dir=str(tmp_path))
+    assert same_weights(model, load_backbone(tiny_model_dir))
+
+
 # ---- experts ----
 
 
