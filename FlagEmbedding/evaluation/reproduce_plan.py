@@ -1,0 +1,221 @@
+"""What the table consists of: rows from table.yaml, cells (row, language, seed), and each cell's chain of commands.
+
+A cell is four public commands: run.py, step 0, step 1, step 2. Every stage has a key: a hash over everything that
+decides its product (recipe, options, seed, base model, training file, corpus, topics, judgements, and the key of the
+stage before). A stage whose recorded key is the present one and whose product is there is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from FlagEmbedding.retrieval.index import index_name
+from FlagEmbedding.utils.errors import DataError, UsageError
+
+STAGES = ("train", "index", "search", "score")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: the base model as it is (no recipe), or trained after a recipe on a file a language."""
+
+    name: str
+    recipe: Path | None
+    train_file: str | None
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Table:
+    """table.yaml: rows in order, and the published scores (× 100) by row name, language and measure."""
+
+    rows: list[Row]
+    published: dict[str, dict[str, dict[str, float]]]
+    source: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's model for one language and seed (None: the base model needs none)."""
+
+    row: Row
+    lang: str
+    seed: int | None
+
+    @property
+    def id(self) -> str:
+        return f"{self.row.slug}-{self.lang}" + ("" if self.seed is None else f"-seed{self.seed}")
+
+    def __str__(self) -> str:
+        return f"{self.row.name}, {self.lang}" + ("" if self.seed is None else f", seed {self.seed}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every cell shares.
+
+    Attributes:
+        root: the checkout, where run.py and evaluation/ are.
+        base_model: hub id or folder.
+        train_options, index_options, search_options: further words of the commands.
+        launcher: words before ``run.py`` (a Python, or torchrun with its options).
+    """
+
+    root: Path
+    output_dir: Path
+    base_model: str
+    train_dir: Path
+    data_dir: Path | None
+    split: str
+    metrics: list[str]
+    train_options: list[str]
+    index_options: list[str]
+    search_options: list[str]
+    launcher: list[str]
+    python: str
+
+    def encoder(self, cell: Cell) -> str:
+        """The model a cell evaluates."""
+        return self.base_model if cell.row.recipe is None else str(self.output_dir / "models" / cell.id)
+
+    def train_file(self, cell: Cell) -> Path:
+        assert cell.row.train_file is not None
+        return self.train_dir / cell.row.train_file.format(lang=cell.lang)
+
+    def index_dir(self, cell: Cell) -> Path:
+        return self.output_dir / "corpus-index" / index_name(self.encoder(cell)) / cell.lang
+
+    def run_file(self, cell: Cell) -> Path:
+        return self.output_dir / "search_results" / index_name(self.encoder(cell)) / f"{cell.lang}.txt"
+
+    def score_file(self, cell: Cell) -> Path:
+        # One result folder a language: step 2 names its file after the model alone, and the base model has several.
+        return self.output_dir / "eval_results" / cell.lang / f"{index_name(self.encoder(cell))}.json"
+
+    def product(self, cell: Cell, stage: str) -> Path:
+        """The file whose presence says that a stage was finished."""
+        return {
+            "train": Path(self.encoder(cell)) / "config.json",
+            "index": self.index_dir(cell) / "index",
+            "search": self.run_file(cell),
+            "score": self.score_file(cell),
+        }[stage]
+
+    def command(self, cell: Cell, stage: str, qrels: Path | None = None) -> list[str]:
+        """The public command of a stage."""
+        steps = self.root / "evaluation"
+        encoder = self.encoder(cell)
+        data = [] if self.data_dir is None else ["--data_dir", str(self.data_dir)]
+        where = ["--encoder", encoder, "--languages", cell.lang, "--split", self.split]
+        index = ["--index_save_dir", str(self.output_dir / "corpus-index")]
+        runs = str(self.output_dir / "search_results")
+        if stage == "train":
+            words = ["--model_name_or_path", self.base_model, "--train_data", str(self.train_file(cell))]
+            words += ["--output_dir", encoder, "--seed", str(cell.seed), *self.train_options]
+            return [*self.launcher, str(self.root / "run.py"), str(cell.row.recipe), *words]
+        if stage == "index":
+            # --overwrite: what was left by other inputs goes, an unfinished index of the same inputs goes on.
+            words = [*where, *data, *index, "--overwrite", "True", *self.index_options]
+            return [self.python, str(steps / "step0-generate_embedding.py"), *words]
+        if stage == "search":
+            script = str(steps / "step1-search_results.py")
+            return [self.python, script, *where, *data, *index, "--result_save_dir", runs, *self.search_options]
+        folder = qrels or self.data_dir
+        judgements = [] if folder is None else ["--qrels_dir", str(folder)]
+        return [
+            self.python, str(steps / "step2-eval_dense_mldr.py"), *where, *judgements, "--search_result_save_dir", runs,
+            "--eval_result_save_dir", str(self.output_dir / "eval_results" / cell.lang), "--metrics", *self.metrics,
+        ]  # fmt: skip
+
+    def inputs(self, cell: Cell, stage: str) -> dict[str, Any]:
+        """The options of a stage that decide its product, free of folders."""
+        if stage == "train":
+            assert cell.row.recipe is not None
+            return {"recipe": _load(cell.row.recipe), "options": self.train_options, "seed": cell.seed}
+        if stage == "index":
+            return {"options": self.index_options, "lang": cell.lang}
+        if stage == "search":
+            return {"options": self.search_options, "split": self.split}
+        return {"metrics": self.metrics}
+
+
+def read_table(path: Path) -> Table:
+    """Read table.yaml and check that its recipes are there. Raises ``DataError``."""
+    value = _load(path)
+    rows: list[Row] = []
+    for number, item in enumerate(value.get("rows") or [], 1):
+        if not isinstance(item, dict) or not item.get("name") or set(item) - {"name", "recipe", "train_file"}:
+            raise DataError(f"{path}: row {number}: expected name, recipe and train_file, found {item!r}")
+        if bool(item.get("recipe")) != bool(item.get("train_file")):
+            raise DataError(f"{path}: row {item['name']!r}: recipe and train_file go together")
+        recipe = path.parent / item["recipe"] if item.get("recipe") else None
+        if recipe is not None and not recipe.is_file():
+            raise DataError(f"{path}: row {item['name']!r}: {recipe} does not exist")
+        rows.append(Row(item["name"], recipe, item.get("train_file")))
+    if not rows or len({row.slug for row in rows}) != len(rows):
+        raise DataError(f"{path}: expected rows with different names")
+    published = value.get("published") or {}
+    return Table(rows, published.get("scores") or {}, published.get("source") or "")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a mapping")
+    return value
+
+
+def choose_rows(table: Table, names: Sequence[str] | None) -> list[Row]:
+    """The rows asked for by name or slug, in table order; None: all."""
+    if not names:
+        return table.rows
+    known = {key: row for row in table.rows for key in (row.name, row.slug)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"--rows {shlex.join(unknown)}: choose from {', '.join(row.slug for row in table.rows)}")
+    chosen = {known[name].slug for name in names}
+    return [row for row in table.rows if row.slug in chosen]
+
+
+def cells(rows: Sequence[Row], languages: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
+    """All cells, seed by seed, so that a whole table with one seed is there first."""
+    for place, seed in enumerate(seeds):
+        for row in rows:
+            for lang in languages:
+                if row.recipe is not None:
+                    yield Cell(row, lang, seed)
+                elif place == 0:
+                    yield Cell(row, lang, None)
+
+
+def stage_keys(options: Options, cell: Cell, fingerprints: dict[str, Any]) -> dict[str, str]:
+    """Key of every stage of a cell, each over its inputs and the key before it.
+
+    :param fingerprints: stage -> what it reads (hashes of files, names of hub data sets).
+    """
+    keys: dict[str, str] = {}
+    before = ""
+    for stage in STAGES:
+        if stage == "train" and cell.row.recipe is None:
+            before = json.dumps(fingerprints["train"]["base_model"])
+            continue
+        value = [stage, options.inputs(cell, stage), fingerprints[stage], before]
+        before = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        keys[stage] = before
+    return keys
