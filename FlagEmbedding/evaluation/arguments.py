@@ -46,7 +46,7 @@ class EncoderArguments:
     moe: str | None
     engine: str
     batch_size: int
-    workers: int
+    workers: int | None
     cache_dir: str | None
     trust_remote_code: bool
 
@@ -141,7 +141,7 @@ def _add_encoder_flags(parser: Parser, batch_size: int) -> None:
     add("--moe", choices=["intermediate", "output"], help="not needed; must agree with the checkpoint")
     add("--engine", choices=["packed", "padded"], default="packed", help="padded: transformers' own forward")
     add("--batch_size", type=int, default=batch_size, help="at most this many texts of full length at a time")
-    add("--workers", type=int, default=0, help="processes that tokenise ahead; 0: a thread")
+    add("--workers", type=int, help="processes that tokenise ahead; 0: a thread. Default: 0, on a GPU up to 8")
     add("--cache_dir", help="where the hub's files are kept")
     add_bool_flag(parser, "--trust_remote_code", help="run code that comes with the checkpoint")
 

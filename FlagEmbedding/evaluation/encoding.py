@@ -96,6 +96,7 @@ def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], conf
         else:
             check_identity(manifest, identity, folder / MANIFEST)
             logger.info("%s: %s is there already (--overwrite True encodes anew)", lang, folder)
+            shutil.rmtree(work, ignore_errors=True)  # a kill may have left some of it
         return False
     rule = "title and text (with_title)" if config.with_title else "text alone, as published"
     logger.info("%s: passages are %s", lang, rule)

@@ -22,7 +22,7 @@ from FlagEmbedding.evaluation.arguments import (
 from FlagEmbedding.evaluation.encoding import EncodingConfig, build_index
 from FlagEmbedding.evaluation.processes import on_main, processes
 from FlagEmbedding.inference.engine import DENSE, EncoderOptions, TextEncoder
-from FlagEmbedding.inference.precision import choose_device, half_precision
+from FlagEmbedding.inference.precision import choose_device, half_precision, tokenizer_workers
 from FlagEmbedding.retrieval.approximate import SearchEffort, recall, search_approximate
 from FlagEmbedding.retrieval.index import FlatIndex, index_folder, index_name
 from FlagEmbedding.retrieval.searcher import Hit, search
@@ -75,7 +75,7 @@ def load_encoder(arguments: EncoderArguments) -> TextEncoder:
         device=str(device),
         engine=arguments.engine,  # type: ignore[arg-type]
         moe=arguments.moe,
-        workers=arguments.workers,
+        workers=tokenizer_workers(device.type) if arguments.workers is None else arguments.workers,
         cache_dir=arguments.cache_dir,
         trust_remote_code=arguments.trust_remote_code,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -60,6 +61,14 @@ def half_precision(device: torch.device) -> str:
         return "fp16"
     logger.warning("--fp16: this processor has no fast fp16; going on with --dtype auto instead")
     return "auto"
+
+
+def tokenizer_workers(device_type: str) -> int:
+    """Processes that tokenise ahead: a thread (0) keeps up with a CPU; a GPU wants the process's share of the cores."""
+    if device_type != "cuda":
+        return 0
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, share - 1))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -101,10 +101,16 @@ class ShardStore:
     def create(
         cls, folder: Path, identity: dict[str, Any], rows: int, dimension: int, shard_size: int, **more: Any
     ) -> ShardStore:
-        """Start an empty store; ``more`` is kept in the manifest beside the identity."""
+        """Start an empty store; ``more`` is kept in the manifest beside the identity.
+
+        Whatever lies in ``folder`` without a manifest (a kill may have met its removal half done) goes first: a shard
+        of other arguments must never count as one of these.
+        """
         manifest = {"identity": identity, "rows": rows, "dimension": dimension, "shard_size": shard_size, **more}
         with clear_disk_errors(f"creating {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
             write_json_atomic(folder / MANIFEST, manifest)
         return cls(folder, manifest)
 

@@ -27,6 +27,16 @@ def test_auto_follows_the_processor_and_says_so(caplog: pytest.LogCaptureFixture
     assert f"dtype auto: {precision.dtype_name(expected)}" in caplog.text
 
 
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    assert precision.tokenizer_workers("cpu") == 0
+    assert precision.tokenizer_workers("cuda") == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert precision.tokenizer_workers("cuda") == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert precision.tokenizer_workers("cuda") == 1
+
+
 def test_fp16_on_a_cpu_is_auto_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
     assert precision.half_precision(CPU) == "auto"
     assert "no fast fp16" in caplog.text

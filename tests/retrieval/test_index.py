@@ -110,6 +110,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         assemble_index(store, tmp_path)
 
 
+def test_shards_without_a_manifest_never_count(tmp_path: Path) -> None:
+    store = fill(tmp_path, random_vectors(9, 4), 4)
+    (store.folder / "manifest.json").unlink()
+    assert ShardStore.open(store.folder, {"model": "m"}) is None
+    assert ShardStore.create(store.folder, {"model": "other"}, 9, 4, 4).finished() == set()
+
+
 def test_a_shard_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
     store = ShardStore.create(tmp_path / "shards", {}, 4, 3, 4)
     with pytest.raises(DataError, match=r"expected 4 rows of 3, got vectors \[3, 3\]"):
