@@ -1,1 +1,1 @@
-"""From any corpus to a training file: mine negatives, ask for their queries, check, convert (``python -m FlagEmbedding.mining``)."""
+"""What makes training data out of any corpus: hard negatives, the queries they answer, checks, conversions."""

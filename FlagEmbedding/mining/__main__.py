@@ -42,8 +42,8 @@ def help_page() -> str:
         [
             "usage: python -m FlagEmbedding.mining COMMAND [options]",
             "",
-            "From any corpus to a training file. Every command reads and writes JSON lines, goes on after a kill where it",
-            "stopped, and gives the same file for the same --seed.",
+            "From any corpus to a training file. Commands read and write JSON lines, go on after a kill where they",
+            "stopped, and give the same file for the same --seed.",
             "",
             *lines,
             "",

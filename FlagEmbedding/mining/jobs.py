@@ -172,12 +172,7 @@ class Job:
     def __init__(self, output: PathLike, identity: dict[str, Any], *, overwrite: bool = False) -> None:
         self.output = Path(output)
         path = journal_path(self.output)
-        if self.output.is_dir():
-            raise UsageError(f"{self.output} is a folder: name the file to write")
-        if not path.exists() and self.output.exists() and not overwrite:
-            raise UsageError(
-                f"{self.output} is there already: pass --overwrite True to replace it, or name another file"
-            )
+        check_output(self.output, overwrite)
         header = {"output": self.output.name, **json.loads(json.dumps(identity))}
         try:
             self._journal = Journal(path, header)
@@ -220,6 +215,14 @@ class Job:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._journal.close()
+
+
+def check_output(output: Path, overwrite: bool = False) -> None:
+    """Refuse an output that may not be written, before any work is done for it. A job under way may go on."""
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder: name the file to write")
+    if output.exists() and not overwrite and not journal_path(output).exists():
+        raise UsageError(f"{output} is there already: pass --overwrite True to replace it, or name another file")
 
 
 def journal_path(output: Path) -> Path:
