@@ -7,7 +7,6 @@ which model, index and title rule it came from; a run without one is scored all 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.evaluation.compare import AVERAGE, LanguageScores, System, compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
+from FlagEmbedding.evaluation.run_record import check_record, read_record, run_origin, warn_of_different_conditions
 from FlagEmbedding.evaluation.significance import RESAMPLES
 from FlagEmbedding.evaluation.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run
 from FlagEmbedding.retrieval.index import index_name
@@ -40,6 +40,7 @@ class ScoreArguments:
     search_result_save_dir: str
     qrels_dir: str
     data_dir: str | None
+    index_save_dir: str | None
     eval_result_save_dir: str
     metrics: list[str]
     pooling_method: str | None
@@ -62,6 +63,7 @@ def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
     add("--search_result_save_dir", default="./search_results", help="runs are {this}/{encoder}/{lang}.txt")
     add("--qrels_dir", default="../qrels", help="folder (or, for one language, the file) of the judgements")
     add("--data_dir", help="folder in the hub's layout; also gives comparisons the texts of queries and passages")
+    add("--index_save_dir", help="of step 0: says where a run came from that has no record of step 1 beside it")
     add("--eval_result_save_dir", default="./eval_results", help="results go to {this}/{encoder}.json and .md")
     add("--metrics", nargs="+", default=["ndcg@10"], help="ndcg@k recall@k mrr@k map@k p@k")
     add("--pooling_method", choices=["cls", "mean"], help="recorded; must agree with the run")
@@ -86,18 +88,19 @@ def eval_dense(argv: Sequence[str] | None = None) -> int:
     systems, records = [], []
     for name in names:
         folder = Path(arguments.search_result_save_dir) / name
-        records.append({lang: _run_record(folder / f"{lang}.json", arguments) for lang in languages})
+        records.append({lang: _record(folder, lang, name, arguments) for lang in languages})
         systems.append(System(name, {lang: _score(folder, lang, qrels[lang], measures) for lang in languages}))
     origin = {"arguments": asdict(arguments), "provenance": provenance()}
     for encoder, system, record in zip(arguments.encoder, systems, records, strict=True):
         path = _write(encoder, system, measures, record, arguments, origin)
         print(f"{system.name} (scores × 100)\n\n{score_table([system], measures)}\n\n{path}\n")
     if arguments.compare:
+        warn_of_different_conditions(names, records)
         comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
         texts = _texts(arguments, languages, qrels, records[0])
         folder = Path(arguments.compare_save_dir or Path(arguments.eval_result_save_dir) / _pair_name(names))
         runs = {
-            name: {lang: _origin(found) for lang, found in record.items()}
+            name: {lang: run_origin(found) for lang, found in record.items()}
             for name, record in zip(names, records, strict=True)
         }
         print(write_comparison(folder, systems, measures, comparisons, texts, {"runs": runs, **origin}))
@@ -150,39 +153,13 @@ def _score(folder: Path, lang: str, qrels: Qrels, measures: Sequence[Measure]) -
     return scores
 
 
-def _run_record(path: Path, arguments: ScoreArguments) -> dict[str, Any]:
-    """What step 1 wrote down beside the run; empty where there is none. Refuses flags that contradict it."""
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        encoder = record["encoder"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a record of step 1 ({error!r}); run step 1 again") from error
-    for flag, key in (("pooling_method", "pooling"), ("normalize_embeddings", "normalize_embeddings")):
-        asked, there = getattr(arguments, flag), encoder.get(key)
-        if asked is not None and there is not None and asked != there:
-            raise UsageError(f"--{flag} {asked}: the run was made with {there} ({path})")
-    asked_split, there = arguments.split, record.get("arguments", {}).get("split")
-    if there is not None and there != asked_split:
-        raise UsageError(f"--split {asked_split}: the run answers the queries of {there} ({path})")
+def _record(folder: Path, lang: str, name: str, arguments: ScoreArguments) -> dict[str, Any]:
+    """Where a run came from, checked against what the command line says."""
+    index = None if arguments.index_save_dir is None else Path(arguments.index_save_dir) / name / lang
+    path = folder / f"{lang}.json"
+    record = read_record(path, index)
+    check_record(record, path, arguments.pooling_method, arguments.normalize_embeddings, arguments.split)
     return record
-
-
-def _origin(record: dict[str, Any]) -> dict[str, Any]:
-    """Model hash, corpus size and title rule of a run, out of its record; nulls where step 1 left none."""
-    index = record.get("index", {})
-    return {
-        "model_sha256": record.get("encoder", {}).get("model"),
-        "dtype": record.get("encoder", {}).get("dtype"),
-        "query_instruction": record.get("query_instruction"),
-        "passage_instruction": index.get("passage_instruction"),
-        "corpus_passages": index.get("rows"),
-        "with_title": index.get("with_title"),
-        "max_passage_length": index.get("max_passage_length"),
-        "hits": record.get("arguments", {}).get("hits"),
-        "index_type": record.get("arguments", {}).get("index_type"),
-    }
 
 
 def _write(
@@ -205,7 +182,7 @@ def _write(
         "normalize_embeddings": said.get("normalize_embeddings", True) if normalize is None else normalize,
         "results": results,
         "queries": {lang: len(scores.first_relevant) for lang, scores in system.languages.items()},
-        "runs": {lang: _origin(record) for lang, record in records.items()},
+        "runs": {lang: run_origin(record) for lang, record in records.items()},
         **origin,
     }
     try:

@@ -1,0 +1,81 @@
+"""Where a run came from: the record that step 1 left beside it, or the manifest of the index it was made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.retrieval.shards import MANIFEST, read_manifest
+from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+Record = dict[str, Any]
+
+
+def read_record(path: Path, index_folder: Path | None = None) -> Record:
+    """Step 1's record at ``path``, else what the manifest in ``index_folder`` says.
+
+    Empty where neither is there: then the run is another tool's, and taken as it is. Raises ``DataError`` for a file
+    that is no record.
+    """
+    if not path.exists():
+        manifest = (read_manifest(index_folder / MANIFEST) if index_folder else None) or {}
+        identity = manifest.get("identity", {})
+        return {"encoder": identity, "index": {"rows": manifest.get("rows"), **identity}} if identity else {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(record[key], dict) for key in ("encoder", "index", "arguments")):
+            raise TypeError("encoder, index and arguments are not objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a record of step 1 ({error!r}); run step 1 again") from error
+    return record
+
+
+def check_record(
+    record: Record, path: Path, pooling_method: str | None, normalize_embeddings: bool | None, split: str
+) -> None:
+    """Raise ``UsageError`` when what the command line says of a run is not what its record says."""
+    encoder = record.get("encoder", {})
+    for flag, asked, there in (
+        ("pooling_method", pooling_method, encoder.get("pooling")),
+        ("normalize_embeddings", normalize_embeddings, encoder.get("normalize_embeddings")),
+        ("split", split, record.get("arguments", {}).get("split")),
+    ):
+        if None not in (asked, there) and asked != there:
+            raise UsageError(f"--{flag} {asked}: the run was made with {there} ({path})")
+
+
+def run_origin(record: Record) -> dict[str, Any]:
+    """Model hash, corpus size, title rule and the like out of a record; nulls where step 1 left none."""
+    encoder, index, arguments = (record.get(key, {}) for key in ("encoder", "index", "arguments"))
+    return {
+        "model_sha256": encoder.get("model"),
+        "dtype": encoder.get("dtype"),
+        "query_instruction": record.get("query_instruction"),
+        "passage_instruction": index.get("passage_instruction"),
+        "corpus_passages": index.get("rows"),
+        "with_title": index.get("with_title"),
+        "max_passage_length": index.get("max_passage_length"),
+        "hits": arguments.get("hits"),
+        "index_type": arguments.get("index_type"),
+    }
+
+
+def warn_of_different_conditions(names: Sequence[str], records: Sequence[dict[str, Record]]) -> None:
+    """A difference between models should not come from another corpus, title rule, length or depth.
+
+    :param records: language -> record, one mapping a model; the first is held against the others.
+    """
+    for name, record in zip(names[1:], records[1:], strict=True):
+        for lang, other in record.items():
+            ours, theirs = run_origin(records[0][lang]), run_origin(other)
+            for key in ("corpus_passages", "with_title", "max_passage_length", "hits"):
+                if None not in (ours[key], theirs[key]) and ours[key] != theirs[key]:
+                    logger.warning(
+                        "%s: %s was made with %s %s, %s with %s: the comparison is not of the models alone",
+                        lang, names[0], key, ours[key], name, theirs[key],
+                    )  # fmt: skip
