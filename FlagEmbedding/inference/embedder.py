@@ -9,15 +9,15 @@ real tokens only, so it does not depend on the other pairs of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from FlagEmbedding.inference import scores as scoring
-from FlagEmbedding.inference.engine import DENSE, EncoderOptions, Kind, TextEncoder
+from FlagEmbedding.inference.base import WINDOW, Embedder, Texts, as_list
+from FlagEmbedding.inference.engine import DENSE, Kind
 from FlagEmbedding.inference.m3 import BGEM3ForInference
 from FlagEmbedding.inference.scores import LexicalWeights
 from FlagEmbedding.modeling.encoder import Representations
@@ -25,133 +25,10 @@ from FlagEmbedding.utils.errors import UsageError
 
 __all__ = ["BGEM3FlagModel", "BGEM3ForInference", "FlagModel"]
 
-T = TypeVar("T")
-Texts = str | Sequence[str]
 Vectors = np.ndarray | torch.Tensor
-Devices = str | int | list[str] | list[int] | None
-_WINDOW = 2_048
 
 
-class _Embedder:
-    """What both public classes share: loading, instructions, windows over one or more devices."""
-
-    _heads = False
-
-    def __init__(
-        self,
-        model_name_or_path: str,
-        normalize_embeddings: bool = True,
-        use_fp16: bool | None = None,
-        use_bf16: bool = False,
-        query_instruction_for_retrieval: str | None = None,
-        query_instruction_format: str = "{}{}",
-        devices: Devices = None,
-        pooling_method: str | None = None,
-        trust_remote_code: bool = False,
-        cache_dir: str | None = None,
-        batch_size: int = 256,
-        query_max_length: int = 512,
-        passage_max_length: int = 512,
-        truncate_dim: int | None = None,
-        passage_instruction_for_retrieval: str | None = None,
-        passage_instruction_format: str = "{}{}",
-        *,
-        colbert_dim: int = -1,
-        dtype: str | None = None,
-        engine: Any = "packed",
-        moe: str | None = None,
-        workers: int = 0,
-    ) -> None:
-        self.model_name_or_path = model_name_or_path
-        self.normalize_embeddings = normalize_embeddings
-        self.query_instruction_for_retrieval = query_instruction_for_retrieval
-        self.query_instruction_format = query_instruction_format
-        self.passage_instruction_for_retrieval = passage_instruction_for_retrieval
-        self.passage_instruction_format = passage_instruction_format
-        self.batch_size = batch_size
-        self.query_max_length = query_max_length
-        self.passage_max_length = passage_max_length
-        self.truncate_dim = truncate_dim
-        self.target_devices = target_devices(devices)
-        self._encoders = [
-            TextEncoder(
-                model_name_or_path,
-                EncoderOptions(
-                    pooling=pooling_method,
-                    normalize=normalize_embeddings,
-                    dtype=dtype or _upstream_dtype(use_fp16, use_bf16, device),
-                    device=device,
-                    engine=engine,
-                    moe=moe,
-                    heads=self._heads,
-                    colbert_dim=colbert_dim,
-                    workers=workers,
-                    cache_dir=cache_dir,
-                    trust_remote_code=trust_remote_code,
-                ),
-            )
-            for device in self.target_devices
-        ]
-
-    @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return self._encoders[0].tokenizer
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The encoder on the first device."""
-        return self._encoders[0].encoder
-
-    @property
-    def pooling_method(self) -> str:
-        """'cls' or 'mean'."""
-        return self._encoders[0].pooling
-
-    def _run(
-        self,
-        texts: Sequence[str],
-        max_length: int,
-        batch_size: int,
-        want: Collection[Kind],
-        collect: Callable[[Representations], T],
-    ) -> list[T]:
-        """``collect`` of each window's representations, in order; windows are shared out over the devices."""
-        for text in texts:
-            if not isinstance(text, str):
-                raise UsageError(f"expected texts, found {type(text).__name__}: {text!r}")
-        windows = [texts[i : i + _WINDOW] for i in range(0, len(texts), _WINDOW)]
-        share = len(self._encoders)
-
-        def encode(number: int) -> Iterator[tuple[int, T]]:
-            encoder = self._encoders[number]
-            mine = ((windows[i], i) for i in range(number, len(windows), share))
-            longest = encoder.max_length(max_length)
-            return ((i, collect(found)) for found, i in encoder.encode(mine, longest, want, batch_size))
-
-        if share == 1:
-            return [found for _, found in encode(0)]
-        with ThreadPoolExecutor(share) as pool:
-            parts = pool.map(lambda number: list(encode(number)), range(share))
-            return [found for _, found in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
-
-    def _dense(self, representations: Representations) -> torch.Tensor:
-        if representations.dense is None:
-            raise UsageError("dense vectors were not asked for")
-        vectors = representations.dense.float()
-        if self.truncate_dim is not None:
-            vectors = vectors[:, : self.truncate_dim]
-            if self.normalize_embeddings:
-                vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors
-
-    @property
-    def _width(self) -> int:
-        width = self._encoders[0].hidden_size
-        return width if self.truncate_dim is None else min(width, self.truncate_dim)
-
-
-class FlagModel(_Embedder):
+class FlagModel(Embedder):
     """Dense vectors of queries and passages; constructor arguments as upstream's, and ``dtype``, ``engine``, ``moe``.
 
     ``workers``: processes that tokenise ahead (0: a thread). ``moe`` need not be given; it merely must agree with the
@@ -219,7 +96,7 @@ class FlagModel(_Embedder):
         return vectors[0] if single else vectors
 
 
-class BGEM3FlagModel(_Embedder):
+class BGEM3FlagModel(Embedder):
     """BGE-M3's three outputs: dense vectors, lexical weights, ColBERT vectors. Arguments as upstream's M3Embedder."""
 
     _heads = True
@@ -351,8 +228,8 @@ class BGEM3FlagModel(_Embedder):
         size = batch_size or self.batch_size
         want: list[Kind] = ["dense", "sparse", "colbert"]
         results: dict[str, list[float]] = {key: [] for key in scoring.SCORES}
-        for start in range(0, len(pairs), _WINDOW):
-            window = pairs[start : start + _WINDOW]
+        for start in range(0, len(pairs), WINDOW):
+            window = pairs[start : start + WINDOW]
             queries = self._collect(
                 [pair[0] for pair in window], max_query_length or self.query_max_length, size, want
             )
@@ -392,33 +269,3 @@ class BGEM3FlagModel(_Embedder):
     def colbert_score(self, q_reps: np.ndarray, p_reps: np.ndarray) -> torch.Tensor:
         """Late-interaction score of ``q_reps [Lq, D]`` and ``p_reps [Lp, D]``, a tensor of no dimension."""
         return scoring.colbert_score(q_reps, p_reps)
-
-
-def as_list(texts: Texts, instruction: str | None, instruction_format: str) -> tuple[list[str], bool]:
-    """The texts after the instruction, and whether a single one was given."""
-    single = isinstance(texts, str)
-    rows = [texts] if isinstance(texts, str) else list(texts)
-    if instruction is not None:
-        # A format typed on a command line holds a backslash and an n, not a line end.
-        form = instruction_format.replace("\\n", "\n")
-        rows = [form.format(instruction, row) for row in rows]
-    return rows, single
-
-
-def target_devices(devices: Devices) -> list[str]:
-    """Names of the devices to use; None: every GPU, or the CPU."""
-    if devices is None:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return [f"cuda:{i}" for i in range(count)] or ["cpu"]
-    listed: Sequence[str | int] = [devices] if isinstance(devices, str | int) else devices
-    if not listed:
-        raise UsageError("devices: an empty list; give None, a name such as 'cuda:0' or 'cpu', or a list of names")
-    return [f"cuda:{device}" if isinstance(device, int) else device for device in listed]
-
-
-def _upstream_dtype(use_fp16: bool | None, use_bf16: bool, device: str) -> str:
-    if use_bf16:
-        return "bf16"
-    if use_fp16 is False or not device.startswith("cuda"):
-        return "fp32"
-    return "fp16"

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import FlagEmbedding
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
-from FlagEmbedding.inference.embedder import target_devices
+from FlagEmbedding.inference.base import target_devices
 from FlagEmbedding.utils.errors import UsageError
 
 TEXTS = [
