@@ -31,8 +31,8 @@ def randomisation_p(differences: Sequence[np.ndarray], resamples: int = RESAMPLE
     # Weighted so that the plain mean over all queries is the mean of the languages' means.
     weighted = np.concatenate([d * (count / (len(differences) * len(d))) for d in differences])
     weighted = weighted[weighted != 0]  # a zero keeps its value under every sign
-    if not len(weighted):
-        return 1.0
+    if len(weighted) < 2:
+        return 1.0  # one difference is as far from 0 under either sign
     found = _scipy_stats().permutation_test(
         (weighted,),
         _mean,

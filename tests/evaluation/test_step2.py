@@ -1,0 +1,272 @@
+"""Step 2: the published command, its result file, its comparison, and one clear line for everything wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from FlagEmbedding.evaluation.scoring import eval_dense
+from FlagEmbedding.utils.cli import entry_point
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PUBLISHED = (
+    "--encoder CreaLabs/bge-m3-fa-CLPL-outputMoE --languages ko --search_result_save_dir ./search_results --qrels_dir "
+    "./qrels --eval_result_save_dir ./eval_results --metrics ndcg@5 ndcg@10 --pooling_method cls "
+    "--normalize_embeddings True"
+)
+NAME = "bge-m3-fa-CLPL-outputMoE"
+QUERIES = {f"{i}-0": f"질문 {i} | 한강" for i in range(12)}
+
+
+def write_run(path: Path, rank: int, queries: Sequence[str] = tuple(QUERIES), depth: int = 20) -> None:
+    """A run with the relevant passage of query i at ``rank`` + i % 3."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, qid in enumerate(queries):
+        for place in range(1, depth + 1):
+            docid = f"{qid}#right" if place == rank + number % 3 else f"{place}#0"
+            lines.append(f"{qid} Q0 {docid} {place} {1 - place / 100:.6f} Faiss\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with runs of two models and the judgements under their published name; the working directory."""
+    for lang in ("ko", "fa"):
+        write_run(tmp_path / f"search_results/{NAME}/{lang}.txt", 1)
+        write_run(tmp_path / f"search_results/base/{lang}.txt", 4)
+        path = tmp_path / f"qrels/miracl-v1.0-{lang}_qrels_qrels.miracl-v1.0-{lang}-dev.tsv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{qid}\tQ0\t{qid}#right\t1\n{qid}\tQ0\t7#0\t0\n" for qid in QUERIES))
+        topics = tmp_path / f"data/miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-dev.tsv"
+        topics.parent.mkdir(parents=True)
+        topics.write_text("".join(f"{qid}\t{text}\n" for qid, text in QUERIES.items()), encoding="utf-8")
+        corpus = tmp_path / f"data/miracl-corpus-v1.0-{lang}/docs-0.jsonl"
+        corpus.parent.mkdir()
+        texts = {**{f"{qid}#right": f"답 {qid}" for qid in QUERIES}, **{f"{i}#0": f"passage {i}" for i in range(1, 21)}}
+        corpus.write_text("".join(json.dumps({"docid": d, "title": "", "text": t}) + "\n" for d, t in texts.items()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def step2(*words: str) -> int:
+    return entry_point(eval_dense)([*PUBLISHED.split(), *words])
+
+
+def ndcg(rank: int, cutoff: int) -> float:
+    values = [1 / np.log2(1 + rank + i % 3) if rank + i % 3 <= cutoff else 0.0 for i in range(len(QUERIES))]
+    return float(np.mean(values))
+
+
+def test_the_published_command_as_a_process(work: Path) -> None:
+    script = REPOSITORY / "evaluation" / "step2-eval_dense_mldr.py"
+    answer = subprocess.run(
+        [sys.executable, str(script), *PUBLISHED.split()], cwd=work, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads((work / f"eval_results/{NAME}.json").read_text())
+    expected = {"ndcg@5": pytest.approx(ndcg(1, 5)), "ndcg@10": pytest.approx(ndcg(1, 10))}
+    assert result["results"] == {"ko": expected, "average": expected}
+    assert result["model"] == "CreaLabs/bge-m3-fa-CLPL-outputMoE"
+    assert (result["pooling_method"], result["normalize_embeddings"]) == ("cls", True)
+    assert f"{100 * ndcg(1, 5):.1f}" in answer.stdout
+    assert result["provenance"]["versions"]["ir_measures"]
+    assert result["arguments"]["metrics"] == ["ndcg@5", "ndcg@10"]
+    assert "nDCG@10" in (work / f"eval_results/{NAME}.md").read_text()
+
+
+def test_average_is_the_mean_over_languages_and_missing_queries_count(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run(work / f"search_results/{NAME}/fa.txt", 1, list(QUERIES)[:6])
+    assert step2("--languages", "ko", "fa", "--metrics", "ndcg@10", "recall@50") == 0
+    results = json.loads((work / f"eval_results/{NAME}.json").read_text())["results"]
+    assert results["fa"]["ndcg@10"] == pytest.approx(ndcg(1, 10) / 2)
+    assert results["average"]["ndcg@10"] == pytest.approx(0.75 * ndcg(1, 10))
+    assert "6 of 12 judged queries have no results and count as 0" in caplog.text
+    assert "Recall@50 on a run that is 20 deep" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["qrels.miracl-v1.0-ko-dev.tsv", "miracl-v1.0-ko/qrels/qrels.miracl-v1.0-ko-dev.tsv", "ko.txt"]
+)
+def test_other_names_of_the_judgements(work: Path, name: str) -> None:
+    assert step2() == 0
+    expected = json.loads((work / f"eval_results/{NAME}.json").read_text())["results"]
+    target = work / "elsewhere" / name
+    target.parent.mkdir(parents=True)
+    shutil.move(work / "qrels/miracl-v1.0-ko_qrels_qrels.miracl-v1.0-ko-dev.tsv", target)
+    assert step2("--qrels_dir", "elsewhere") == 0
+    assert json.loads((work / f"eval_results/{NAME}.json").read_text())["results"] == expected
+    assert step2("--qrels_dir", str(target)) == 0  # the file itself
+
+
+RECORD = {
+    "arguments": {"split": "dev", "hits": 20, "index_type": "Flat", "data_dir": "data"},
+    "encoder": {"model": "abc", "pooling": "cls", "normalize_embeddings": True, "dtype": "fp32"},
+    "index": {"rows": 1000, "with_title": False, "passage_instruction": None, "max_passage_length": 512},
+    "query_instruction": "query: ",
+}
+
+
+def test_what_step1_recorded_goes_into_the_result(work: Path) -> None:
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(RECORD))
+    assert step2() == 0
+    run = json.loads((work / f"eval_results/{NAME}.json").read_text())["runs"]["ko"]
+    assert (run["model_sha256"], run["corpus_passages"], run["with_title"]) == ("abc", 1000, False)
+    assert (run["query_instruction"], run["hits"]) == ("query: ", 20)
+
+
+def test_without_a_record_the_index_manifest_says_it(work: Path) -> None:
+    folder = work / f"corpus-index/{NAME}/ko"
+    folder.mkdir(parents=True)
+    identity = {"model": "def", "pooling": "mean", "normalize_embeddings": True, "with_title": True}
+    (folder / "manifest.json").write_text(json.dumps({"identity": identity, "rows": 7}))
+    assert step2("--index_save_dir", "corpus-index", "--pooling_method", "mean") == 0
+    run = json.loads((work / f"eval_results/{NAME}.json").read_text())["runs"]["ko"]
+    assert (run["model_sha256"], run["corpus_passages"], run["with_title"]) == ("def", 7, True)
+    assert step2("--index_save_dir", "corpus-index") == 2  # the published command says cls
+
+
+def broken(work: Path, what: str) -> list[str]:
+    """Break something; the words to add to the command."""
+    run = work / f"search_results/{NAME}/ko.txt"
+    qrels = work / "qrels/miracl-v1.0-ko_qrels_qrels.miracl-v1.0-ko-dev.tsv"
+    if what == "no run":
+        run.unlink()
+    elif what == "empty run":
+        run.write_text("")
+    elif what == "broken run":
+        run.write_text("0-0 Q0 a 1 high Faiss\n")
+    elif what == "run of others":
+        write_run(run, 1, ["other-1", "other-2"])
+    elif what == "no qrels":
+        qrels.unlink()
+    elif what == "broken qrels":
+        qrels.write_text("0-0\ta\t1\n")
+    elif what == "one qrels file for two":
+        return ["--languages", "ko", "fa", "--qrels_dir", str(qrels)]
+    elif what == "record":
+        run.with_suffix(".json").write_text("{}")
+    elif what in ("pooling", "normalisation", "split"):
+        run.with_suffix(".json").write_text(json.dumps(RECORD))
+        return {
+            "pooling": ["--pooling_method", "mean"],
+            "normalisation": ["--normalize_embeddings", "False"],
+            "split": ["--split", "testB", "--qrels_dir", str(qrels)],
+        }[what]
+    return {
+        "measure": ["--metrics", "ndgc@10"],
+        "no cutoff": ["--metrics", "recall"],
+        "language": ["--languages", "xx"],
+        "one to compare": ["--compare"],
+        "same name": ["--encoder", "a/base", "b/base", "--compare"],
+        "unknown flag": ["--metric", "ndcg@10"],
+        "resamples": ["--resamples", "3"],
+    }.get(what, [])
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("no run", "ko.txt: no such run file; run step1-search_results.py"),
+        ("empty run", "the run file is empty"),
+        ("broken run", "ko.txt:1: expected a finite number as score (column 5), found 'high'"),
+        ("run of others", "no judged query is in the run"),
+        ("no qrels", "no qrels of ko; expected miracl-v1.0-ko_qrels_qrels.miracl-v1.0-ko-dev.tsv"),
+        ("broken qrels", "dev.tsv:1: expected 'qid 0 docid grade', found 3 columns"),
+        ("one qrels file for two", "one file for several languages"),
+        ("record", "not a record of step 1"),
+        ("pooling", "--pooling_method mean: the run was made with cls"),
+        ("normalisation", "--normalize_embeddings False: the run was made with True"),
+        ("split", "--split testB: the run was made with dev"),
+        ("measure", "--metrics ndgc@10: expected nDCG@k"),
+        ("no cutoff", "--metrics recall: a cutoff of 1 or more is missing"),
+        ("language", "--languages xx: not in MIRACL"),
+        ("one to compare", "--compare needs two or more models"),
+        ("same name", "two models are called 'base'"),
+        ("unknown flag", "unrecognized arguments: --metric"),
+        ("resamples", "--resamples 3: give 100 or more"),
+    ],
+)
+def test_everything_wrong_is_one_line_and_no_result(
+    work: Path, what: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added = broken(work, what)
+    assert step2(*added) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in error
+    assert not (work / "eval_results").exists()
+
+
+def test_an_unwritable_result_folder(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "eval_results").write_text("a file")
+    assert step2() == 2
+    assert "the results cannot be written there" in capsys.readouterr().err
+
+
+def test_compare_two_models(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / f"search_results/{NAME}/ko.txt").write_text((work / f"search_results/{NAME}/ko.txt").read_text())
+    words = ["--encoder", "base", NAME, "--compare", "--languages", "ko", "fa", "--data_dir", "data", "--metrics"]
+    assert step2(*words, "ndcg@5", "ndcg@10", "recall@20") == 0
+    folder = work / f"eval_results/base_vs_{NAME}"
+    printed = capsys.readouterr().out
+    assert str(folder.relative_to(work) / "comparison.png") in printed
+    found = json.loads((folder / "comparison.json").read_text())
+    assert len(found["comparisons"]) == 9
+    ko = found["comparisons"][0]
+    assert (ko["language"], ko["measure"], ko["queries"]) == ("ko", "ndcg@5", 12)
+    assert ko["difference"] == pytest.approx(ndcg(1, 5) - ndcg(4, 5))
+    assert ko["p_value"] == pytest.approx(2 / 2**12)  # all twelve gained: the two extreme sign patterns
+    assert ko["low"] < ko["difference"] < ko["high"]
+    assert found["results"]["base"]["average"]["ndcg@5"] == pytest.approx(ndcg(4, 5))
+    text = (folder / "comparison.md").read_text(encoding="utf-8")
+    assert "질문 0 \\| 한강" in text  # a cell holds no bare bar
+    assert "first hit of base (`1#0`): passage 1" in text
+    assert "relevant (`0-0#right`): 답 0-0" in text
+    assert "No query lost" in text
+    lines = (folder / "per_query.tsv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 25
+    header, first = lines[0].split("\t"), lines[1].split("\t")
+    row = dict(zip(header, first, strict=True))
+    assert (row["language"], row["qid"], row["query"]) == ("ko", "0-0", "질문 0 | 한강")
+    assert (row["first_relevant:base"], row[f"first_relevant:{NAME}"]) == ("4", "1")
+    assert float(row["ndcg@5:base"]) == pytest.approx(1 / np.log2(5), abs=1e-6)
+
+
+def test_the_chart_is_drawn_and_repeats(work: Path) -> None:
+    words = ["--encoder", "base", NAME, "--compare", "--languages", "ko"]
+    assert step2(*words, "--compare_save_dir", "one") == step2(*words, "--compare_save_dir", "two") == 0
+    for name in ("comparison.png", "per_query.tsv", "comparison.md"):
+        assert (work / "one" / name).read_bytes() == (work / "two" / name).read_bytes()
+    picture = matplotlib.image.imread(work / "one" / "comparison.png")
+    assert picture.shape[0] > 600
+    assert picture.shape[1] > 600
+    assert 0.05 < (picture[..., :3].min(axis=-1) < 0.9).mean() < 0.6  # ink, but not all of it
+
+
+def test_different_conditions_are_pointed_out(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(RECORD))
+    titled = {**RECORD, "index": {**RECORD["index"], "with_title": True}}
+    (work / "search_results/base/ko.json").write_text(json.dumps(titled))
+    assert step2("--encoder", "base", NAME, "--compare", "--resamples", "100") == 0
+    assert f"ko: base was made with with_title True, {NAME} with False" in caplog.text
+
+
+def test_three_models(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(work / "search_results/third/ko.txt", 2)
+    assert step2("--encoder", "base", NAME, "third", "--compare", "--resamples", "200") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| third") == 4  # against base and against the other, on two measures
+    assert (work / f"eval_results/base_vs_{NAME}_third/comparison.png").exists()
