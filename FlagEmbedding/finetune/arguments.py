@@ -104,6 +104,19 @@ class DataArguments:
             "from upstream's table for 80 GB cards. Upstream did this silently; here only when asked."
         },
     )
+    refresh_negatives_every_n_epochs: int = field(
+        default=0, metadata={"help": "Mine negatives again with the current weights every N epochs (ANCE); 0: never."}
+    )
+    refresh_corpus: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Where they come from: JSON lines with text; default: the passages of the training rows."},
+    )
+    refresh_range_for_sampling: str = field(
+        default="10-210", metadata={"help": "Which ranks, as in mining: A-B are places A+1 to B of the search."}
+    )
+    refresh_relative_margin: float | None = field(
+        default=None, metadata={"help": "Leave out what scores above the positive's score less this share of it."}
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from FlagEmbedding.finetune.parsing import Arguments
+from FlagEmbedding.mining.filters import parse_range
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -14,7 +15,7 @@ logger = get_logger(__name__)
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ``UsageError`` naming the first contradiction; warn of what merely has no effect."""
-    for rules in (_ranges, _experts, _trained_parts, _objective, _engine, _training):
+    for rules in (_ranges, _experts, _trained_parts, _objective, _engine, _training, _refresh):
         for complaint in rules(arguments):
             raise UsageError(complaint)
     if not arguments.model.normalize_embeddings and arguments.loss.temperature != 1.0:
@@ -120,3 +121,29 @@ def _training(a: Arguments) -> Iterator[str]:
         )
     if a.training.load_best_model_at_end:
         yield "--load_best_model_at_end needs evaluation while training, which run.py does not do"
+
+
+def _refresh(a: Arguments) -> Iterator[str]:
+    every, given = a.data.refresh_negatives_every_n_epochs, "--refresh_negatives_every_n_epochs"
+    if every < 0:
+        yield f"{given} must be 0 (never) or more, got {every}"
+    if every == 0:
+        fields = type(a.data).__dataclass_fields__
+        untouched = {"refresh_corpus": [], "refresh_range_for_sampling": fields["refresh_range_for_sampling"].default}
+        for name in ("refresh_corpus", "refresh_range_for_sampling", "refresh_relative_margin"):
+            if getattr(a.data, name) != untouched.get(name):
+                yield f"--{name} has no effect without {given}"
+        return
+    parse_range(a.data.refresh_range_for_sampling)
+    if (a.data.refresh_relative_margin or 0.0) < 0:
+        yield f"--refresh_relative_margin must not be negative, got {a.data.refresh_relative_margin}"
+    if a.training.max_steps <= 0 and a.training.num_train_epochs <= every:
+        yield f"{given} {every} has no effect in {a.training.num_train_epochs:g} epoch(s): train longer"
+    if a.data.train_group_size == 1:
+        yield f"{given} has no effect with --train_group_size 1, which draws no negatives"
+    if a.data.knowledge_distillation:
+        yield f"{given} with --knowledge_distillation: the teacher's scores belong to the negatives that are exchanged"
+    if a.training.fsdp or a.training.deepspeed:
+        yield f"{given} does not work with --fsdp or --deepspeed: mine between two runs instead"
+    if a.training.dataloader_persistent_workers:
+        yield f"{given} with --dataloader_persistent_workers: such workers keep the old rows; leave the latter out"

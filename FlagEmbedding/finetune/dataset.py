@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from FlagEmbedding.finetune.store import StoredFile, cache_folder, record_of, report_missing_scores, store_file
 from FlagEmbedding.finetune.tasks import Task, make_tasks
-from FlagEmbedding.schema import Problems, TrainRecord, find_files
+from FlagEmbedding.schema import DataFile, Problems, TrainRecord, find_files
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import PathLike
 from FlagEmbedding.utils.logging import get_logger
@@ -116,6 +116,21 @@ class TrainDataset(Dataset[TrainExample]):
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch a sampler of this dataset draws next."""
         self.epoch = epoch
+
+    def replace_files(self, paths: Sequence[PathLike]) -> None:
+        """Draw from other files from now on: the rows of file i are those of ``paths[i]``, as many and in that order.
+
+        For negatives that were mined again; call it between epochs. Raises ``DataError``.
+        """
+        problems, folder, files = Problems(), cache_folder(self.config.cache_path), []
+        for stored, path in zip(self.files, paths, strict=True):
+            new = store_file(DataFile(str(path), stored.file.folder), folder, problems)
+            problems.raise_if_any()
+            assert new is not None
+            if new.statistics.rows != stored.statistics.rows:
+                raise DataError(f"{path}: {new.statistics.rows} rows in place of {stored.statistics.rows}")
+            files.append(new)
+        self.files = files
 
     def record(self, row: int) -> tuple[StoredFile, TrainRecord]:
         """The row as it stands in its file."""

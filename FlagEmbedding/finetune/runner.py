@@ -20,9 +20,11 @@ from FlagEmbedding.finetune.checks import check_arguments
 from FlagEmbedding.finetune.collator import TrainCollator
 from FlagEmbedding.finetune.dataset import TrainDataConfig, TrainDataset
 from FlagEmbedding.finetune.parsing import Arguments
+from FlagEmbedding.finetune.refresh import RefreshNegatives
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
+from FlagEmbedding.mining.refresh import RefreshSettings
 from FlagEmbedding.modeling.encoder import EngineConfig
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.errors import UsageError
@@ -72,6 +74,9 @@ def run(arguments: Arguments) -> TrainingSummary:
         batch_sampler=sampler,
         train_arguments=recorded_arguments(arguments),
     )
+    every = arguments.data.refresh_negatives_every_n_epochs
+    if every:
+        trainer.add_callback(RefreshNegatives(trainer, dataset, every, refresh_settings(arguments)))
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -103,6 +108,24 @@ def data_config(arguments: Arguments) -> TrainDataConfig:
         query_instruction_for_retrieval=data.query_instruction_for_retrieval,
         passage_instruction_for_retrieval=data.passage_instruction_for_retrieval,
         cache_path=data.cache_path,
+    )
+
+
+def refresh_settings(arguments: Arguments) -> RefreshSettings:
+    """How negatives are mined again: by the model as it trains."""
+    data, training, options = arguments.data, arguments.training, arguments.model
+    return RefreshSettings(
+        corpus=tuple(data.refresh_corpus),
+        range_for_sampling=data.refresh_range_for_sampling,
+        relative_margin=data.refresh_relative_margin,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        query_length=data.query_max_len,
+        passage_length=data.passage_max_len,
+        query_instruction=data.query_instruction_for_retrieval,
+        passage_instruction=data.passage_instruction_for_retrieval,
+        pooling=options.sentence_pooling_method,
+        normalize=options.normalize_embeddings,
+        dtype="bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
     )
 
 
