@@ -1,9 +1,10 @@
-"""Does step 0's memory grow with the corpus? Peak RSS of the real command at several corpus sizes.
+"""Does memory grow with the corpus? Peak RSS of the real step 0 and step 1 at several corpus sizes.
 
     python benchmarks/memory_step0.py --passages 10000 100000 1000000
 
 The encoder is real but small (one layer, width 128, own word tokenizer), the passages are short, so that a million of
-them take minutes. What is measured is the peak resident set of the step0 process as the kernel counts it (wait4).
+them take minutes. What is measured is the peak resident set of each process as the kernel counts it (wait4); step 1
+searches for 200 queries, 100 hits each.
 """
 
 from __future__ import annotations
@@ -65,26 +66,36 @@ def make_corpus(root: Path, count: int) -> None:
                 out.write(json.dumps({"docid": f"{i}#0", "title": "", "text": text}) + "\n")
 
 
-def measure(scratch: Path, count: int) -> dict[str, Any]:
-    """Peak RSS and time of step 0 over ``count`` passages."""
-    make_corpus(scratch / f"corpus-{count}", count)
-    out = scratch / f"index-{count}"
-    words = [sys.executable, str(REPOSITORY / "evaluation" / "step0-generate_embedding.py"), "--languages", "sw"]
-    words += ["--encoder", str(scratch / "one-layer"), "--data_dir", str(scratch / f"corpus-{count}")]
+    topics = root / "miracl-v1.0-sw" / "topics"
+    topics.mkdir(parents=True)
+    lines = "".join(f"{i}\t{' '.join(generator.choices(WORDS, k=5))}\n" for i in range(200))
+    (topics / "topics.miracl-v1.0-sw-dev.tsv").write_text(lines, encoding="utf-8")
+
+
+def run(script: str, *words: str) -> dict[str, float]:
+    """Run one evaluation script to its end; peak RSS in MB, wall and processor seconds."""
+    command = [sys.executable, str(REPOSITORY / "evaluation" / script), "--languages", "sw", *words]
     started = time.monotonic()
-    process = subprocess.Popen([*words, "--index_save_dir", str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"step 0 failed over {count} passages")
-    seconds = time.monotonic() - started
-    folder = out / "one-layer" / "sw"
+        raise SystemExit(f"{' '.join(command)} failed")
     return {
-        "passages": count,
         "peak_rss_mb": round(usage.ru_maxrss / 1024, 1),
-        "index_mb": round((folder / "index").stat().st_size / 2**20, 1),
-        "seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
     }
+
+
+def measure(scratch: Path, count: int) -> dict[str, Any]:
+    """Peak RSS and time of both steps over ``count`` passages."""
+    corpus, out = scratch / f"corpus-{count}", scratch / f"index-{count}"
+    make_corpus(corpus, count)
+    words = ["--encoder", str(scratch / "one-layer"), "--data_dir", str(corpus), "--index_save_dir", str(out)]
+    step0 = run("step0-generate_embedding.py", *words)
+    step1 = run("step1-search_results.py", *words, "--result_save_dir", str(out / "runs"), "--hits", "100")
+    index = out / "one-layer" / "sw" / "index"
+    return {"passages": count, "index_mb": round(index.stat().st_size / 2**20, 1), "step0": step0, "step1": step1}
 
 
 def main() -> None:
@@ -98,11 +109,17 @@ def main() -> None:
         for count in arguments.passages:
             rows.append(measure(Path(name), count))
             print(json.dumps(rows[-1]), flush=True)
-    print("\n| passages | peak RSS, MB | index, MB | seconds | CPU seconds |\n|---|---|---|---|---|")
+    heads = ["passages", "index, MB", "step 0: peak RSS, MB", "CPU s", "step 1: peak RSS, MB", "CPU s"]
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
-        print(f"| {row['passages']:,} | " + " | ".join(str(row[key]) for key in list(row)[1:]) + " |")
+        cells = [f"{row['passages']:,}", row["index_mb"]]
+        cells += [row[step][key] for step in ("step0", "step1") for key in ("peak_rss_mb", "cpu_seconds")]
+        print(f"| {' | '.join(map(str, cells))} |")
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        sys.path.insert(0, str(REPOSITORY))
+        from FlagEmbedding.utils.provenance import provenance
+
+        arguments.output.write_text(json.dumps({"rows": rows, "provenance": provenance()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,10 @@ def main() -> int:
         rows = compare(mine, theirs)
     print(table(rows))
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        sys.path.insert(0, str(REPOSITORY))
+        from FlagEmbedding.utils.provenance import provenance
+
+        arguments.output.write_text(json.dumps({"rows": rows, "provenance": provenance()}, indent=2) + "\n")
     return 0 if all(row["ok"] for row in rows) else 1
 
 

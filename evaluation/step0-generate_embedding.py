@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from FlagEmbedding.evaluation.steps import generate_embedding
-from FlagEmbedding.utils.cli import entry_point
-
 if __name__ == "__main__":
+    # Inside the guard: tokenizer processes (--workers) read this file again and need none of it.
+    from FlagEmbedding.evaluation.steps import generate_embedding
+    from FlagEmbedding.utils.cli import entry_point
+
     sys.exit(entry_point(generate_embedding)())

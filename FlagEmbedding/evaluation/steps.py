@@ -110,6 +110,7 @@ def search_results(argv: Sequence[str] | None = None) -> int:
             continue
         hits = _search_language(encoder, indexes[lang], lang, list(topics[lang].values()), instruction, arguments)
         with clear_disk_errors(f"writing {path}"):
+            path.with_suffix(".json").unlink(missing_ok=True)  # never a new run beside an old record
             write_run(path, list(topics[lang]), hits)
             write_json_atomic(path.with_suffix(".json"), _record(arguments, indexes[lang], encoder, len(hits)))
         logger.info("%s: %d queries, %d hits each at most: %s", lang, len(hits), arguments.hits, path)

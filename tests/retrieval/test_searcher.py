@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from FlagEmbedding.retrieval.approximate import load_or_build, recall, search_approximate
 from FlagEmbedding.retrieval.index import FlatIndex, assemble_index
@@ -117,3 +118,11 @@ def test_recall_by_hand(tmp_path: Path) -> None:
     index = make_index(tmp_path, unit(8, 4, 1), list("abcdefgh"))
     exact = search(index, unit(2, 4, 2), 4)
     assert recall([exact[0][:3], exact[1]], exact) == pytest.approx((0.75 + 1) / 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_exactly_the_same(tmp_path: Path) -> None:
+    index = make_index(tmp_path, unit(400, 48, 1), [f"d{i}" for i in range(400)])
+    queries = unit(30, 48, 2)
+    assert search(index, queries, 25, device="cuda:0", block_rows=64) == search(index, queries, 25)
