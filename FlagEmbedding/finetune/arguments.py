@@ -205,10 +205,6 @@ class RetrieverTrainingArguments(TrainingArguments):
             if name not in INTEGRATION_TO_CALLBACK:
                 known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
                 raise UsageError(f"--report_to {name}: expected none, all or one of {known}")
-        if self.activation_checkpointing:
-            # The reentrant kind loses the gradient when the first layers are frozen (--only_train).
-            given = self.activation_checkpointing_kwargs
-            self.activation_checkpointing_kwargs = {**(given if isinstance(given, dict) else {}), "use_reentrant": False}
 
 
 def cpu_has_bf16() -> bool:

@@ -167,7 +167,10 @@ class BGEM3Model(M3Encoder):
     ) -> None:
         """Recompute each layer in the backward; always the non-reentrant kind, which frozen layers need."""
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        else:  # transformers before it was renamed
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The older name of ``activation_checkpointing_enable``."""
