@@ -83,10 +83,10 @@ class MiningArguments:
 def parse_mining_arguments(argv: Sequence[str] | None = None) -> MiningArguments:
     """Parse and check. Raises ``UsageError``."""
     parser = Parser("Mine hard negatives (ANCE): rows of query, pos, neg for training.")
-    parser.formatter_class = _Formatter
+    parser.formatter_class = Formatter
     parser.epilog = _EXAMPLES
     _add_data(parser)
-    _add_encoder(parser)
+    add_encoder_flags(parser)
     _add_sampling(parser)
     arguments = parser.parse(MiningArguments, argv)
     for complaint in _complaints(arguments):
@@ -94,7 +94,7 @@ def parse_mining_arguments(argv: Sequence[str] | None = None) -> MiningArguments
     return arguments
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults are shown, and the examples keep their lines."""
 
 
@@ -118,7 +118,8 @@ def _add_data(parser: Parser) -> None:
     add_bool_flag(group, "--overwrite", help="replace an output that is there")
 
 
-def _add_encoder(parser: Parser) -> None:
+def add_encoder_flags(parser: Parser) -> None:
+    """The flags of encoder, index and search; the names are the fields of ``MiningArguments``."""
     group = parser.add_argument_group("encoder, index and search")
     add = group.add_argument
     add("--encoder", "--model_name_or_path", "--embedder_name_or_path", dest="encoder", help="hub id or folder")

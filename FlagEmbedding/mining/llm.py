@@ -99,14 +99,12 @@ class ChatEndpoint:
         try:
             import openai
         except ImportError as error:
-            raise UsageError("asking an endpoint needs the openai package: pip install 'FlagEmbedding[mining]'") from error
+            raise UsageError("an endpoint needs the openai package: pip install 'FlagEmbedding[mining]'") from error
         self._openai = openai
         self.config, self._spend = config, spend
         self.name = config.model
         self._key = _read_key(config)
-        self._client = openai.OpenAI(
-            api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=0
-        )
+        self._client = openai.OpenAI(api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=0)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._not_before = 0.0
@@ -241,7 +239,7 @@ def _read_key(config: EndpointConfig) -> str:
     if key:
         return key
     if config.base_url is None or config.api_key_env != EndpointConfig.api_key_env:
-        raise UsageError(f"--api_key_env {config.api_key_env}: no such environment variable; put the endpoint's key there")
+        raise UsageError(f"--api_key_env {config.api_key_env}: no such environment variable; put the key there")
     return "no-key-needed"  # a server of one's own, as vLLM, llama.cpp and Ollama are
 
 

@@ -56,7 +56,7 @@ class LocalModel:
             self.model = kind.from_pretrained(folder, dtype=dtype, **trust).to(self.device).eval()
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"--local_model {config.name_or_path}: no model that writes can be loaded ({reason})") from error
+            raise UsageError(f"--local_model {config.name_or_path}: no language model there ({reason})") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -79,13 +79,14 @@ class LocalModel:
         found = self.model.generate(
             **inputs, max_new_tokens=config.max_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
         )
-        start = 0 if self._seq2seq else inputs["input_ids"].shape[1]
+        # The decoder's start token stands first, and is the end token of some models.
+        start = 1 if self._seq2seq else inputs["input_ids"].shape[1]
         ends = self.model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends])
         answers = []
         for row, mask in zip(found[:, start:].tolist(), inputs["attention_mask"].tolist(), strict=True):
             whole = bool(stops & set(row)) or len(row) < config.max_tokens
-            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            text = str(self.tokenizer.decode(row, skip_special_tokens=True))
             written = sum(token != self.tokenizer.pad_token_id for token in row)
             answers.append(Answer(text, "stop" if whole else "length", sum(mask), written))
         return answers
@@ -94,8 +95,10 @@ class LocalModel:
         chat = bool(getattr(self.tokenizer, "chat_template", None)) and not self._seq2seq
         if chat:
             prompts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                str(
+                    self.tokenizer.apply_chat_template(
+                        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                    )
                 )
                 for prompt in prompts
             ]

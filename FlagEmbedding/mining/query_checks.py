@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from FlagEmbedding.mining.answer_cache import Answer
 from FlagEmbedding.mining.alignment import normalize_text
+from FlagEmbedding.mining.answer_cache import Answer
 
 REASONS = {
     "empty": "no text came back",
@@ -29,9 +29,12 @@ REASONS = {
 }
 
 _COPY_WORDS, _COPY_CHARACTERS, _COPY_SHARE = 5, 20, 0.8
-_WRAPPED = re.compile(r"^(?:```\w*\s*(.*?)\s*```|\"(.*)\"|'(.*)'|“(.*)”|«(.*)»|「(.*)」|\*\*(.*)\*\*|`(.*)`)$", re.DOTALL)
+_WRAPPED = re.compile(
+    r"^(?:```\w*\s*(.*?)\s*```|\"(.*)\"|'(.*)'|“(.*)”|«(.*)»|「(.*)」|\*\*(.*)\*\*|`(.*)`)$", re.DOTALL
+)
 _LABEL = re.compile(
-    r"^(?:[-*•]\s+|\d{1,2}[.)]\s+)?(?:(?:search\s+)?quer(?:y|ies)|question|질문|검색어|쿼리|پرسش|سؤال|سوال|प्रश्न|सवाल|問|问题)\s*[:：]\s*",
+    r"^(?:[-*•]\s+|\d{1,2}[.)]\s+)?"
+    r"(?:(?:search\s+)?quer(?:y|ies)|question|질문|검색어|쿼리|پرسش|سؤال|سوال|प्रश्न|सवाल|問|问题)\s*[:：]\s*",
     re.IGNORECASE,
 )  # fmt: skip
 _BULLET = re.compile(r"^(?:[-*•]\s+|\d{1,2}[.)]\s+)")
@@ -95,8 +98,8 @@ def guess_language(text: str) -> str | None:
 def language_by_words(text: str) -> str | None:
     """The language whose function words come most often, at least two and half as many again as any other's."""
     counts = Counter(re.findall(r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f\u0900-\u0963\u200c])*", text.lower()))
-    found = sorted(((sum(counts[word] for word in words), language) for language, words in _WORDS.items()), reverse=True)
-    best, second = found[0], found[1]
+    found = [(sum(counts[word] for word in words), language) for language, words in _WORDS.items()]
+    best, second = sorted(found, reverse=True)[:2]
     return best[1] if best[0] >= 2 and best[0] >= 1.5 * second[0] else None
 
 
@@ -122,7 +125,7 @@ class QueryChecks:
     max_length: int = 200
 
     def judge(self, answer: Answer, passage: str) -> tuple[str, str | None]:
-        """``(query, reason)`` for an answer about ``passage``; the reason, a key of ``REASONS``, is None for a good one."""
+        """``(query, reason)`` for an answer about ``passage``; the reason (of ``REASONS``) is None for a good one."""
         query = clean(answer.text)
         return query, self._reason(query, answer.finish, passage)
 
@@ -167,7 +170,10 @@ def other_language(query: str, passage: str) -> bool:
 
 
 def is_copy(query: str, passage: str) -> bool:
-    """True when at least 80 % of the query stands in the passage in one piece (short phrases may: 5 words, 20 characters)."""
+    """True when at least 80 % of the query stands in the passage in one piece.
+
+    Phrases of under 5 words or 20 characters may: that is how people search.
+    """
     query, passage = (re.sub(r"[^\w\s]+", "", normalize_text(text)) for text in (query, passage))
     query, passage = " ".join(query.split()), " ".join(passage.split())
     if len(query) < _COPY_CHARACTERS or (" " in passage and len(query.split()) < _COPY_WORDS):
