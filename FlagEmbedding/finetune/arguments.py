@@ -172,13 +172,17 @@ class EngineArguments:
 class RetrieverTrainingArguments(TrainingArguments):
     """Hugging Face's training arguments; see their documentation for the rest.
 
-    Changed defaults: rows keep all their columns, and a non-finite loss stops the run instead of being averaged away.
+    Changed defaults: rows keep all their columns, a non-finite loss stops the run instead of being averaged away, and
+    DDP does not search for unused parameters.
     """
 
     _argument_group_name: ClassVar[str] = "Hugging Face TrainingArguments"
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collator needs every key."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept False: a non-finite loss stops the run."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter gets a gradient at each step, so there is nothing to find."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."}
     )

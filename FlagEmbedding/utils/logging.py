@@ -1,4 +1,4 @@
-"""Logging for library code. Only entry points configure it; other ranks than 0 stay quiet below WARNING."""
+"""Logging for library code. Only entry points configure it; other ranks than 0 stay quiet below ERROR."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send log lines to stderr: ``level`` and above on rank 0, warnings and above on other ranks."""
+    """Send log lines to stderr: ``level`` and above on rank 0, errors alone on other ranks, which would say the same."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.WARNING,
@@ -21,4 +21,4 @@ def configure_logging(level: int = logging.INFO) -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    logging.getLogger("FlagEmbedding").setLevel(level if rank == 0 else logging.WARNING)
+    logging.getLogger("FlagEmbedding").setLevel(level if rank == 0 else logging.ERROR)

@@ -190,7 +190,9 @@ def test_router_learns_with_straight_through_and_not_without(place: str, tiny_mo
 
 def test_auxiliary_losses_are_logged_scaled_and_unscaled(tiny_moe_dir: Path) -> None:
     query, passage, _, _ = batch_for(tiny_moe_dir, 2, 3, None, False)
-    plain = make(tiny_moe_dir)(query, passage)
+    unweighted = make(tiny_moe_dir)
+    unweighted.all_rows = True  # as with weights, route every token in the last layer
+    plain = unweighted(query, passage)
     weighted = make(tiny_moe_dir, router_aux_loss_coef=0.5, router_z_loss_coef=0.25)(query, passage)
     terms = weighted.terms
     assert float(terms["router_aux_loss"]) == pytest.approx(float(plain.terms["router_aux_loss"]))
