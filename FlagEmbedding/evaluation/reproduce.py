@@ -47,7 +47,7 @@ class ReproduceArguments:
 
     base_model: str
     languages: list[str]
-    train_dir: str
+    train_dir: list[str]
     data_dir: str | None
     qrels_dir: str | None
     split: str
@@ -79,7 +79,8 @@ def parse_reproduce_arguments(argv: Sequence[str] | None) -> tuple[ReproduceArgu
     add = parser.add_argument
     add("--base_model", required=True, help="hub id or folder of the model that is the baseline and is trained")
     add("--languages", nargs="+", required=True, help="MIRACL languages, such as ko fa hi")
-    add("--train_dir", required=True, help="holds {lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl")
+    files = "{lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl"
+    add("--train_dir", nargs="+", required=True, help=f"folder(s) that hold {files}")
     add("--data_dir", help="corpus, queries and judgements in the hub's layout; otherwise the hub")
     add("--qrels_dir", help="judgements, when they are elsewhere")
     add("--split", choices=["train", "dev"], default="dev", help="queries and judgements")
@@ -174,7 +175,7 @@ def build_options(
         base_model=str(Path(arguments.base_model).resolve())
         if Path(arguments.base_model).exists()
         else arguments.base_model,
-        train_dir=Path(arguments.train_dir).resolve(),
+        train_dirs=[Path(folder).resolve() for folder in arguments.train_dir],
         data_dir=Path(arguments.data_dir).resolve() if arguments.data_dir else None,
         split=arguments.split,
         metrics=[measure.key for measure in measures],
@@ -208,8 +209,6 @@ class _Files:
         train: dict[str, Any] = {"base_model": self._once("base", self._base_model)}
         if cell.row.train_file is not None:
             path = self.options.train_file(cell)
-            if not path.is_file():
-                raise DataError(f"{path}: no such training file, needed for row {cell.row.name!r}")
             train["train_file"] = self._once(path, lambda: sha256_file(path))
         corpus, topics = "miracl/miracl-corpus", "miracl/miracl"
         if data_dir is not None:

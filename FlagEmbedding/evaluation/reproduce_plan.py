@@ -77,7 +77,7 @@ class Options:
     root: Path
     output_dir: Path
     base_model: str
-    train_dir: Path
+    train_dirs: list[Path]
     data_dir: Path | None
     split: str
     metrics: list[str]
@@ -92,8 +92,14 @@ class Options:
         return self.base_model if cell.row.recipe is None else str(self.output_dir / "models" / cell.id)
 
     def train_file(self, cell: Cell) -> Path:
+        """The row's training file, from the first folder that has it. Raises ``DataError`` where none has."""
         assert cell.row.train_file is not None
-        return self.train_dir / cell.row.train_file.format(lang=cell.lang)
+        name = cell.row.train_file.format(lang=cell.lang)
+        for folder in self.train_dirs:
+            if (folder / name).is_file():
+                return folder / name
+        places = ", ".join(str(folder) for folder in self.train_dirs)
+        raise DataError(f"--train_dir {places}: no {name} there, which row {cell.row.name!r} is trained on")
 
     def index_dir(self, cell: Cell) -> Path:
         return self.output_dir / "corpus-index" / index_name(self.encoder(cell)) / cell.lang

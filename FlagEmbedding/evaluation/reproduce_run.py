@@ -24,6 +24,15 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 _GPU_SECONDS = 1.0
+# Starts the command out of a small process and notes the peak memory of it and its children: a child of this process
+# would be charged with the memory that this one held when it was started (Linux keeps the peak over exec).
+_MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+with open(sys.argv[1], "w") as out:
+    out.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code if code >= 0 else 128 - code)
+"""
 
 
 def run_cell(
@@ -81,25 +90,29 @@ def _clear(options: Options, cell: Cell, stage: str) -> None:
 
 
 def run_command(command: list[str], log: Path, what: str) -> dict[str, Any]:
-    """Run ``command`` with its output in ``log``: seconds, peak memory of the largest process, GPU memory if any."""
+    """Run ``command`` with its output in ``log``: seconds, peak memory of its largest process, GPU memory if any."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    peak = log.with_suffix(".peak")
+    measured_command = [sys.executable, "-I", "-S", "-c", _MEASURE, str(peak), *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with open(log, "w", encoding="utf-8") as stream:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with (
-            subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-            ) as process,
-            _GpuMemory() as gpu,
-        ):
-            # wait4 tells this child's peak alone; RUSAGE_CHILDREN would tell the largest of all so far.
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise DataError(f"{what} failed (exit {process.returncode}): {last_words(log)}; all of it in {log}")
-    kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+        with _GpuMemory() as gpu:
+            answer = subprocess.run(
+                measured_command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                check=False,
+            )
+    if answer.returncode != 0:
+        killed = ", killed: out of memory?" if answer.returncode == 137 else ""
+        raise DataError(f"{what} failed (exit {answer.returncode}{killed}): {last_words(log)}; all of it in {log}")
+    kilobytes = int(peak.read_text()) / (1024 if sys.platform == "darwin" else 1)
+    peak.unlink()
     measured: dict[str, Any] = {
         "command": shlex.join(command),
         "seconds": round(time.monotonic() - started, 2),
