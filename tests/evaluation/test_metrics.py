@@ -80,7 +80,21 @@ def collection(seed: int) -> tuple[dict[str, dict[str, int]], dict[str, dict[str
     return qrels, run
 
 
-NAMES = ["ndcg@1", "ndcg@5", "ndcg@10", "ndcg", "recall@5", "recall@20", "mrr@3", "mrr@10", "mrr", "map", "map@5", "p@5", "p@10"]
+NAMES = [
+    "ndcg@1",
+    "ndcg@5",
+    "ndcg@10",
+    "ndcg",
+    "recall@5",
+    "recall@20",
+    "mrr@3",
+    "mrr@10",
+    "mrr",
+    "map",
+    "map@5",
+    "p@5",
+    "p@10",
+]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -98,7 +112,14 @@ def test_every_measure_against_a_loop(seed: int) -> None:
 
 def test_printed_values_are_those_of_trec_eval_with_c() -> None:
     qrels, run = collection(5)
-    names = {"ndcg@5": "ndcg_cut_5", "ndcg@10": "ndcg_cut_10", "recall@20": "recall_20", "map": "map", "p@5": "P_5", "mrr": "recip_rank"}
+    names = {
+        "ndcg@5": "ndcg_cut_5",
+        "ndcg@10": "ndcg_cut_10",
+        "recall@20": "recall_20",
+        "map": "map",
+        "p@5": "P_5",
+        "mrr": "recip_rank",
+    }
     direct = pytrec_eval.RelevanceEvaluator(qrels, set(names.values())).evaluate(run)
     found = evaluate(qrels, run, parse_measures(list(names)))
     for key, theirs in names.items():
