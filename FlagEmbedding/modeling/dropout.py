@@ -1,4 +1,4 @@
-"""Dropout at a fraction of its usual price on a CPU, and dropout, residual and LayerNorm in one step.
+"""Dropout at a fraction of its usual price on a CPU.
 
 On processors other than Intel's, torch draws each Bernoulli number by itself (6 ns; a tenth of a training step of an
 encoder). Here a mask is 16 random bits an element, compared with a threshold (0.5 ns). The bits come from numpy's
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _LEVELS = 1 << 16
 
@@ -69,8 +69,3 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     if x.device.type != "cpu" or not x.is_floating_point():
         return F.dropout(x, probability)
     return _Dropout.apply(x, probability)
-
-
-def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.Module, probability: float, training: bool) -> Tensor:
-    """``norm(dropout(x) + residual)``, all ``[T, D]``."""
-    return norm(dropout(x, probability, training) + residual)

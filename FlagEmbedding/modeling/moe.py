@@ -179,7 +179,10 @@ class MoELinear(ExpertLinear):
         return routing
 
     def mix(self, x: Tensor, routing: Routing) -> Tensor:
-        y = super().mix(x, routing)
+        return self.with_gate(super().mix(x, routing), routing)
+
+    def with_gate(self, y: Tensor, routing: Routing) -> Tensor:
+        """``y`` itself; where the router gets no gradient through it, one of zeros (see the class)."""
         if not routing.weights.requires_grad and torch.is_grad_enabled() and self.gate.weight.requires_grad:
             y = _ZeroGradient.apply(y, self.gate.weight)
         return y

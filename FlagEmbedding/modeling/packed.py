@@ -2,7 +2,7 @@
 
 Runs transformers' own modules and parameters, layer by layer, on the real tokens alone: every linear layer and every
 pointwise operation sees all tokens of a slab as one matrix ``[T, D]``, attention runs row by row (``attention.py``),
-queries, keys and values come from one product, feed-forward experts keep their tokens grouped (``grouped.py``), and
+queries, keys and values come from one product, experts keep their tokens grouped (``feed_forward.py``), and
 there is no pooler. If only the first token of each row is asked for, the last layer computes queries, output and
 feed-forward for those alone, which changes nothing: other tokens' last states are read by nobody.
 
@@ -18,12 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.attention import packed_attention
-from FlagEmbedding.modeling.dropout import dropout, dropout_add_norm
+from FlagEmbedding.modeling.dropout import dropout
+from FlagEmbedding.modeling.feed_forward import feed_forward, residual_block
+from FlagEmbedding.modeling.linear import apply_linear, is_plain, linear
 from FlagEmbedding.modeling.slabs import Layout, plan_slabs
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
@@ -112,25 +113,22 @@ def _layer(layer: Any, x: Tensor, *, layout: Layout, first_only: bool) -> Tensor
     attention_dropout = attention.dropout.p if attention.training else 0.0
     heads = attention.num_attention_heads
     if first_only:
-        both = _fused(x, attention.key, attention.value)
+        both = _together(x, attention.key, attention.value)
         x = x.index_select(0, layout.starts)
-        context = packed_attention(both, layout, heads, queries=attention.query(x), dropout=attention_dropout)
+        queries = apply_linear(attention.query, x)
+        context = packed_attention(both, layout, heads, queries=queries, dropout=attention_dropout)
     else:
-        all_three = _fused(x, attention.query, attention.key, attention.value)
+        all_three = _together(x, attention.query, attention.key, attention.value)
         context = packed_attention(all_three, layout, heads, dropout=attention_dropout)
     output = layer.attention.output
-    x = dropout_add_norm(output.dense(context), x, output.LayerNorm, output.dropout.p, output.training)
-    wide = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(x))
-    output = layer.output
-    return dropout_add_norm(output.dense(wide), x, output.LayerNorm, output.dropout.p, output.training)
+    x = residual_block(output, context, x)
+    return feed_forward(layer, x)
 
 
-def _fused(x: Tensor, *linears: nn.Module) -> Tensor:
+def _together(x: Tensor, *linears: nn.Module) -> Tensor:
     """The outputs of several linear layers side by side, as one product where they are plain linear layers."""
-    if any(type(linear) is not nn.Linear or linear._forward_hooks for linear in linears):
-        return torch.cat([linear(x) for linear in linears], dim=-1)
-    weight = torch.cat([linear.weight for linear in linears])  # type: ignore[misc]
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    if biases and len(biases) < len(linears):
-        return torch.cat([linear(x) for linear in linears], dim=-1)
-    return F.linear(x, weight, torch.cat(biases) if biases else None)  # type: ignore[arg-type]
+    biases = [each.bias for each in linears if each.bias is not None]
+    if not all(map(is_plain, linears)) or len(biases) not in (0, len(linears)):
+        return torch.cat([each(x) for each in linears], dim=-1)
+    weight = torch.cat([each.weight for each in linears])  # type: ignore[misc]
+    return linear(x, weight, torch.cat(biases) if biases else None)  # type: ignore[arg-type]
