@@ -1,0 +1,205 @@
+"""The client of OpenAI-style endpoints against a real HTTP server that fails in every way a server can."""
+
+from __future__ import annotations
+
+import email.utils
+import time
+from pathlib import Path
+
+import pytest
+from mining.chat_server import FAILURES, ChatServer, failing, good_query
+
+from FlagEmbedding.mining.answer_cache import Answer, AnswerCache, Task
+from FlagEmbedding.mining.llm import ChatEndpoint, EndpointConfig, EndpointError, parse_answer, retry_seconds
+from FlagEmbedding.utils.errors import DataError, UsageError
+
+KEY = "sk-very-secret-0123456789"
+PASSAGES = [f"passage number {i} tells about river {i} and about its bridges and boats" for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEY", KEY)
+
+
+def tasks(passages: list[str] = PASSAGES) -> list[Task]:
+    return [Task(passage, f"Write a query.\n<p>{passage}</p>") for passage in passages]
+
+
+def ask(server: ChatServer, passages: list[str] = PASSAGES, spend=lambda: True, **changes):
+    """What was saved, what went wrong, and the endpoint."""
+    options = {"model": "m", "base_url": server.base_url, "api_key_env": "TEST_KEY", "backoff": 0.01, **changes}
+    endpoint = ChatEndpoint(EndpointConfig(**options), spend)
+    saved: dict[str, Answer] = {}
+    problems = {
+        task.key: why for task, why in endpoint.run(iter(tasks(passages)), lambda rows: saved.update(rows)) if why
+    }
+    return saved, problems, endpoint
+
+
+def test_answers_come_back_saved_with_their_usage_and_the_request_is_the_protocols() -> None:
+    with ChatServer(key=KEY) as server:
+        saved, problems, endpoint = ask(server, temperature=0.3, max_tokens=99, options={"reasoning_effort": "low"})
+    assert not problems
+    assert saved == {p: Answer(good_query(p), "stop", 10, 5) for p in PASSAGES}
+    assert (endpoint.sent, endpoint.repeated) == (40, 0)
+    body = server.requests[0]["body"]
+    assert body == {
+        "model": "m", "temperature": 0.3, "max_tokens": 99, "reasoning_effort": "low",
+        "messages": [{"role": "user", "content": f"Write a query.\n<p>{server.requests[0]['passage']}</p>"}],
+    }  # fmt: skip
+
+
+def test_with_half_of_all_requests_failing_every_passage_is_answered() -> None:
+    with ChatServer(failing(0.5)) as server:
+        saved, problems, endpoint = ask(server, max_retries=30)
+    assert not problems
+    assert {key: answer.text for key, answer in saved.items()} == {p: good_query(p) for p in PASSAGES}
+    failed = sum(request["kind"] != "good" for request in server.requests)
+    assert failed >= 20 and {r["kind"] for r in server.requests} >= set(FAILURES)
+    assert endpoint.sent == len(server.requests) == 40 + failed
+    assert endpoint.repeated == failed
+
+
+@pytest.mark.parametrize("kind", [*FAILURES, "408"])
+def test_every_transient_failure_is_repeated_and_then_passed_over(kind: str) -> None:
+    with ChatServer(lambda passage, nth: kind if passage == PASSAGES[1] else "good") as server:
+        saved, problems, _ = ask(server, PASSAGES[:3], max_retries=2)
+    assert set(saved) == {PASSAGES[0], PASSAGES[2]}
+    assert list(problems) == [PASSAGES[1]] and "(3 times)" in problems[PASSAGES[1]]
+    assert server.counts == {PASSAGES[0]: 1, PASSAGES[1]: 3, PASSAGES[2]: 1}
+
+
+def test_a_refusal_of_one_passage_is_not_repeated() -> None:
+    with ChatServer(lambda passage, nth: "400" if passage == PASSAGES[1] else "good") as server:
+        saved, problems, _ = ask(server, PASSAGES[:3])
+    assert set(saved) == {PASSAGES[0], PASSAGES[2]}
+    assert problems == {PASSAGES[1]: "HTTP 400: status 400"}
+    assert server.counts[PASSAGES[1]] == 1
+
+
+def test_a_slow_answer_times_out_and_is_asked_for_again() -> None:
+    with ChatServer(lambda passage, nth: "slow" if nth == 0 else "good") as server:
+        started = time.monotonic()
+        saved, problems, _ = ask(server, PASSAGES[:4], timeout=0.3)
+        assert time.monotonic() - started < 1.4
+    assert len(saved) == 4 and not problems
+    assert set(server.counts.values()) == {2}
+
+
+def test_requests_run_together_but_no_more_than_asked() -> None:
+    with ChatServer(delay=0.05) as server:
+        started = time.monotonic()
+        ask(server, concurrency=8)
+        took = time.monotonic() - started
+    assert 2 <= server.most_under_way <= 8
+    assert took < 40 * 0.05 / 2
+
+
+def test_retry_after_holds_back_every_thread() -> None:
+    with ChatServer(lambda passage, nth: "429:1" if passage == PASSAGES[0] and nth == 0 else "good") as server:
+        saved, _, _ = ask(server, concurrency=2)
+    assert len(saved) == 40
+    limited = next(r["time"] for r in server.requests if r["kind"].startswith("429"))
+    assert not [r for r in server.requests if limited + 0.3 < r["time"] < limited + 0.95]
+    assert sum(r["time"] > limited + 0.95 for r in server.requests) > 20
+
+
+def test_retry_after_in_its_forms() -> None:
+    assert retry_seconds({"retry-after": "7"}) == 7
+    assert retry_seconds({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
+    assert retry_seconds({}) is None and retry_seconds({"retry-after": "soon"}) is None
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 28 <= (retry_seconds({"retry-after": date}) or 0) <= 31
+    assert retry_seconds({"retry-after": email.utils.formatdate(0, usegmt=True)}) == 0
+
+
+def test_a_wait_too_long_for_anyone_ends_the_run() -> None:
+    with (
+        ChatServer(lambda passage, nth: "429:3600") as server,
+        pytest.raises(EndpointError, match="asks to wait 3600 s"),
+    ):
+        ask(server)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("quota", "no money left"), ("404", "check --base_url and --model m"), ("403", "put a valid key into TEST_KEY")],
+)
+def test_what_no_passage_would_survive_ends_the_run_at_once(kind: str, message: str) -> None:
+    with ChatServer(lambda passage, nth: kind) as server, pytest.raises(EndpointError, match=message):
+        ask(server, concurrency=2)
+    assert len(server.requests) <= 4
+
+
+def test_the_key_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="FlagEmbedding")
+    with ChatServer(key="another") as server, pytest.raises(EndpointError) as error:
+        ask(server)
+    assert "Incorrect API key provided: ***" in str(error.value)
+    assert KEY not in str(error.value) and KEY not in caplog.text
+
+
+def test_an_endpoint_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
+    with ChatServer() as server:
+        pass
+    with pytest.raises(EndpointError, match="10 passages in a row got no answer .* no connection"):
+        ask(server, max_retries=1)
+
+
+def test_a_missing_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEST_KEY")
+    with pytest.raises(UsageError, match="--api_key_env TEST_KEY: no such environment variable"):
+        ChatEndpoint(EndpointConfig("m", "http://127.0.0.1:9/v1", "TEST_KEY"), lambda: True)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY"):
+        ChatEndpoint(EndpointConfig("m"), lambda: True)
+    ChatEndpoint(EndpointConfig("m", "http://127.0.0.1:9/v1"), lambda: True)  # a server of one's own needs none
+
+
+@pytest.mark.parametrize("limit", [0, 7, 39])
+def test_the_budget_is_never_passed(tmp_path: Path, limit: int) -> None:
+    cache = AnswerCache(tmp_path / "cache")
+    with ChatServer(failing(0.3)) as server:
+        saved, problems, _ = ask(server, spend=lambda: cache.spend("job", limit), max_retries=20)
+    assert len(server.requests) == limit == cache.spent("job")
+    assert set(problems.values()) == {"budget"} and len(saved) + len(problems) == 40
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "{", "[]", "null", '{"choices": []}', '{"choices": [{}]}', '{"choices": [{"message": null}]}',
+     '{"choices": [{"message": {"content": 3}}]}', '{"error": "x"}'],
+)  # fmt: skip
+def test_bodies_that_are_not_the_protocols(body: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_answer(body)
+
+
+def test_a_null_answer_is_an_empty_one() -> None:
+    body = '{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}], "usage": null}'
+    assert parse_answer(body) == Answer("", "content_filter")
+
+
+# ---- the cache ----
+
+
+def test_the_cache_keeps_the_first_answer_and_survives_reopening(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "cache")
+    cache.put([("k", Answer("one", "stop", 3, 4)), ("half", Answer("a\ud83d", "length"))])
+    cache.put([("k", Answer("two"))])
+    cache.put_ranks([("r", 3)])
+    assert cache.spend("j", 2) and cache.spend("j", 2) and not cache.spend("j", 2) and cache.spend("j", None)
+    cache.close()
+    again = AnswerCache(tmp_path / "cache")
+    assert again.get("k") == Answer("one", "stop", 3, 4)
+    assert again.get("half") == Answer("a?", "length") and again.get("none") is None
+    assert (again.rank("r"), again.rank("s"), again.spent("j")) == (3, None, 3)
+    again.settle("j")
+    assert again.spent("j") == 0
+
+
+def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("my notes, which are long enough to be no database at all\n" * 20)
+    with pytest.raises(DataError, match="name another --cache"):
+        AnswerCache(tmp_path / "cache")

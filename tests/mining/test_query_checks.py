@@ -1,0 +1,113 @@
+"""What a model writes is cleaned, then judged by script, language, lines, length and copying."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from FlagEmbedding.benchmarks.corpus import read_file
+from FlagEmbedding.mining.answer_cache import Answer
+from FlagEmbedding.mining.prompting import make_prompter
+from FlagEmbedding.mining.query_checks import QueryChecks, clean, guess_language, main_script
+from FlagEmbedding.utils.errors import UsageError
+
+KO = "한강은 서울을 지나 서해로 흘러든다. 길이는 약 오백 킬로미터이며 예부터 뱃길로 쓰였고 지금은 다리가 서른 개 넘게 놓여 있다."
+FA = "رود کارون پرآب‌ترین رود ایران است و از زاگرس سرچشمه می‌گیرد و به خلیج فارس می‌ریزد. این رود از شهر اهواز می‌گذرد."
+HI = "गंगा नदी हिमालय से निकलकर बंगाल की खाड़ी में गिरती है और इसके तट पर वाराणसी तथा पटना जैसे नगर बसे हैं।"
+EN = "The Han river runs through Seoul and reaches the Yellow Sea, and it was used by boats of the kingdom for centuries."
+JA = "漢江は韓国の首都ソウルを流れる川で、黄海に注ぐ。古くから水運に使われ、現在は三十を超える橋が架かっている。"
+
+
+def judge(query: str, passage: str, finish: str = "stop") -> str | None:
+    return QueryChecks().judge(Answer(query, finish), passage)[1]
+
+
+@pytest.mark.parametrize(
+    ("query", "passage", "reason"),
+    [
+        ("서울의 강은 어느 바다에 닿나요?", KO, None),
+        ("HTML5와 XHTML 차이는?", KO, None),  # foreign names are no other language
+        ("What is 한강 about?", KO, "other_script"),
+        ("Which river reaches the sea at Seoul?", KO, "other_script"),
+        ("漢江 流域", KO, "other_script"),
+        ("12345678", KO, "other_script"),
+        ("آب اهواز به کجا می‌رسد؟", FA, None),
+        ("أين يقع نهر كارون في إيران؟", FA, "other_language"),
+        ("دریائے کارون ہے کہاں اور میں کیا", FA, "other_language"),
+        ("पटना किस नदी के किनारे है?", HI, None),
+        ("पटना कोणत्या नदीच्या काठी आहे आणि काय?", HI, "other_language"),
+        ("Which sea does the river of Seoul reach?", EN, None),
+        ("Welche Stadt ist das und wie wurde der Fluss genannt?", EN, "other_language"),
+        ("ソウルの川はどの海に流れる？", JA, None),
+        ("漢江 橋 数量", JA, None),
+        ("한강의 다리는 몇 개?", JA, "other_script"),
+        ("", KO, "empty"),
+        ("  \n ", KO, "empty"),
+        ("서울의 강은?\n어느 바다?", KO, "several_lines"),
+        ("강?", KO, "too_short"),
+        ("강은 어디로 " * 40, KO, "too_long"),
+        ("서울에서 강은 어느 바다로 가는지 알려 주세요", KO[:20], "too_long"),
+        (KO[:40], KO, "copy"),
+        ("길이는 약 오백 킬로미터이며 예부터 뱃길로 쓰였나?", KO, "copy"),
+        ("한강 길이", KO, None),  # a short phrase is how people search
+        (JA[:24], JA, "copy"),
+    ],
+)
+def test_reasons(query: str, passage: str, reason: str | None) -> None:
+    assert judge(query, passage) == reason
+
+
+def test_an_answer_that_was_cut_off_is_rejected() -> None:
+    assert judge("서울의 강은 어느 바다에", KO, "length") == "cut_off"
+    assert judge("", KO, "length") == "cut_off"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["강은 어디로?", '"강은 어디로?"', "“강은 어디로?”", "질문: 강은 어디로?", "Query: 강은 어디로?", "1. 강은 어디로?",
+     "- 강은 어디로?", "```\n강은 어디로?\n```", "**강은 어디로?**", "<think>hm\nhm</think>\n강은 어디로?",
+     '질문: "강은 어디로?"', "\n 강은 어디로? \n"],
+)  # fmt: skip
+def test_wrapping_is_taken_off(text: str) -> None:
+    assert clean(text) == "강은 어디로?"
+
+
+def test_real_queries_pass_and_languages_are_told_apart(sample_dir: Path) -> None:
+    """No false alarm on the sample: every real query passes against its passage, every passage is told by language."""
+    for code in ("fa", "hi"):
+        rows = [json.loads(line) for line in (sample_dir / f"train/{code}_CLPL_train_data.jsonl").open()]
+        found = [judge(row["query"], row["pos"][0]) for row in rows]
+        assert found.count(None) >= 0.98 * len(found), [r for r in found if r]
+        for passage in read_file(sample_dir / f"miracl-corpus-v1.0-{code}/docs-0.jsonl.gz"):
+            assert guess_language(passage.text) == code
+    assert [guess_language(text) for text in (KO, EN, JA, "漢江流經首爾", "12 + 3")] == ["ko", "en", "ja", "zh", None]
+    assert [main_script(text) for text in (KO, FA, HI, EN, JA, "!?")] == [
+        "HANGUL", "ARABIC", "DEVANAGARI", "LATIN", "KANA", None,
+    ]  # fmt: skip
+
+
+# ---- prompts ----
+
+
+def test_shipped_prompts_name_the_passage_in_its_own_language() -> None:
+    prompter = make_prompter(None, None)
+    for passage, word in ((KO, "문단"), (FA, "متن"), (HI, "अनुच्छेद"), (EN, "Passage"), (JA, "in the language of the")):
+        message = prompter(passage)
+        assert passage in message and word in message
+        assert "{passage}" not in message and not message.startswith("#")
+
+
+def test_prompts_of_ones_own(tmp_path: Path) -> None:
+    assert make_prompter("Ask about {passage}!", None)("a {passage} b") == "Ask about a {passage} b!"
+    (tmp_path / "ko.txt").write_text("# remark\n질문: {passage}\n")
+    assert make_prompter(str(tmp_path / "ko.txt"), None)("x") == "질문: x"
+    assert make_prompter(str(tmp_path), "ko")("x") == "질문: x"
+    with pytest.raises(UsageError, match=r"neither fa\.txt nor default\.txt"):
+        make_prompter(str(tmp_path), "fa")
+    (tmp_path / "bad.txt").write_text("no place")
+    with pytest.raises(UsageError, match=r"expected \{passage\}"):
+        make_prompter(str(tmp_path / "bad.txt"), None)
+    with pytest.raises(UsageError, match="no such file or folder"):
+        make_prompter("nowhere", None)
