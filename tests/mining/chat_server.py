@@ -1,7 +1,7 @@
 """A real HTTP server that speaks chat/completions, as well or as badly as it is told.
 
-It notes every request: what came (passage, body, time) and the kind of response. The answer is a function of the passage
-and of how often it was asked about, so that every right way of asking ends with the same file.
+It notes every request: what came (passage, body, time) and the kind of response. The answer is a function of the
+passage and of how often it was asked about, so that every right way of asking ends with the same file.
 """
 
 from __future__ import annotations

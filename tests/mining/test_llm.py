@@ -31,9 +31,7 @@ def ask(server: ChatServer, passages: list[str] = PASSAGES, spend=lambda: True, 
     options = {"model": "m", "base_url": server.base_url, "api_key_env": "TEST_KEY", "backoff": 0.01, **changes}
     endpoint = ChatEndpoint(EndpointConfig(**options), spend)
     saved: dict[str, Answer] = {}
-    problems = {
-        task.key: why for task, why in endpoint.run(iter(tasks(passages)), lambda rows: saved.update(rows)) if why
-    }
+    problems = {task.key: why for task, why in endpoint.run(iter(tasks(passages)), saved.update) if why}
     return saved, problems, endpoint
 
 
@@ -143,7 +141,7 @@ def test_the_key_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_endpoint_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
     with ChatServer() as server:
         pass
-    with pytest.raises(EndpointError, match="10 passages in a row got no answer .* no connection"):
+    with pytest.raises(EndpointError, match=r"10 passages in a row got no answer .* no connection"):
         ask(server, max_retries=1)
 
 

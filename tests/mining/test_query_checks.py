@@ -13,10 +13,13 @@ from FlagEmbedding.mining.prompting import make_prompter
 from FlagEmbedding.mining.query_checks import QueryChecks, clean, guess_language, main_script
 from FlagEmbedding.utils.errors import UsageError
 
-KO = "한강은 서울을 지나 서해로 흘러든다. 길이는 약 오백 킬로미터이며 예부터 뱃길로 쓰였고 지금은 다리가 서른 개 넘게 놓여 있다."
+KO = (
+    "한강은 서울을 지나 서해로 흘러든다. 길이는 약 오백 킬로미터이며 예부터 뱃길로 쓰였고 "
+    "지금은 다리가 서른 개 넘게 놓여 있다."
+)
 FA = "رود کارون پرآب‌ترین رود ایران است و از زاگرس سرچشمه می‌گیرد و به خلیج فارس می‌ریزد. این رود از شهر اهواز می‌گذرد."
 HI = "गंगा नदी हिमालय से निकलकर बंगाल की खाड़ी में गिरती है और इसके तट पर वाराणसी तथा पटना जैसे नगर बसे हैं।"
-EN = "The Han river runs through Seoul and reaches the Yellow Sea, and it was used by boats of the kingdom for centuries."
+EN = "The Han river runs through Seoul and reaches the Yellow Sea, and it was used by boats for centuries."
 JA = "漢江は韓国の首都ソウルを流れる川で、黄海に注ぐ。古くから水運に使われ、現在は三十を超える橋が架かっている。"
 
 

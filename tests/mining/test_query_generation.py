@@ -152,7 +152,7 @@ def test_kill_9_and_the_same_command_ends_with_the_same_file_and_pays_once(rows:
         assert 8 <= len(answered) < 40
         time.sleep(0.1)  # what was under way is noted as a request
         first = len(server.requests)
-        assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+        assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
         later = {request["passage"] for request in server.requests[first:]}
     assert read(tmp_path / "out.jsonl") == expected(rows)
     assert not {good_query(passage) for passage in later} & answered
