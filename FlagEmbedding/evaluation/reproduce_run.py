@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from FlagEmbedding.evaluation import measured
 from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import write_json_atomic
@@ -24,15 +25,6 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 _GPU_SECONDS = 1.0
-# Starts the command out of a small process and notes the peak memory of it and its children: a child of this process
-# would be charged with the memory that this one held when it was started (Linux keeps the peak over exec).
-_MEASURE = """
-import resource, subprocess, sys
-code = subprocess.call(sys.argv[2:])
-with open(sys.argv[1], "w") as out:
-    out.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
-sys.exit(code if code >= 0 else 128 - code)
-"""
 
 
 def run_cell(
@@ -93,34 +85,36 @@ def run_command(command: list[str], log: Path, what: str) -> dict[str, Any]:
     """Run ``command`` with its output in ``log``: seconds, peak memory of its largest process, GPU memory if any."""
     log.parent.mkdir(parents=True, exist_ok=True)
     peak = log.with_suffix(".peak")
-    measured_command = [sys.executable, "-I", "-S", "-c", _MEASURE, str(peak), *command]
+    measured_command = [sys.executable, "-I", "-S", measured.__file__, str(peak), *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with open(log, "w", encoding="utf-8") as stream:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with _GpuMemory() as gpu:
-            answer = subprocess.run(
-                measured_command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                check=False,
-            )
-    if answer.returncode != 0:
-        killed = ", killed: out of memory?" if answer.returncode == 137 else ""
-        raise DataError(f"{what} failed (exit {answer.returncode}{killed}): {last_words(log)}; all of it in {log}")
+        with (
+            _GpuMemory() as gpu,
+            subprocess.Popen(
+                measured_command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            ) as process,
+        ):
+            try:
+                process.wait()
+            except BaseException:
+                process.terminate()  # which ends the command, too
+                raise
+    if process.returncode != 0:
+        killed = ", killed: out of memory?" if process.returncode == 137 else ""
+        raise DataError(f"{what} failed (exit {process.returncode}{killed}): {last_words(log)}; all of it in {log}")
     kilobytes = int(peak.read_text()) / (1024 if sys.platform == "darwin" else 1)
     peak.unlink()
-    measured: dict[str, Any] = {
+    found: dict[str, Any] = {
         "command": shlex.join(command),
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_mb": round(kilobytes / 1024),
     }
     if gpu.peak_mb is not None:
-        measured["peak_gpu_mb"] = gpu.peak_mb
-    return measured
+        found["peak_gpu_mb"] = gpu.peak_mb
+    return found
 
 
 def last_words(log: Path) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,6 +160,29 @@ def test_time_memory_and_last_words_of_a_command(tmp_path: Path) -> None:
         run_command(broken, tmp_path / "broken.log", "cell: train")
     (tmp_path / "log").write_text("a\nValueError: b\n\n")
     assert last_words(tmp_path / "log") == "ValueError: b"
+
+
+def test_a_command_does_not_outlive_its_caller(tmp_path: Path) -> None:
+    code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(120)"
+    caller = (
+        "import sys; from pathlib import Path; from FlagEmbedding.evaluation.reproduce_run import run_command; "
+        f"run_command([sys.executable, '-c', {code!r}], Path('log'), 'x')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        (tmp_path / "pid").unlink(missing_ok=True)
+        with subprocess.Popen([sys.executable, "-c", caller], cwd=tmp_path, env=environment) as process:
+            wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+            process.send_signal(number)
+        child = Path("/proc") / (tmp_path / "pid").read_text()
+        wait_for(lambda child=child: not child.exists())
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.1)
 
 
 def test_gpu_memory_is_what_nvidia_smi_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
