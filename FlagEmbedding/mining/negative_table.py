@@ -15,10 +15,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 from FlagEmbedding.mining.alignment import text_key
+from FlagEmbedding.mining.merge import valid_rows
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import PathLike
 
 _SCHEMA = """
 CREATE TABLE real (passage BLOB, place BLOB, query BLOB, text TEXT, PRIMARY KEY (passage, place)) WITHOUT ROWID;
@@ -168,15 +168,17 @@ def negative_table(path: Path, seed: int) -> Iterator[NegativeTable]:
         table.close()
 
 
-def fill(table: NegativeTable, files: Sequence[PathLike], more: Sequence[PathLike], replace: bool) -> int:
+def fill(table: NegativeTable, files: Sequence[Path], more: Sequence[Path], replace: bool) -> int:
     """Read the rows of ``files`` into the table, and the real queries of ``more``; returns the number of rows.
 
     Raises ``DataError`` with the problems of all files.
     """
     problems, rows = Problems(), 0
-    for path in (*files, *more):
+    for path in files:
         for record in read_records(path, problems):
             table.add_real(record.query, record.pos)
+    for _, record in valid_rows(more, problems):
+        table.add_real(record.query, record.pos)
     problems.raise_if_any()
     for path in files:
         for record in read_records(path):

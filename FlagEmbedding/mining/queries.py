@@ -71,14 +71,15 @@ class TrainingRows:
         number = 0
         for path in self.files:
             for line, row in read_rows(path, problems):
-                record = _record(row, str(path), line, problems)
+                record = parse_pairs(row, str(path), line, problems)
                 if record is not None:
                     others = {key: value for key, value in row.items() if key not in _OURS}
                     yield Item(str(number), record.query, record.pos, record=record, others=others)
                 number += 1
 
 
-def _record(row: dict[str, Any], path: str, line: int, problems: Problems) -> TrainRecord | None:
+def parse_pairs(row: dict[str, Any], path: str, line: int, problems: Problems) -> TrainRecord | None:
+    """A training row whose ``neg`` may still be missing (it is empty then); other problems go to ``problems``."""
     if row.get("neg"):
         return parse_record(row, path, line, problems)
     # A row that waits for its negatives: the schema's other rules are asked with one in place.
