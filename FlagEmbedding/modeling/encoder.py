@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.moe import token_mask
-from FlagEmbedding.modeling.packed import packed_forward, plan_slabs
+from FlagEmbedding.modeling.packed import WordTable, packed_forward, plan_slabs
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
@@ -177,23 +177,31 @@ class M3Encoder(nn.Module):
         """All rows of ``batches`` sorted by length, slab after slab through ``modeling.packed``, order restored."""
         together = TokenBatch.cat(batches)
         slabs = plan_slabs(together.lengths, self.engine.slab_tokens)
+        visited = [row for slab in slabs for row in slab]
+        ordered = together.select(visited)
         caching = self.engine.grad_cache and torch.is_grad_enabled()
+        trains_words = torch.is_grad_enabled() and self.model.get_input_embeddings().weight.requires_grad
+        words = WordTable.of(self.model, ordered.ids) if trains_words and len(slabs) > 1 else None
         parts = []
+        row = token = 0
         for slab in slabs:
-            piece = together.select(slab)
+            lengths = ordered.lengths[row : row + len(slab)]
+            span = slice(token, token + sum(lengths))
+            piece = TokenBatch(ordered.ids[span], lengths, ordered.padded_length)
+            own = None if words is None else words._replace(places=words.places[span])
             if caching:
                 # The non-reentrant kind: frozen first layers are no obstacle, and the recomputation sees the same
                 # random numbers, so dropout and router noise repeat.
-                parts.append(checkpoint(self._encode_slab, piece, kinds, use_reentrant=False))
+                parts.append(checkpoint(self._encode_slab, piece, kinds, own, use_reentrant=False))
             else:
-                parts.append(self._encode_slab(piece, kinds))
-        visited = [row for slab in slabs for row in slab]
-        joined = _reorder(_join(parts, together.select(visited)), visited)
+                parts.append(self._encode_slab(piece, kinds, own))
+            row, token = row + len(slab), span.stop
+        joined = _reorder(_join(parts, ordered), visited)
         return _split(joined, batches)
 
-    def _encode_slab(self, tokens: TokenBatch, kinds: frozenset[str]) -> Representations:
+    def _encode_slab(self, tokens: TokenBatch, kinds: frozenset[str], words: WordTable | None) -> Representations:
         first_rows_only = kinds == {"dense"} and self.pooling == "cls" and not self.all_rows
-        states = packed_forward(self.model, tokens, first_rows_only=first_rows_only)
+        states = packed_forward(self.model, tokens, first_rows_only=first_rows_only, words=words)
         dense = None
         if first_rows_only:
             dense = states

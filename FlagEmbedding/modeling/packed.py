@@ -15,9 +15,10 @@ Shape legend: N rows, T tokens in all, D hidden size.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,16 +30,41 @@ from FlagEmbedding.modeling.slabs import Layout, plan_slabs
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
-__all__ = ["packed_forward", "plan_slabs", "why_not_packable"]
+__all__ = ["WordTable", "packed_forward", "plan_slabs", "why_not_packable"]
 
 
-def packed_forward(backbone: PreTrainedModel, tokens: TokenBatch, *, first_rows_only: bool = False) -> Tensor:
+class WordTable(NamedTuple):
+    """The rows of the word embeddings that a whole batch needs, looked up once for all its slabs.
+
+    A lookup's gradient has the size of what it looked in. With one lookup a slab, every slab's backward would fill and
+    add up a matrix of the whole vocabulary (1 GB in BGE-M3).
+
+    Attributes:
+        weight: ``[U, D]``, one row for each distinct token.
+        places: ``[T]`` int64, the row of each token.
+    """
+
+    weight: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel, ids: Tensor) -> WordTable:
+        """The table of ``ids`` ``[T]``."""
+        distinct, places = ids.unique(return_inverse=True)
+        embeddings: Any = backbone.embeddings
+        return cls(embeddings.word_embeddings(distinct), places)
+
+
+def packed_forward(
+    backbone: PreTrainedModel, tokens: TokenBatch, *, first_rows_only: bool = False, words: WordTable | None = None
+) -> Tensor:
     """Last hidden states of the real tokens.
 
     Args:
         backbone: an encoder of the XLM-R, RoBERTa or BERT structure, dense or with experts.
         tokens: the rows, best sorted by length (any order is right, equal lengths side by side are fast).
         first_rows_only: give each row's first token alone.
+        words: where to find these tokens' word embeddings; None: in the backbone.
 
     Returns:
         ``[T, D]``, rows end to end, or ``[N, D]``.
@@ -51,7 +77,7 @@ def packed_forward(backbone: PreTrainedModel, tokens: TokenBatch, *, first_rows_
         raise UsageError(f"{type(backbone).__name__} {reason}: use --engine padded")
     layout = Layout(tokens.lengths, tokens.ids.device)
     encoder: Any = backbone.encoder
-    x = _embed(backbone.embeddings, tokens.ids, layout)
+    x = _embed(backbone.embeddings, tokens.ids, layout, words)
     layers = list(encoder.layer)
     for number, layer in enumerate(layers):
         first_only = first_rows_only and number == len(layers) - 1
@@ -87,9 +113,10 @@ def why_not_packable(backbone: nn.Module) -> str | None:
     return None
 
 
-def _embed(embeddings: Any, ids: Tensor, layout: Layout) -> Tensor:
+def _embed(embeddings: Any, ids: Tensor, layout: Layout, words: WordTable | None) -> Tensor:
     """``[T]`` ids to ``[T, D]``: word, position and token type 0, LayerNorm, dropout."""
-    x = embeddings.word_embeddings(ids) + embeddings.position_embeddings(_positions(embeddings, ids, layout))
+    word = embeddings.word_embeddings(ids) if words is None else F.embedding(words.places, words.weight)
+    x = word + embeddings.position_embeddings(_positions(embeddings, ids, layout))
     x = x + embeddings.token_type_embeddings.weight[0]
     return dropout(embeddings.LayerNorm(x), embeddings.dropout.p, embeddings.training)
 
