@@ -12,7 +12,8 @@ from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import PathLike, atomic_open
 
 GREY, INK = "#a9b4c0", "#26323e"
-# Told apart with any colour vision (Okabe and Ito), lightness falling.
+_GROUP = 0.8  # width of a language's group of bars; groups stand 1 apart
+# Told apart with any colour vision (Okabe and Ito).
 COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#8a6d3b"]
 
 
@@ -23,7 +24,7 @@ def plot_comparison(
     plt = pyplot()
     languages = list(systems[0].languages)
     rows = [*languages, AVERAGE] if len(languages) > 1 else languages
-    width = max(3.4, 0.5 + 0.42 * len(rows) * len(systems)) * len(measures)
+    width = max(6.4, max(2.9, 0.5 + 0.42 * len(rows) * len(systems)) * len(measures))
     figure, axes = plt.subplots(
         2, len(measures), figsize=(min(24.0, width), 6.2), squeeze=False, sharex="col", sharey="row",
         gridspec_kw={"height_ratios": [3, 2]}, layout="constrained",
@@ -45,10 +46,10 @@ def plot_comparison(
 
 
 def _bars(axis: Any, systems: Sequence[System], rows: Sequence[str], measure: Measure, colours: Sequence[str]) -> None:
-    step = 0.8 / len(systems)
+    step = _GROUP / len(systems)
     for place, system in enumerate(systems):
         values = [100 * system.mean(lang, measure) for lang in rows]
-        where = [x - 0.4 + step * (place + 0.5) for x in range(len(rows))]
+        where = [x - _GROUP / 2 + step * (place + 0.5) for x in range(len(rows))]
         bars = axis.bar(where, values, step * 0.94, color=colours[place], label=shorten(system.name, 40))
         if len(systems) * len(rows) <= 16:
             axis.bar_label(bars, fmt="%.0f" if len(rows) > 3 else "%.1f", fontsize=8, padding=1, color=INK)
@@ -69,25 +70,26 @@ def _intervals(
 ) -> None:
     axis.axhline(0, color=GREY, linewidth=1.2)
     others = systems[1:]
-    step = 0.8 / len(others)
+    step = _GROUP / len(others)
     for place, system in enumerate(others):
         for x, lang in enumerate(rows):
             found = _find(comparisons, systems[0].name, system.name, lang, measure)
             if found is None:
                 continue
-            at, value = x - 0.4 + step * (place + 0.5), 100 * found.difference
+            at, value = x - _GROUP / 2 + step * (place + 0.5), 100 * found.difference
             colour = colours[place + 1]
             ends = [100 * found.low, 100 * found.high]
             axis.plot([at, at], ends, color=colour, linewidth=2.2, solid_capstyle="round")
             filled = colour if found.p_holm < 0.05 else "white"
             axis.plot(at, value, "o", markersize=6.5, mfc=filled, mec=colour, mew=1.6)
-            if len(others) * len(rows) <= 8:
+            if len(others) == 1 and len(rows) <= 8:
                 axis.annotate(
                     signed_points(found.difference), (at, value), xytext=(7, 0), textcoords="offset points",
                     fontsize=8, va="center", color=INK,
                 )  # fmt: skip
     axis.set_xticks(range(len(rows)), rows)
-    axis.set_xlim(-0.55, len(rows) - 0.3)
+    margin = 0.3 if len(rows) == 1 else 0.0  # two bars should not fill a panel
+    axis.set_xlim(-0.6 - margin, len(rows) - 0.4 + margin)
     tidy(axis)
     _set_average_apart(axis, rows)
 

@@ -212,8 +212,10 @@ def _texts(
                 queries[lang] = miracl.read_topics(miracl.topics_file(lang, arguments.split, place))
                 folders[lang] = place
                 break
-        else:
-            logger.info("%s: no folder with its queries is known (--data_dir): tables show ids only", lang)
+
+    bare = [lang for lang in languages if lang not in queries]
+    if bare:
+        logger.info("%s: no folder with their queries is known (--data_dir): tables show ids only", " ".join(bare))
 
     def passages(lang: str, wanted: set[str]) -> dict[str, str]:
         if lang not in folders or not (folders[lang] / f"miracl-corpus-v1.0-{lang}").is_dir():
