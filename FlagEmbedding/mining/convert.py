@@ -213,9 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, bare = convert(a)
     print(f"{a.output_file}: {rows:,} rows")
     if bare:
-        print(
-            f"  {bare:,} of them have no neg yet: python -m FlagEmbedding.mining.hard_negatives --input_file {a.output_file} …"
-        )
+        command = f"python -m FlagEmbedding.mining.hard_negatives --input_file {a.output_file} …"
+        print(f"  {bare:,} of them have no neg yet: {command}")
     return 0
 
 

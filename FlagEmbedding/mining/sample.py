@@ -21,7 +21,8 @@ from FlagEmbedding.utils.errors import UsageError
 
 
 def draw(total: int, number: int, seed: int) -> list[int]:
-    """``number`` of the places 0 … ``total`` − 1, ascending. Seeding by text goes through SHA-512, the same everywhere."""
+    """``number`` of the places 0 … ``total`` − 1, ascending."""
+    # Seeding by text goes through SHA-512, the same on every platform.
     return sorted(random.Random(f"{seed}").sample(range(total), number))
 
 
