@@ -45,6 +45,7 @@ class Table:
     rows: list[Row]
     published: dict[str, dict[str, dict[str, float]]]
     source: str
+    published_model: str  # folder or repository name of the base model that the published scores are of
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def read_table(path: Path) -> Table:
     if not rows or len({row.slug for row in rows}) != len(rows):
         raise DataError(f"{path}: expected rows with different names")
     published = value.get("published") or {}
-    return Table(rows, published.get("scores") or {}, published.get("source") or "")
+    return Table(rows, published.get("scores") or {}, published.get("source") or "", published.get("model") or "")
 
 
 def _load(path: Path) -> dict[str, Any]:

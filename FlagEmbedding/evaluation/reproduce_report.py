@@ -48,9 +48,11 @@ def write_table(
     """Write table.md, table.json and table.png into the output folder; returns what an entry point prints."""
     rows = collect(options, cells, qrels, measures)
     languages = list(rows[0].values)
+    # On other models the paper's scores are shown for orientation, but not drawn onto the same axis.
+    comparable = Path(options.base_model).name == table.published_model
     tests = compare_rows(rows, measures[0], resamples)
     text = "\n\n".join([
-        _scores_text(rows, languages, measures, table), _tests_text(rows, tests, measures[0]),
+        _scores_text(rows, languages, measures, table, comparable), _tests_text(rows, tests, measures[0]),
         _costs_text(rows, cells, records), _seen_text(rows, languages, measures[0]),
     ])  # fmt: skip
     folder = options.output_dir
@@ -67,7 +69,7 @@ def write_table(
     }
     write_json_atomic(folder / "table.json", value)
     points = {row.row.name: row.values for row in rows}
-    plot_table(folder / "table.png", points, languages, measures, table.published)
+    plot_table(folder / "table.png", points, languages, measures, table.published if comparable else {})
     paths = [
         f"{name}: {folder / f'table.{suffix}'}"
         for name, suffix in (("table", "md"), ("data", "json"), ("chart", "png"))
@@ -128,7 +130,9 @@ def _setting(options: Options, languages: Sequence[str]) -> str:
     return f"Base model `{Path(options.base_model).name}`, data {data} ({named}), {options.split} queries."
 
 
-def _scores_text(rows: Sequence[RowScores], languages: Sequence[str], measures: Sequence[Measure], table: Table) -> str:
+def _scores_text(
+    rows: Sequence[RowScores], languages: Sequence[str], measures: Sequence[Measure], table: Table, comparable: bool
+) -> str:
     columns = [(lang, measure) for lang in languages for measure in measures]
     header, align = ["row"], "l"
     for lang, measure in columns:
@@ -149,11 +153,10 @@ def _scores_text(rows: Sequence[RowScores], languages: Sequence[str], measures: 
     seeds = max((len(row.seeds) for row in rows), default=1)
     how = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     where = f", {languages[0]}" if len(languages) == 1 else ""
-    paper = (
-        f"paper: {table.source}."
-        if "paper" in header
-        else f"The paper's scores are not in the table file ({table.source})."
-    )
+    if "paper" in header:
+        paper = f"paper: {table.source}" + ("." if comparable else "; not this model and data.")
+    else:
+        paper = "The paper gives no score for these."
     return f"## Scores\n\n{markdown_table(header, body, align)}\n\nScores × 100{where}, {how}. {paper}"
 
 

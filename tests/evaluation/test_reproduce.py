@@ -73,6 +73,16 @@ def test_the_table_has_the_papers_rows_after_the_published_command() -> None:
     ] * 4
 
 
+def test_published_scores_are_those_of_the_picture() -> None:
+    table = read_table(TABLE)
+    drawn = json.loads((REPOSITORY / "imgs" / "paper_table.json").read_text("utf-8"))
+    languages = [{"Korean": "ko", "Persian": "fa", "Hindi": "hi"}[name] for name in drawn["columns"][:3]]
+    key = parse_measures([drawn["measure"]])[0].key
+    for name, row in zip(NAMES, drawn["rows"], strict=True):
+        assert [table.published[name][lang][key] for lang in languages] == row["values"][:3]
+    assert table.published.keys() == set(NAMES)
+
+
 def test_every_command_is_one_that_a_user_could_type(
     tiny_model_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
