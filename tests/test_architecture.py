@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "demo": set(),
     "inference": {"modeling"},
     "finetune": {"modeling", "losses", "mining"},  # mining: negatives mined again between epochs
-    "mining": {"inference", "retrieval", "benchmarks", "evaluation"},  # evaluation: the index of step 0
+    "mining": {"inference", "retrieval", "benchmarks", "evaluation", "modeling"},  # evaluation: the index of step 0
     "evaluation": {"inference", "retrieval", "benchmarks"},
 }
 # Libraries that one room alone may touch.
@@ -77,7 +77,7 @@ def test_the_trainer_is_used_in_finetune_alone() -> None:
 
 
 def own_files() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=REPOSITORY, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     names = listed.stdout.split() or [str(p.relative_to(REPOSITORY)) for p in REPOSITORY.rglob("*.py")]
     return [REPOSITORY / name for name in names if ".venv" not in name and (REPOSITORY / name).is_file()]
 
@@ -103,6 +103,7 @@ def test_entry_scripts_stay_thin(script: str) -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, FlagEmbedding; print([m for m in ('torch', 'transformers', 'datasets', 'faiss') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets", "faiss")
+    code = f"import sys, FlagEmbedding; print([m for m in {heavy} if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

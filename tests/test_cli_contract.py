@@ -15,8 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 TRAIN = (
     "--output_dir CreaLabs/bge-m3-fa-CLPL-outputMoE --model_name_or_path BAAI/bge-m3 --train_data ./train_data "
-    "--learning_rate 1e-5 --fp16 y --num_train_epochs 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
-    "--dataloader_drop_last True --normlized True --temperature 0.02 --query_max_len 128 --passage_max_len 512 "
+    "--learning_rate 1e-5 --fp16 y --num_train_epochs 2 --per_device_train_batch_size 1 "
+    "--gradient_accumulation_steps 4 --dataloader_drop_last True --normlized True --temperature 0.02 "
+    "--query_max_len 128 --passage_max_len 512 "
     "--train_group_size 5 --logging_steps 10 --same_task_within_batch True --unified_finetuning False "
     "--use_self_distill False --only_train intermediate --moe intermediate --num_experts 2 --num_experts_per_tok 1"
 )
@@ -92,14 +93,17 @@ def test_fp16_without_a_gpu_goes_on_with_one_clear_line(caplog: pytest.LogCaptur
 def test_a_recipe_file_says_the_same_and_the_command_line_overrides_it(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "model_name_or_path: m\ntrain_data: [a, b]\noutput_dir: o\nnormlized: false\nlearning_rate: 1.0e-5\ncache_dir: null\n"
+        "model_name_or_path: m\ntrain_data: [a, b]\noutput_dir: o\n"
+        "normlized: false\nlearning_rate: 1.0e-5\ncache_dir: null\n"
     )
     values = flat(parse_arguments([str(recipe), "--learning_rate", "3e-5"]))
     assert values["train_data"] == ["a", "b"]
     assert values["normalize_embeddings"] is False
     assert values["learning_rate"] == 3e-5
     as_json = tmp_path / "recipe.json"
-    as_json.write_text('{"model_name_or_path": "m", "train_data": ["a"], "output_dir": "o", "moe": "output", "num_experts": 3}')
+    as_json.write_text(
+        '{"model_name_or_path": "m", "train_data": ["a"], "output_dir": "o", "moe": "output", "num_experts": 3}'
+    )
     values = flat(parse_arguments([str(as_json)]))
     assert (values["moe"], values["num_experts"]) == ("output", 3)
 

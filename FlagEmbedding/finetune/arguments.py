@@ -35,7 +35,9 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where models from the hub are kept."})
     moe: FFN_PART | None = field(
         default=None,
-        metadata={"help": "Which linear of every feed-forward becomes experts: intermediate (H to I) or output (I to H)."},
+        metadata={
+            "help": "Which linear of every feed-forward becomes experts: intermediate (H to I) or output (I to H)."
+        },
     )
     only_train: FFN_PART | None = field(
         default=None, metadata={"help": "Train only encoder.layer.*.{this}.dense.* (experts and router included)."}
@@ -100,8 +102,8 @@ class DataArguments:
     batch_size_by_length: bool = field(
         default=False,
         metadata={
-            "help": "For files named …len-0-500.jsonl to …len-7000-inf.jsonl and group size 8 or 1: take the batch size "
-            "from upstream's table for 80 GB cards. Upstream did this silently; here only when asked."
+            "help": "For files named …len-0-500.jsonl to …len-7000-inf.jsonl and group size 8 or 1: take the batch "
+            "size from upstream's table for 80 GB cards. Upstream did this silently; here only when asked."
         },
     )
     refresh_negatives_every_n_epochs: int = field(
@@ -179,15 +181,20 @@ class RetrieverTrainingArguments(TrainingArguments):
     _argument_group_name: ClassVar[str] = "Hugging Face TrainingArguments"
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collator needs every key."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Kept False: a non-finite loss stops the run."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Kept False: a non-finite loss stops the run."}
+    )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter gets a gradient at each step, so there is nothing to find."}
+        default=False,
+        metadata={"help": "Every trained parameter gets a gradient at each step, so there is nothing to find."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."}
+        default=False,
+        metadata={"help": "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."},
     )
     warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."}
+        default=None,
+        metadata={"help": "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."},
     )
 
     def __post_init__(self) -> None:

@@ -149,9 +149,7 @@ class BGEM3Model(M3Encoder):
         self.router_z_loss_coef = router_z_loss_coef
         self.all_rows = router_aux_loss_coef > 0 or router_z_loss_coef > 0
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
-        select_trainable(
-            self, only_train, fix_encoder=fix_encoder, fix_position_embedding=fix_position_embedding
-        )
+        select_trainable(self, only_train, fix_encoder=fix_encoder, fix_position_embedding=fix_position_embedding)
 
     # The published names of two attributes.
     @property
@@ -292,7 +290,11 @@ class BGEM3Model(M3Encoder):
         logits = [torch.cat([routing.logits for routing in calls]) for calls in layers]
         experts = [torch.cat([routing.experts for routing in calls]) for calls in layers]
         parts = (
-            ("router_aux_loss", self.router_aux_loss_coef, [load_balance_loss(*x) for x in zip(logits, experts, strict=True)]),
+            (
+                "router_aux_loss",
+                self.router_aux_loss_coef,
+                [load_balance_loss(*x) for x in zip(logits, experts, strict=True)],
+            ),
             ("router_z_loss", self.router_z_loss_coef, [z_loss(x) for x in logits]),
         )
         for name, weight, per_layer in parts:

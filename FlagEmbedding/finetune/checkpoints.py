@@ -104,15 +104,19 @@ def resolve_resume(resume: str | bool | None, output_dir: str, sharded: bool = F
     missing = _missing(folder, sharded)
     if missing:
         raise UsageError(
-            f"--resume_from_checkpoint {folder}: not a whole checkpoint ({missing}); give a checkpoint-N folder, or True "
-            "for the newest whole one in --output_dir"
+            f"--resume_from_checkpoint {folder}: not a whole checkpoint ({missing}); give a checkpoint-N folder, or "
+            "True for the newest whole one in --output_dir"
         )
     return str(folder)
 
 
 def latest_checkpoint(output_dir: Path, sharded: bool = False) -> Path | None:
     """The checkpoint-N of the highest N that was written to the end."""
-    found = [(int(m.group(1)), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    found = [
+        (int(m.group(1)), p)
+        for p in output_dir.glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
     for _, folder in sorted(found, reverse=True):
         missing = _missing(folder, sharded)
         if not missing:

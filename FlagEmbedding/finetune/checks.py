@@ -96,12 +96,9 @@ def _objective(a: Arguments) -> Iterator[str]:
     if a.model.colbert_dim != -1 and not a.loss.unified_finetuning:
         yield "--colbert_dim has no effect without --unified_finetuning True"
     if a.data.knowledge_distillation and a.data.train_group_size == 1:
-        yield "--knowledge_distillation with --train_group_size 1 leaves the teacher nothing to rank: raise the group size"
+        yield "--knowledge_distillation with --train_group_size 1 leaves the teacher nothing to rank: raise the size"
     if a.data.batch_size_by_length and a.data.train_group_size not in (1, 8):
-        yield (
-            "--batch_size_by_length has a table for --train_group_size 8 and 1 only, "
-            f"got {a.data.train_group_size}"
-        )
+        yield (f"--batch_size_by_length has a table for --train_group_size 8 and 1 only, got {a.data.train_group_size}")
 
 
 def _engine(a: Arguments) -> Iterator[str]:
@@ -116,7 +113,8 @@ def _engine(a: Arguments) -> Iterator[str]:
 def _training(a: Arguments) -> Iterator[str]:
     if a.training.eval_strategy != "no":  # an enum that compares to its text
         yield (
-            f"--eval_strategy {getattr(a.training.eval_strategy, 'value', a.training.eval_strategy)}: run.py does not evaluate while training; "
+            f"--eval_strategy {getattr(a.training.eval_strategy, 'value', a.training.eval_strategy)}: "
+            "run.py does not evaluate while training; "
             "use evaluation/step0 to step2 on the checkpoints"
         )
     if a.training.load_best_model_at_end:
@@ -129,7 +127,8 @@ def _refresh(a: Arguments) -> Iterator[str]:
         yield f"{given} must be 0 (never) or more, got {every}"
     if every == 0:
         fields = type(a.data).__dataclass_fields__
-        untouched = {"refresh_corpus": [], "refresh_range_for_sampling": fields["refresh_range_for_sampling"].default}
+        window = fields["refresh_range_for_sampling"].default
+        untouched: dict[str, object] = {"refresh_corpus": [], "refresh_range_for_sampling": window}
         for name in ("refresh_corpus", "refresh_range_for_sampling", "refresh_relative_margin"):
             if getattr(a.data, name) != untouched.get(name):
                 yield f"--{name} has no effect without {given}"

@@ -78,7 +78,7 @@ def build_parser() -> HfArgumentParser:
         prog="run.py",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
-        description="Fine-tune an XLM-RoBERTa, RoBERTa or BERT retriever with the contrastive learning penalty and experts.",
+        description="Fine-tune an XLM-R, RoBERTa or BERT retriever with the contrastive learning penalty and experts.",
     )
 
 

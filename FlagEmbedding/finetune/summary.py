@@ -17,7 +17,14 @@ _TERMS = {
     "router_z_loss": "router z-loss",
 }
 _NOT_TERMS = {
-    "epoch", "step", "grad_norm", "learning_rate", "router_load_min", "router_load_max", "router_entropy", "router_changed",
+    "epoch",
+    "step",
+    "grad_norm",
+    "learning_rate",
+    "router_load_min",
+    "router_load_max",
+    "router_entropy",
+    "router_changed",
 }
 
 

@@ -117,8 +117,8 @@ class BiEncoderTrainer(Trainer):
         self.window.saw(zero=value == 0.0)
         if self.window.zero_micro_batches >= ZERO_LOSS_STEPS * self.args.gradient_accumulation_steps:
             raise UserError(
-                f"the loss has been exactly 0 for {ZERO_LOSS_STEPS} steps, last in the batch of {_shown(rows)}: nothing "
-                "is left to learn from these rows; raise --train_group_size, or use harder negatives"
+                f"the loss has been exactly 0 for {ZERO_LOSS_STEPS} steps, last in the batch of {_shown(rows)}: "
+                "nothing is left to learn from these rows; raise --train_group_size, or use harder negatives"
             )
 
     # ---- log ----

@@ -13,7 +13,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send log lines to stderr: ``level`` and above on rank 0, errors alone on other ranks, which would say the same."""
+    """Send log lines to stderr: ``level`` and above on rank 0, errors alone on other ranks, which would repeat it."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.WARNING,

@@ -74,8 +74,14 @@ def test_miracl_layout(lang: str) -> None:
         assert doc == {key: passages[doc["docid"]][key] for key in ("docid", "title", "text")}
     answered: dict[str, set[str]] = {}
     for split in ("train", "dev"):
-        topics = dict(line.split("\t") for line in lines(SAMPLE / f"miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-{split}.tsv"))
-        qrels = [line.split("\t") for line in lines(SAMPLE / f"miracl-v1.0-{lang}/qrels/qrels.miracl-v1.0-{lang}-{split}.tsv")]
+        topics = dict(
+            line.split("\t")
+            for line in lines(SAMPLE / f"miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-{split}.tsv")
+        )
+        qrels = [
+            line.split("\t")
+            for line in lines(SAMPLE / f"miracl-v1.0-{lang}/qrels/qrels.miracl-v1.0-{lang}-{split}.tsv")
+        ]
         assert {qid for qid, *_ in qrels} == set(topics)
         answered[split] = set()
         for qid, query in topics.items():

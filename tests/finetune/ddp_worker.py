@@ -18,13 +18,19 @@ from FlagEmbedding.modeling.backbone import moe_layers
 from FlagEmbedding.modeling.encoder import EngineConfig
 
 TEXTS = [
-    "The Han river runs through Seoul.", "Kimchi is fermented cabbage.", "A castle by the sea, in the north of the land.",
-    "The bridge of Isfahan has thirty three arches.", "Snow.", "The lake lies in a valley, and the valley in the hills.",
+    "The Han river runs through Seoul.", "Kimchi is fermented cabbage.", "A castle by the sea, in the north.",
+    "The bridge of Isfahan has thirty three arches.", "Snow.", "The lake lies in a valley in the hills.",
     "Ganga flows from the mountains to the bay.", "Jaipur has a palace of winds.", "A desert without a single tree.",
     "Rain falls on the temple roof.", "Busan is a harbour.", "The tower leans a little.",
 ]  # fmt: skip
 QUERIES = ["Which river runs through Seoul?", "How many arches?", "Where does Ganga flow?", "Which roof?"]
-NEG_Q = {1: "What is kimchi?", 2: "Where is the castle?", 4: "What is white?", 8: "Where are no trees?", 11: "What leans?"}
+NEG_Q = {
+    1: "What is kimchi?",
+    2: "Where is the castle?",
+    4: "What is white?",
+    8: "Where are no trees?",
+    11: "What leans?",
+}
 
 
 def features(tokenizer, texts):

@@ -25,7 +25,9 @@ def dense_vector(states: Tensor, length: int, pooling: str, normalize: bool) -> 
     return unit(vector) if normalize else vector
 
 
-def sparse_weights(states: Tensor, ids: list[int], length: int, head: nn.Linear, skipped: set[int]) -> dict[int, Tensor]:
+def sparse_weights(
+    states: Tensor, ids: list[int], length: int, head: nn.Linear, skipped: set[int]
+) -> dict[int, Tensor]:
     """Weight of each distinct token of a row: the greatest over its occurrences."""
     weights: dict[int, Tensor] = {}
     for t in range(length):
@@ -122,7 +124,10 @@ def objective(
         ]
         zero = torch.zeros((), dtype=torch.float64)
         scores["sparse"] = [
-            [sum((w * p_sparse[m][t] for t, w in q_sparse[i].items() if t in p_sparse[m]), zero) / tau for m in passages]
+            [
+                sum((w * p_sparse[m][t] for t, w in q_sparse[i].items() if t in p_sparse[m]), zero) / tau
+                for m in passages
+            ]
             for i in queries
         ]
         longest = passage["input_ids"].shape[1]

@@ -26,7 +26,13 @@ PASSAGES = [
     "River Thames, London, England.",
     "Rivers, rivers and rivers again: the river runs.",
 ]
-NEGATIVE_QUERIES = ["What is kimchi made of?", "गंगा कहाँ गिरती है?", "Which passage is short?", "Where is London?", "cell"]
+NEGATIVE_QUERIES = [
+    "What is kimchi made of?",
+    "गंगा कहाँ गिरती है?",
+    "Which passage is short?",
+    "Where is London?",
+    "cell",
+]
 
 
 def tokenize(tokenizer, texts):

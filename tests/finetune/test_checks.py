@@ -62,7 +62,12 @@ def test_refused_in_one_line(options: str, line: str) -> None:
 def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "run.py"), *words], capture_output=True, text=True, cwd=cwd, env=environment
+        [sys.executable, str(REPOSITORY / "run.py"), *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
     )
 
 

@@ -27,7 +27,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def test_cross_device_gradient_is_the_one_process_gradient(options: dict, tiny_model_dir: Path) -> None:
     worker = Path(__file__).with_name("ddp_worker.py")
     command = [sys.executable, *TORCHRUN, str(worker), str(tiny_model_dir), json.dumps(options)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "gradients agree" in answer.stdout
 

@@ -27,11 +27,13 @@ def test_published_command_trains_only_the_experts(tiny_model_dir: Path, data: P
     """The command as published but for paths and step count."""
     output = tmp_path / "CreaLabs" / "bge-m3-fa-CLPL-outputMoE"
     words = (
-        f"--output_dir {output} --model_name_or_path {tiny_model_dir} --train_data {data} --learning_rate 1e-5 --fp16 y "
-        "--num_train_epochs 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --dataloader_drop_last True "
+        f"--output_dir {output} --model_name_or_path {tiny_model_dir} --train_data {data} --learning_rate 1e-5 "
+        "--fp16 y --num_train_epochs 2 --per_device_train_batch_size 1 --gradient_accumulation_steps 4 "
+        "--dataloader_drop_last True "
         "--normlized True --temperature 0.02 --query_max_len 128 --passage_max_len 512 --train_group_size 5 "
         "--logging_steps 1 --same_task_within_batch True --unified_finetuning False --use_self_distill False "
-        "--only_train intermediate --moe intermediate --num_experts 2 --num_experts_per_tok 1 --save_steps 2 --max_steps 3"
+        "--only_train intermediate --moe intermediate --num_experts 2 --num_experts_per_tok 1 "
+        "--save_steps 2 --max_steps 3"
     )
     answer = run_training(words.split())
     assert answer.stderr.count("--fp16 needs a GPU: going on in") == 1
@@ -89,7 +91,7 @@ def test_losses_fall_and_router_is_reported(tiny_model_dir: Path, data: Path, tm
         {"same_task_within_batch": False, "dataloader_num_workers": 2, "shuffle_ratio": 0.5},
         {"fix_position_embedding": True, "report_to": "tensorboard"},
     ],
-    ids=lambda options: "-".join(options),
+    ids="-".join,
 )
 def test_every_way_of_training_moves_the_model(options, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
