@@ -5,13 +5,30 @@ The score is the sigmoid of the logit, as sentence-transformers' ``CrossEncoder`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from FlagEmbedding.inference.precision import choose_device, resolve_dtype
 from FlagEmbedding.utils.errors import UsageError
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what a checkpoint lacks: that is said here, in one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class CrossEncoder:
@@ -42,9 +59,10 @@ class CrossEncoder:
         options: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model_name_or_path, dtype=resolve_dtype(dtype, device), output_loading_info=True, **options
-            )
+            with _quiet():
+                model, loading = AutoModelForSequenceClassification.from_pretrained(
+                    model_name_or_path, dtype=resolve_dtype(dtype, device), output_loading_info=True, **options
+                )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"--cross_encoder {model_name_or_path}: cannot be loaded: {reason}") from error
