@@ -11,11 +11,17 @@ Shape legend: T tokens, K and M the widths in and out.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# oneDNN and torch's layer over it keep the code generated for each distinct number of rows: 1,024 of them, about 1 MB
+# each. A slab's row count is hardly ever met again, so that gigabyte buys nothing. Both read this once, at first use.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "64")
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

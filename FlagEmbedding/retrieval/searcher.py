@@ -24,7 +24,7 @@ from FlagEmbedding.retrieval.index import DocIds, FlatIndex
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 _MICRO = 1_000_000
-_SCORE_BYTES = 256 << 20
+_SCORE_BYTES = 64 << 20
 _RESCORED_PAIRS = 8_192
 # float32 inner products of unit vectors are off by less than this; longer vectors scale it.
 _ROUNDING = 2e-6
@@ -65,11 +65,11 @@ def search(
     :param top_k: hits a query; fewer where the index holds fewer.
     :param threads: CPU threads of the matrix product.
     :param device: where the products run ('cpu', 'cuda:0').
-    :param block_rows: vectors read at a time; None: about 64 MiB of them.
+    :param block_rows: vectors read at a time; None: about 32 MiB of them.
     :returns: one list a query, in the order described at the top of this file.
     """
     check_queries(index, queries, top_k)
-    rows = block_rows or max(1, min(index.rows, (64 << 20) // (4 * index.dimension)))
+    rows = block_rows or max(1, min(index.rows, (32 << 20) // (4 * index.dimension)))
     running = [_TopK(top_k) for _ in range(len(queries))]
     q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(device)
     # The score matrix of a block is bounded too: many queries are taken in turns.
