@@ -63,7 +63,7 @@ def mine_into(
 ) -> None:
     """Mine for every item that ``job`` has not finished, chunk by chunk; ``row_of`` makes the row (None: no row)."""
     # The chunk in which an earlier run stopped is searched again as a whole, so that its scores are the same.
-    start = job.done // chunk_size * chunk_size
+    start = job.done // chunk_size * chunk_size if job.done < len(items) else len(items)
     progress = Progress("hard negatives", len(items), job.done)
     rest: Iterable[Item] = islice(iter(items), start, None)
     for chunk in chunks(rest, chunk_size):
@@ -136,6 +136,14 @@ def mine_hard_negatives(a: MiningArguments) -> dict[str, Any]:
     check_output(output, a.overwrite)
     rows = None if a.language else TrainingRows(_input_files(a))
     work.mkdir(parents=True, exist_ok=True)
+    try:
+        return _mine(a, rows, output, work)
+    finally:
+        # A kill leaves it for the next run; an error does not.
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _mine(a: MiningArguments, rows: TrainingRows | None, output: Path, work: Path) -> dict[str, Any]:
     files, label = _corpus(a, rows, work)
     settings = None if a.random_negatives else index_settings(a, label)
     with_title = settings.with_title if settings else bool(a.with_title)
@@ -147,10 +155,9 @@ def mine_hard_negatives(a: MiningArguments) -> dict[str, Any]:
     with Job(output, _identity(a, rows, miner, with_title), overwrite=a.overwrite) as job:
         mine_into(job, items, miner, a.search_batch_size, lambda mined: training_row(mined, a.with_scores))
         record = _report(a, job, items, miner)
-        stem = Path(a.report_dir) if a.report_dir else output.parent / "reports"
-        paths = write_report(stem / output.name.removesuffix(".jsonl"), record)
+        folder = Path(a.report_dir) if a.report_dir else output.parent / "reports"
+        paths = write_report(folder / output.name.removesuffix(".jsonl"), record)
         count = job.finish()
-    shutil.rmtree(work, ignore_errors=True)
     logger.info("%s: %d rows; report: %s", output, count, paths[1])
     return record
 
