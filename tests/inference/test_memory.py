@@ -1,4 +1,4 @@
-"""Memory stays where it is while rows of ever new lengths go through (benchmarks/memory_step0.py measures the steps)."""
+"""Memory stays where it is while rows of ever new lengths go through (benchmarks/memory_step0.py: whole steps)."""
 
 from __future__ import annotations
 
