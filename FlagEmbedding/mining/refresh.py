@@ -2,7 +2,8 @@
 
 ``refresh_negatives`` takes a checkpoint of the weights as they are and the training files, and writes each file anew
 with negatives that this model finds hard: the same rows in the same order, each with about as many negatives as the
-rows had, ``neg_q`` kept where the negative stays. In ``folder``:
+rows had. Where a row had ``neg_q``, a negative that stays keeps its queries; a new one gets a query that the files know
+it answers (as another row's ``neg_q``, or as a positive), and is marked missing where there is none. In ``folder``:
 
     000-train.jsonl …   the files, in the order given
     refresh.json        written last: what they were made from, their SHA-256, figures
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,17 @@ from typing import Any
 from FlagEmbedding.evaluation.encoding import EncodingConfig, build_index
 from FlagEmbedding.evaluation.processes import on_main
 from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
-from FlagEmbedding.mining.alignment import text_keys, written
+from FlagEmbedding.mining.alignment import realign, text_keys, written
 from FlagEmbedding.mining.filters import Sampling, ScoreFilters, parse_range
 from FlagEmbedding.mining.hard_negatives import describe_miner, mine_into
 from FlagEmbedding.mining.jobs import Job
 from FlagEmbedding.mining.miner import Mined, Miner, Retriever, training_row
+from FlagEmbedding.mining.negative_table import NegativeTable, negative_table
 from FlagEmbedding.mining.negatives_report import summarize
 from FlagEmbedding.mining.passages import PassageStore, corpus_files, passages_of_rows
 from FlagEmbedding.mining.queries import TrainingRows
 from FlagEmbedding.retrieval.index import FlatIndex
+from FlagEmbedding.schema import read_records
 from FlagEmbedding.utils.io import sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
@@ -131,16 +134,18 @@ def _mine(
     )
     notes: list[dict[str, Any]] = []
     names, digests = [], []
-    for number, path in enumerate(train_files):
-        rows = TrainingRows([path])
-        miner = Miner(store, _sampling(rows, settings, folder), retriever)
-        name = f"{number:03d}-{path.name.split('.')[0]}.jsonl"
-        with Job(folder / name, {**identity, **describe_miner(miner)}, overwrite=True) as job:
-            mine_into(job, rows, miner, _CHUNK, _row)
-            notes += job.notes()
-            job.finish()
-        names.append(name)
-        digests.append(sha256_file(folder / name))
+    with negative_table(folder / "known.sqlite", settings.seed) as known:
+        _learn(known, train_files)
+        for number, path in enumerate(train_files):
+            rows = TrainingRows([path])
+            miner = Miner(store, _sampling(rows, settings, folder), retriever)
+            name = f"{number:03d}-{path.name.split('.')[0]}.jsonl"
+            with Job(folder / name, {**identity, **describe_miner(miner)}, overwrite=True) as job:
+                mine_into(job, rows, miner, _CHUNK, lambda mined: _row(mined, known))
+                notes += job.notes()
+                job.finish()
+            names.append(name)
+            digests.append(sha256_file(folder / name))
     record = {"identity": identity, "files": names, "sha256": digests, "figures": _figures(notes)}
     write_json_atomic(folder / RECORD, record)
     shutil.rmtree(folder / "index", ignore_errors=True)
@@ -149,7 +154,7 @@ def _mine(
 
 def _sampling(rows: TrainingRows, settings: RefreshSettings, folder: Path) -> Sampling:
     first, last = parse_range(settings.range_for_sampling)
-    negatives = sum(len(item.record.neg) for item in _with_record(rows))
+    negatives = sum(len(item.record.neg) for item in rows if item.record is not None)
     return Sampling(
         first,
         last,
@@ -160,11 +165,17 @@ def _sampling(rows: TrainingRows, settings: RefreshSettings, folder: Path) -> Sa
     )
 
 
-def _with_record(rows: TrainingRows) -> Iterator[Any]:
-    return (item for item in rows if item.record is not None)
+def _learn(known: NegativeTable, train_files: Sequence[Path]) -> None:
+    """Which queries every passage of the files answers."""
+    for path in train_files:
+        for record in read_records(path):
+            known.add_real(record.query, record.pos)
+            for negative, queries in zip(record.neg, record.neg_q or [], strict=False):
+                for query in queries:
+                    known.add_real(query, [negative])
 
 
-def _row(mined: Mined) -> dict[str, Any]:
+def _row(mined: Mined, known: NegativeTable) -> dict[str, Any]:
     """The row with its new negatives, or, where none was found, as it was."""
     record = mined.item.record
     assert record is not None
@@ -173,6 +184,11 @@ def _row(mined: Mined) -> dict[str, Any]:
         row = {"query": record.query, "pos": record.pos, "neg": record.neg, **mined.item.others}
         if record.neg_q is not None:
             row["neg_q"] = written(record.neg_q)
+    elif record.neg_q is not None:
+        queries = realign(record, row["neg"])
+        queries = [own or known.real(text, record.query, 1)[0] for own, text in zip(queries, row["neg"], strict=True)]
+        row["neg_q"] = written(queries)
+        mined.note["neg_q"][1] = sum(map(bool, queries))
     mined.note["stayed"] = len(text_keys(row["neg"]) & text_keys(record.neg))
     mined.note["negatives"] = len(row["neg"])
     return row

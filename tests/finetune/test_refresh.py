@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    write_rows(folder / "a.jsonl", rows(8, negatives=3))
+    records = rows(8, negatives=3)
+    for record in records:
+        record["neg_q"][2] = ""  # some passages are negatives only here, and nothing is known of what they answer
+    write_rows(folder / "a.jsonl", records)
     write_rows(folder / "b.jsonl", rows(6, negatives=2, neg_q=False))
     return folder
 
@@ -60,6 +64,14 @@ def stable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_rows_stay_and_negatives_change(whole: Path, data: Path) -> None:
     assert sorted(p.name for p in (whole / "refresh").iterdir()) == ["corpus", "epoch-1", "epoch-2"]
+    answered: dict[str, set[str]] = defaultdict(set)  # every query that a passage is said to answer
+    for row in [*read(data / "a.jsonl"), *read(data / "b.jsonl")]:
+        for text, query in [
+            *zip(row["neg"], row.get("neg_q", []), strict=False),
+            *((p, row["query"]) for p in row["pos"]),
+        ]:
+            answered[text] |= {query} - {""}
+    fates: set[str] = set()
     for epoch in ("epoch-1", "epoch-2"):
         folder = whole / "refresh" / epoch
         assert sorted(p.name for p in folder.iterdir()) == ["000-a.jsonl", "001-b.jsonl", "refresh.json"]
@@ -69,8 +81,15 @@ def test_rows_stay_and_negatives_change(whole: Path, data: Path) -> None:
             assert any(set(b["neg"]) != set(a["neg"]) for b, a in zip(before, after, strict=True))
             for b, a in zip(before, after, strict=True):
                 assert not set(a["neg"]) & set(a["pos"])
-                known = dict(zip(b["neg"], b.get("neg_q", []), strict=False))
-                assert a.get("neg_q") == ([known.get(n, "") for n in a["neg"]] if "neg_q" in b else None)
+                if "neg_q" not in b:
+                    assert "neg_q" not in a
+                    continue
+                own = dict(zip(b["neg"], b["neg_q"], strict=True))
+                for negative, query in zip(a["neg"], a["neg_q"], strict=True):
+                    others = answered[negative] - {b["query"]}
+                    assert query == own[negative] if negative in own else query in (others or {""})
+                    fates |= {"stays"} if negative in own else {"known" if query else "missing"}
+    assert fates == {"stays", "known", "missing"}
 
 
 def test_the_negatives_are_those_that_the_checkpoint_finds_hard(whole: Path, data: Path) -> None:
