@@ -67,6 +67,7 @@ def plot_lengths(found: dict[str, Counter[int]], unit: str, limits: dict[str, in
         # At the foot of the line, since the curves end at the top.
         axes.annotate(f"{name} {limit}", (limit, 3), rotation=90, ha="right", va="bottom", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(
         xlabel=f"{unit} (log scale)", ylabel="share of texts up to this length (%)", title="Lengths", ylim=(0, 102)
     )
