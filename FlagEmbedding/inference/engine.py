@@ -1,8 +1,9 @@
 """One loaded checkpoint that turns texts into vectors: the only place where inference meets the model.
 
 Texts come in windows. A window is tokenised ahead (``tokenization.py``), its rows are sorted by real token count and
-cut into slabs by token budget inside ``M3Encoder.encode``, and come back in the order they went in. What a slab holds
-depends on the window alone, so the same windows give the same bytes, whoever encodes them and whenever.
+cut into slabs by token budget, and come back in the order they went in. What a slab holds depends on the window alone,
+and on a CPU each slab is computed by one thread (``slabs.py``), so the same windows give the same bytes, whoever
+encodes them, on however many cores, and whenever.
 
 The token budget of a slab is ``batch_size x max_length``, the most a published batch could reach, held below what
 suits the machine: 2,048 tokens stay in a CPU's cache, and a GPU wants many more.
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from FlagEmbedding.inference.precision import choose_device, dtype_name, resolve_dtype
+from FlagEmbedding.inference.slabs import encode_in_slabs, plan
 from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
 from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
@@ -179,40 +181,18 @@ class TextEncoder:
     @torch.inference_mode()
     def represent(self, tokens: TokenBatch, want: Collection[Kind]) -> Representations:
         """Representations of one batch of token rows, in their order; normalised in float32 if the options say so."""
-        if self.options.engine == "packed" or not len(tokens):
+        padded = self.options.engine == "padded"
+        if not len(tokens) or (self.device.type != "cpu" and not padded):
             found = self.encoder.encode([tokens], [set(want)])[0]
         else:
-            found = self._represent_padded(tokens, set(want))
+            slabs = plan(tokens.lengths, self.encoder.engine.slab_tokens, padded)
+            found = encode_in_slabs(self.encoder, tokens, set(want), slabs)
         if self.options.normalize:
             if found.dense is not None:
                 found.dense = F.normalize(found.dense.float(), dim=-1)
             if found.colbert is not None:
                 found.colbert = F.normalize(found.colbert.float(), dim=-1)
         return found
-
-    def _represent_padded(self, tokens: TokenBatch, want: set[Kind]) -> Representations:
-        """The padded engine takes rows as they come: hand it slabs of rows sorted by length, and restore the order."""
-        order = sorted(range(len(tokens)), key=lambda row: -tokens.lengths[row])
-        budget = self.encoder.engine.slab_tokens
-        slabs: list[list[int]] = []
-        for row in order:
-            if not slabs or (len(slabs[-1]) + 1) * tokens.lengths[slabs[-1][0]] > budget:
-                slabs.append([])
-            slabs[-1].append(row)
-        pieces: list[list[torch.Tensor]] = [[], [], []]
-        for slab in slabs:
-            piece = tokens.select(slab)
-            piece.padded_length = max(piece.lengths)
-            found = self.encoder.encode([piece], [want])[0]
-            if found.dense is not None:
-                pieces[0].extend(found.dense.split(1))
-            if found.token_weights is not None:
-                pieces[1].extend(found.token_weights.split(piece.lengths))
-            if found.colbert is not None:
-                pieces[2].extend(found.colbert.split([length - 1 for length in piece.lengths]))
-        place = sorted(range(len(order)), key=order.__getitem__)
-        dense, weights, colbert = (torch.cat([rows[i] for i in place]) if rows else None for rows in pieces)
-        return Representations(tokens, dense, weights, colbert)
 
     def _check_want(self, want: Collection[Kind]) -> None:
         if not want:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_tiny
 from tests.evaluation.conftest import QUERIES, make_passages, write_collection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,6 +28,13 @@ def arguments(model: Path, collection: Path, out: Path, *more: str) -> list[str]
 def long_collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough shards of two passages that a kill meets the work half done."""
     return write_collection(tmp_path_factory.mktemp("long"), "sw", make_passages(600), QUERIES)
+
+
+@pytest.fixture(scope="module")
+def demo_sized_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough that threads sharing a product would add up in another order."""
+    folder = tmp_path_factory.mktemp("wide") / "wide"
+    return write_tiny(folder, "xlmr", hidden_size=384, intermediate_size=1536, initializer_range=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,18 @@ def test_two_processes_write_the_same_index(
     folder = tmp_path / tiny_model_dir.name / "sw"
     assert_same(folder, undisturbed)
     assert '"processes": 2' in (folder / "manifest.json").read_text()
+
+
+def test_four_threads_write_the_same_index(
+    demo_sized_model: Path, tmp_path: Path, collection: Path
+) -> None:
+    indexes = []
+    for threads in ("1", "4"):
+        command = [sys.executable, SCRIPT, "--encoder", str(demo_sized_model), "--data_dir", str(collection)]
+        command += ["--languages", "ko", "--index_save_dir", str(tmp_path / threads)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        indexes.append((tmp_path / threads / demo_sized_model.name / "ko" / "index").read_bytes())
+    assert indexes[0] == indexes[1]
 
 
 def test_other_arguments_end_in_one_line(
