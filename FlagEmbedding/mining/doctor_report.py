@@ -59,10 +59,11 @@ def verdicts(record: dict[str, Any]) -> list[str]:
     if scores and scores["rows"]:
         rows, margins = scores["rows"], scores["margin"]["count"]
         above, solved = scores["negatives_above_positive"], scores["solved_rows"]
-        found.append(
-            f"{_of(above, margins)} negatives score above their row's lowest positive: hard ones, or unknown answers. "
-            "hard_negatives --relative_margin 0.05 leaves such passages out."
-        )
+        if above:
+            found.append(
+                f"{_of(above, margins)} negatives score above their row's lowest positive: hard ones, or unknown "
+                "answers. hard_negatives --relative_margin 0.05 leaves such passages out."
+            )
         if solved:
             found.append(
                 f"{_of(solved, rows)} rows are solved already (the positive gets 99 % of its group at temperature "

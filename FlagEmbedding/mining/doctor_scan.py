@@ -80,7 +80,7 @@ class Texts:
         path.unlink(missing_ok=True)
         self._db = sqlite3.connect(path)
         self._db.executescript(
-            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;"
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;"
             "CREATE TABLE texts (id INTEGER PRIMARY KEY, key BLOB UNIQUE, role TEXT, text TEXT, places INTEGER)"
         )
 

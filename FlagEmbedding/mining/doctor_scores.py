@@ -13,16 +13,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from FlagEmbedding.inference.engine import DENSE, TextEncoder
 from FlagEmbedding.mining.doctor_scan import SHOWN, Scan, Texts, short
 from FlagEmbedding.mining.jobs import Progress
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import TrainRecord
 from FlagEmbedding.utils.io import write_json_atomic
+
+if TYPE_CHECKING:
+    from FlagEmbedding.inference.engine import TextEncoder
 
 _BIN = 0.005
 SOLVED = 0.99
@@ -135,6 +137,11 @@ class VectorFile:
                 progress.step(len(page))
 
     def _window(self, page: list[tuple[str, str, int]], encoder: TextEncoder, settings: ScoreSettings) -> np.ndarray:
+        # Here, so that a report without a model does without torch.
+
+        # Here, so that a report without a model does without torch.
+        from FlagEmbedding.inference.engine import DENSE
+
         vectors = np.empty((len(page), self.dimension), dtype=np.float32)
         # As in training: a negative's own query is read at the passages' length and without an instruction.
         for roles, instruction, length in (

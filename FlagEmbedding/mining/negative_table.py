@@ -51,7 +51,7 @@ class NegativeTable:
         path.unlink(missing_ok=True)
         self._db = sqlite3.connect(path)
         # Scratch: nothing of it outlives the run, so nothing has to reach the disk in time.
-        self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;" + _SCHEMA)
+        self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + _SCHEMA)
         self.path = path
 
     # ---- real queries ----
