@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from FlagEmbedding.finetune.parsing import Arguments
 from FlagEmbedding.mining.filters import parse_range
@@ -134,6 +135,9 @@ def _refresh(a: Arguments) -> Iterator[str]:
                 yield f"--{name} has no effect without {given}"
         return
     parse_range(a.data.refresh_range_for_sampling)
+    for path in a.data.refresh_corpus:
+        if not Path(path).exists():
+            yield f"--refresh_corpus {path}: there is no such file or folder"
     if (a.data.refresh_relative_margin or 0.0) < 0:
         yield f"--refresh_relative_margin must not be negative, got {a.data.refresh_relative_margin}"
     if a.training.max_steps <= 0 and a.training.num_train_epochs <= every:

@@ -7,6 +7,8 @@ from then on. Row numbers stay, so batches are keyed as before.
 A resumed run finds the files of its epoch there; trainer_state.json names their digest, so that files of another run
 are not taken for them. What is mined depends on the weights, the rows and the seed alone and takes no random number
 from training: a resumed run equals the uninterrupted one.
+
+All processes embed the corpus; the main one then searches while the others wait (``--ddp_timeout`` bounds how long).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from FlagEmbedding.finetune.biencoder import BGEM3Model
 from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.mining.refresh import RefreshSettings, read_refresh, refresh_negatives
+from FlagEmbedding.mining.refresh import RefreshSettings, check_passages, read_refresh, refresh_negatives
 from FlagEmbedding.utils.distributed import barrier, is_main
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -53,6 +55,13 @@ class RefreshNegatives(TrainerCallback):
         self.every, self.settings = every, settings
         self.originals = [Path(stored.file.path) for stored in dataset.files]
         self.drawn_from = 0  # the epoch whose refresh the dataset draws from; 0: the user's own files
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let a faulty corpus stop the run now."""
+        if is_main():
+            check_passages(self.originals, Path(str(args.output_dir)) / FOLDER, self.settings)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,7 +21,7 @@ _MEANING = {
     "same_as_query": "text of the query",
     "repeated": "text of a candidate ranked higher",
     "absolute_margin": "score + margin above the positive's",
-    "relative_margin": "score above positive − margin · |positive|",
+    "relative_margin": "score above positive − margin · abs(positive)",
     "max_score": "score above the limit",
     "min_score": "score below the limit",
 }

@@ -40,7 +40,7 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-RECORD = "refresh.json"
+CORPUS, RECORD = "corpus", "refresh.json"
 _CHUNK = 2_048
 
 
@@ -71,6 +71,12 @@ class RefreshSettings:
     dtype: str = "fp32"
 
 
+def check_passages(train_files: Sequence[Path], folder: Path, settings: RefreshSettings) -> None:
+    """Read the corpus once before training, so that what is wrong with it shows now and not epochs later."""
+    shared = folder / CORPUS
+    PassageStore.prepare(_corpus(train_files, settings, shared), shared)
+
+
 def refresh_negatives(
     checkpoint: Path, train_files: Sequence[Path], folder: Path, settings: RefreshSettings
 ) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def refresh_negatives(
         return there
     on_main(lambda: (folder / RECORD).unlink(missing_ok=True))
     # The passages are the same at every refresh of a run.
-    shared = folder.parent / "corpus"
+    shared = folder.parent / CORPUS
     files = on_main(lambda: _corpus(train_files, settings, shared))
     config = EncodingConfig(
         max_length=settings.passage_length, instruction=settings.passage_instruction, overwrite=True
@@ -123,7 +129,7 @@ def _mine(
     identity: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Mine file after file and write the record (main process)."""
-    store = PassageStore.prepare(files, folder.parent / "corpus")
+    store = PassageStore.prepare(files, folder.parent / CORPUS)
     retriever = Retriever(
         encoder,
         FlatIndex(folder / "index"),

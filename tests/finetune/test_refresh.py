@@ -176,9 +176,18 @@ def test_replaced_files_must_have_as_many_rows(tmp_path: Path) -> None:
         ({"knowledge_distillation": True}, "belong to the negatives that are exchanged"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "keep the old rows"),
         ({"train_group_size": 1}, "draws no negatives"),
+        ({"refresh_corpus": "/nowhere.jsonl"}, "--refresh_corpus /nowhere.jsonl: there is no such file"),
     ],
 )
 def test_contradictions(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     words = train_words(tmp_path, tmp_path, tmp_path, **{**OPTIONS, **changes})
     with pytest.raises(UsageError, match=expected):
         check_arguments(parse_arguments(words))
+
+
+def test_a_faulty_corpus_stops_the_run_before_its_first_step(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"docid": "a", "text": "one"}, {"docid": "b"}])
+    words = train_words(tiny_model_dir, data, tmp_path / "out", **OPTIONS, refresh_corpus=corpus)
+    with pytest.raises(DataError, match=r"corpus.jsonl:2: expected a string as 'text'"):
+        run(parse_arguments(words))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
