@@ -1,17 +1,17 @@
-"""Checkpoints: what is saved is what loads, whatever the layout; what does not fit is one clear line."""
+"""Checkpoints: what is saved is what loads, whatever the layout."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from modeling.checkpoints import apart, same_weights, states
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from FlagEmbedding.modeling.backbone import (
     insert_experts,
@@ -19,44 +19,13 @@ from FlagEmbedding.modeling.backbone import (
     load_trained_state,
     moe_layers,
     save_checkpoint,
-    select_trainable,
 )
 from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.heads import load_heads, save_heads
 from FlagEmbedding.modeling.moe import MoEConfig
-from FlagEmbedding.utils.errors import DataError, UsageError, UserError
+from FlagEmbedding.utils.errors import DataError, UsageError
 
 FAMILIES = ["tiny_model_dir", "tiny_roberta_dir", "tiny_bert_dir"]
-
-
-def states(model: nn.Module) -> Tensor:
-    """Hidden states of fixed rows, one of them padded."""
-    ids = torch.randint(6, 300, (3, 11), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    ids = torch.where(mask.bool(), ids, model.config.pad_token_id)
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
-
-
-def apart(model: nn.Module) -> nn.Module:
-    """Move every weight, so that experts differ and nothing equals its initialisation."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = a.state_dict(), b.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
-
-
-def edit_config(folder: Path, **fields: object) -> None:
-    config = json.loads((folder / "config.json").read_text("utf-8")) | fields
-    config = {key: value for key, value in config.items() if value != "REMOVE"}
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
 
 
 class LoopExperts(nn.Module):
@@ -241,139 +210,6 @@ def test_published_layout(place: str, experts: int, per_token: int, tiny_model_d
     assert found
     assert torch.equal(colbert.weight, heads["colbert"].weight)
     assert torch.equal(sparse.bias, heads["sparse"].bias)
-
-
-# ---- what does not fit ----
-
-
-def without(folder: Path, key: str) -> None:
-    state = load_file(folder / "model.safetensors")
-    del state[key]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def extra(folder: Path, key: str) -> None:
-    state = load_file(folder / "model.safetensors") | {key: torch.zeros(3)}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-MOE = "tiny_moe_dir"
-DENSE = "tiny_model_dir"
-REFUSED: list[tuple[str, str, Callable[[Path], None], MoEConfig | None, str]] = [
-    ("contradicting place", MOE, lambda f: None, MoEConfig(moe="output", num_experts=2),
-     "--moe output with 2 experts, 1 per token, contradicts .* 2 experts in intermediate"),
-    ("contradicting number", MOE, lambda f: None, MoEConfig(moe="intermediate", num_experts=4),
-     "--moe intermediate with 4 experts, 1 per token, contradicts"),
-    ("contradicting choice", MOE, lambda f: None, MoEConfig(moe="intermediate", num_experts=2, num_experts_per_tok=2),
-     "contradicts"),
-    ("experts, no fields", MOE, lambda f: edit_config(f, moe="REMOVE"), None,
-     "holds weights of 2 experts in intermediate, but its config.json does not say so"),
-    ("fields, no experts", DENSE, lambda f: edit_config(f, moe="output", num_experts=2, num_experts_per_tok=1), None,
-     "says 2 experts in output, but the folder holds weights of dense layers"),
-    ("other number", MOE, lambda f: edit_config(f, num_experts=3), None, "says 3 experts .* weights of 2 experts"),
-    ("other place", MOE, lambda f: edit_config(f, moe="output"), None, "in output, but .* experts in intermediate"),
-    ("number missing", MOE, lambda f: edit_config(f, num_experts="REMOVE"), None, "lacks num_experts$"),
-    ("foo in the config", DENSE, lambda f: edit_config(f, moe="foo", num_experts=1, num_experts_per_tok=1), None,
-     "config.json: moe must be intermediate, output or left out, got 'foo'"),
-    ("weight missing", DENSE, lambda f: without(f, "encoder.layer.1.output.dense.weight"), None,
-     "lacks encoder.layer.1.output.dense.weight"),
-    ("gate missing", MOE, lambda f: without(f, "encoder.layer.1.intermediate.dense.gate.weight"), None,
-     "lacks encoder.layer.1.intermediate.dense.gate.weight"),
-    ("weight left over", DENSE, lambda f: extra(f, "encoder.layer.2.output.dense.bias"), None,
-     "beyond what config.json describes, encoder.layer.2.output.dense.bias"),
-    ("other width", DENSE, lambda f: edit_config(f, intermediate_size=64), None, "weights do not fit config.json"),
-    ("no weights", DENSE, lambda f: (f / "model.safetensors").unlink(), None, "holds no weights"),
-    ("broken weights", DENSE, lambda f: (f / "model.safetensors").write_bytes(b"PK\x00broken"), None, "cannot be read"),
-    ("no config", DENSE, lambda f: (f / "config.json").unlink(), None, "is no checkpoint: it holds no config.json"),
-    ("unknown type", DENSE, lambda f: edit_config(f, model_type="foo"), None, "nothing that transformers knows"),
-    ("not json", DENSE, lambda f: (f / "config.json").write_text("{"), None, "nothing that transformers knows"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("base", "damage", "asked", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
-def test_refused_in_one_line(
-    base: str, damage: Callable[[Path], None], asked: MoEConfig | None, message: str,
-    request: pytest.FixtureRequest, tmp_path: Path,
-) -> None:  # fmt: skip
-    folder = tmp_path / "model"
-    shutil.copytree(request.getfixturevalue(base), folder)
-    damage(folder)
-    with pytest.raises(UserError, match=message) as caught:
-        load_backbone(folder, moe=asked)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["no/such-model-here", "/no/such/folder", "a b", "x" * 200])
-def test_unknown_name_is_one_line(name: str) -> None:
-    with pytest.raises(UsageError, match=r"neither a checkpoint folder nor a hub id|the hub did not give") as caught:
-        load_backbone(name)
-    assert "\n" not in str(caught.value)
-
-
-def test_encoder_of_another_structure_is_refused(tmp_path: Path) -> None:
-    from transformers import DistilBertConfig, DistilBertModel
-
-    DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=16)).save_pretrained(
-        tmp_path
-    )
-    assert isinstance(load_backbone(tmp_path), PreTrainedModel)
-    with pytest.raises(UsageError, match=r"--moe output needs an encoder with encoder.layer.\*.output.dense"):
-        load_backbone(tmp_path, moe=MoEConfig(moe="output", num_experts=2))
-
-
-# ---- what trains ----
-
-
-@pytest.mark.parametrize("place", ["intermediate", "output"])
-@pytest.mark.parametrize("experts", [0, 2])
-def test_only_train(place: str, experts: int, tiny_model_dir: Path) -> None:
-    moe = MoEConfig(moe=place, num_experts=experts) if experts else None
-    backbone = load_backbone(tiny_model_dir, moe=moe)
-    encoder = M3Encoder(backbone, nn.Linear(32, 32), nn.Linear(32, 1))
-    select_trainable(encoder, place)
-    kinds = [f"experts.{e}.{kind}" for e in range(experts) for kind in ("weight", "bias")] or ["weight", "bias"]
-    kinds += ["gate.weight"] if experts else []
-    expected = {f"model.encoder.layer.{i}.{place}.dense.{kind}" for i in range(2) for kind in kinds}
-    expected |= {f"{head}_linear.{kind}" for head in ("colbert", "sparse") for kind in ("weight", "bias")}
-    assert {name for name, parameter in encoder.named_parameters() if parameter.requires_grad} == expected
-    bare = load_backbone(tiny_model_dir, moe=moe)
-    select_trainable(bare, place)
-    trained = {f"model.{name}" for name, parameter in bare.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name in expected if name.startswith("model.")}
-
-
-def test_frozen_encoder_and_positions(tiny_model_dir: Path) -> None:
-    encoder = M3Encoder(load_backbone(tiny_model_dir), nn.Linear(32, 32), nn.Linear(32, 1))
-    select_trainable(encoder, None, fix_position_embedding=True)
-    frozen = [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
-    assert frozen == ["model.embeddings.position_embeddings.weight"]
-    select_trainable(encoder, None, fix_encoder=True)
-    trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
-    assert {name.split("_")[0] for name in trained} == {"colbert", "sparse"}
-    select_trainable(encoder, None)
-    assert all(parameter.requires_grad for parameter in encoder.parameters())
-    with pytest.raises(UsageError, match="nothing would train"):
-        select_trainable(M3Encoder(load_backbone(tiny_model_dir)), None, fix_encoder=True)
-
-
-@pytest.mark.parametrize("place", ["intermediate", "output"])
-def test_recomputed_layers_give_the_same_gradients_above_frozen_ones(place: str, tiny_dropout_dir: Path) -> None:
-    found = {}
-    for recompute in (False, True):
-        torch.manual_seed(4)
-        settings = MoEConfig(moe=place, num_experts=2, router_gradient="straight_through", router_jitter=0.2)
-        model = apart(load_backbone(tiny_dropout_dir, moe=settings)).train()
-        select_trainable(model, place)
-        if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        ids = torch.randint(6, 300, (3, 8), generator=torch.Generator().manual_seed(1))
-        torch.manual_seed(9)  # dropout and noise
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        output.square()[..., :3].sum().backward()
-        found[recompute] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    for name, gradient in found[False].items():
-        torch.testing.assert_close(found[True][name], gradient)
-        assert "gate" not in name or float(gradient.abs().max()) > 0
 
 
 # ---- saving ----
