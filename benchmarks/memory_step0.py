@@ -65,7 +65,6 @@ def make_corpus(root: Path, count: int) -> None:
                 text = " ".join(generator.choices(WORDS, k=generator.randint(3, 8)))
                 out.write(json.dumps({"docid": f"{i}#0", "title": "", "text": text}) + "\n")
 
-
     topics = root / "miracl-v1.0-sw" / "topics"
     topics.mkdir(parents=True)
     lines = "".join(f"{i}\t{' '.join(generator.choices(WORDS, k=5))}\n" for i in range(200))

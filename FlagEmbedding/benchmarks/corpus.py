@@ -113,9 +113,7 @@ def _report_repeat(files: Sequence[Path], suspects: set[bytes]) -> None:
                 seen[passage.docid] = f"{path}:{passage.line}"
 
 
-def stream(
-    files: Sequence[Path], passages: Sequence[int], spans: Sequence[tuple[int, int]]
-) -> Iterator[list[Passage]]:
+def stream(files: Sequence[Path], passages: Sequence[int], spans: Sequence[tuple[int, int]]) -> Iterator[list[Passage]]:
     """The passages of each span (first, past-the-end; ascending) of the corpus, one list a span.
 
     :param passages: passages of each file, as :func:`survey` counted them: files outside the spans are not opened.
@@ -184,4 +182,3 @@ def _string(value: dict[str, Any], key: str, path: Path, number: int) -> str:
 def passage_text(passage: Passage, with_title: bool) -> str:
     """The text that is embedded: ``text`` alone as published, or title, space, text."""
     return f"{passage.title} {passage.text}".strip() if with_title else passage.text
-

@@ -200,7 +200,12 @@ class _Progress:
         left = _clock((rows - done) / rate)
         logger.info(
             "%s: %s of %s passages (%.1f %%), %.1f passages/s, %s left",
-            self._lang, f"{done:,}", f"{rows:,}", 100 * done / rows, rate, left,
+            self._lang,
+            f"{done:,}",
+            f"{rows:,}",
+            100 * done / rows,
+            rate,
+            left,
         )
 
 

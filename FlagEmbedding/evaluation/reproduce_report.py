@@ -254,7 +254,7 @@ def _seen_text(rows: Sequence[RowScores], languages: Sequence[str], measure: Mea
             text += ". " + (
                 "Order among the trained rows is therefore not told by these seeds."
                 if max(ranges) >= apart
-                else f"The furthest differ by more than seeds do; rows nearer than {max(ranges):.1f} are not told apart."
+                else f"The furthest differ by more than seeds do; rows within {max(ranges):.1f} are not told apart."
             )
         else:
             text += "; with one seed a row, nothing tells this from the luck of a seed."

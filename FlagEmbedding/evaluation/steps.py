@@ -93,9 +93,7 @@ def search_results(argv: Sequence[str] | None = None) -> int:
     instruction = query_instruction(arguments)
     folder = Path(arguments.result_save_dir) / index_name(arguments.encoder)
     # Everything that can be missing is asked for before the first query is encoded.
-    indexes = {
-        lang: FlatIndex(index_folder(arguments.index_save_dir, arguments.encoder, lang)) for lang in languages
-    }
+    indexes = {lang: FlatIndex(index_folder(arguments.index_save_dir, arguments.encoder, lang)) for lang in languages}
     topics = {
         lang: miracl.read_topics(miracl.topics_file(lang, arguments.split, arguments.data_dir, arguments.cache_dir))
         for lang in languages
@@ -136,7 +134,11 @@ def check_encoder(index: FlatIndex, encoder: TextEncoder) -> None:
 
 
 def _search_language(
-    encoder: TextEncoder, index: FlatIndex, lang: str, queries: list[str], instruction: str | None,
+    encoder: TextEncoder,
+    index: FlatIndex,
+    lang: str,
+    queries: list[str],
+    instruction: str | None,
     arguments: SearchArguments,
 ) -> list[list[Hit]]:
     vectors = encode_queries(encoder, queries, arguments.max_query_length, instruction, arguments.batch_size)
@@ -152,7 +154,12 @@ def _search_language(
     )
     logger.info(
         "%s: %s finds %.2f %% of the exact top %d in %.3f s (exact: %.3f s)",
-        lang, arguments.index_type, 100 * recall(found, exact), arguments.hits, seconds, exact_seconds,
+        lang,
+        arguments.index_type,
+        100 * recall(found, exact),
+        arguments.hits,
+        seconds,
+        exact_seconds,
     )
     return found
 

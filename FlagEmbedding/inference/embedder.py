@@ -230,9 +230,7 @@ class BGEM3FlagModel(Embedder):
         results: dict[str, list[float]] = {key: [] for key in scoring.SCORES}
         for start in range(0, len(pairs), WINDOW):
             window = pairs[start : start + WINDOW]
-            queries = self._collect(
-                [pair[0] for pair in window], max_query_length or self.query_max_length, size, want
-            )
+            queries = self._collect([pair[0] for pair in window], max_query_length or self.query_max_length, size, want)
             passages = self._collect(
                 [pair[1] for pair in window], max_passage_length or self.passage_max_length, size, want
             )

@@ -73,15 +73,11 @@ class TextEncoder:
         self.pooling = self.options.pooling or stored_pooling(self.folder) or "cls"
         if self.pooling not in ("cls", "mean"):
             raise UsageError(f"pooling method {self.pooling!r}: choose cls or mean")
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            self.folder, trust_remote_code=self.options.trust_remote_code
-        )
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.options.trust_remote_code)
         self.encoder = self._load().to(device=self.device, dtype=self.dtype).eval()
         self.hidden_size: int = self.encoder.model.config.hidden_size
         self.longest = longest_input(self.encoder.model.config)
-        self.pool = TokenizerPool(
-            self.tokenizer, self.folder, self.options.workers, self.options.trust_remote_code
-        )
+        self.pool = TokenizerPool(self.tokenizer, self.folder, self.options.workers, self.options.trust_remote_code)
 
     def _load(self) -> M3Encoder:
         self._check_moe()

@@ -31,9 +31,7 @@ def plan(lengths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
     return slabs
 
 
-def encode_in_slabs(
-    encoder: M3Encoder, tokens: TokenBatch, want: set[str], slabs: list[list[int]]
-) -> Representations:
+def encode_in_slabs(encoder: M3Encoder, tokens: TokenBatch, want: set[str], slabs: list[list[int]]) -> Representations:
     """Representations of ``tokens`` in their order, each slab by a forward of its own."""
     order = [row for slab in slabs for row in slab]
     rows = tokens.ids.split(tokens.lengths)

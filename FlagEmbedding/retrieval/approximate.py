@@ -35,7 +35,12 @@ class SearchEffort:
 
 
 def search_approximate(
-    index: FlatIndex, queries: np.ndarray, top_k: int, index_type: str, *, threads: int = 1,
+    index: FlatIndex,
+    queries: np.ndarray,
+    top_k: int,
+    index_type: str,
+    *,
+    threads: int = 1,
     effort: SearchEffort | None = None,
 ) -> tuple[list[list[Hit]], float]:
     """Hits as of :func:`FlagEmbedding.retrieval.searcher.search`, by the index that ``index_type`` describes, and the

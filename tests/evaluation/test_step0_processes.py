@@ -92,9 +92,7 @@ def test_two_processes_write_the_same_index(
     assert '"processes": 2' in (folder / "manifest.json").read_text()
 
 
-def test_four_threads_write_the_same_index(
-    demo_sized_model: Path, tmp_path: Path, collection: Path
-) -> None:
+def test_four_threads_write_the_same_index(demo_sized_model: Path, tmp_path: Path, collection: Path) -> None:
     indexes = []
     for threads in ("1", "4"):
         command = [sys.executable, SCRIPT, "--encoder", str(demo_sized_model), "--data_dir", str(collection)]
@@ -104,9 +102,7 @@ def test_four_threads_write_the_same_index(
     assert indexes[0] == indexes[1]
 
 
-def test_other_arguments_end_in_one_line(
-    tiny_model_dir: Path, long_collection: Path, undisturbed: Path
-) -> None:
+def test_other_arguments_end_in_one_line(tiny_model_dir: Path, long_collection: Path, undisturbed: Path) -> None:
     out = undisturbed.parent.parent
     command = [sys.executable, *arguments(tiny_model_dir, long_collection, out, "--pooling_method", "mean")]
     answer = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)

@@ -78,7 +78,7 @@ def test_other_arguments_do_not_go_on_with_a_journal(
 
 
 def test_memory_does_not_follow_the_corpus(tmp_path: Path) -> None:
-    """Everything but the search (whose blocks are bounded, see its own tests): 4,000 passages, and twenty times more."""
+    """Everything but the search (whose blocks are bounded, see its own tests): 4,000 passages, and 20 times more."""
     source = write_rows(tmp_path / "rows.jsonl", [{"query": f"Where is {i}?", "pos": [TEXTS[i]]} for i in range(50)])
     peaks = []
     for count in (4_000, 80_000):

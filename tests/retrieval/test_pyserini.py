@@ -1,6 +1,6 @@
 """The real pyserini opens our folder and finds the same. Needs a Python that has it: PYSERINI_PYTHON=…/bin/python.
 
-    python -m venv DIR && DIR/bin/pip install pyserini==0.22.1 faiss-cpu "numpy<2" torch   (and a JDK)
+python -m venv DIR && DIR/bin/pip install pyserini==0.22.1 faiss-cpu "numpy<2" torch   (and a JDK)
 """
 
 from __future__ import annotations
