@@ -4,9 +4,9 @@ On a CPU: groups of rows of one length, each a dense batch without a mask. The w
 because slicing and concatenating groups through autograd would cost a zero-filled gradient of the whole slab for every
 group. Two ways to compute a group:
 
-- flash: torch's fused kernel. Best in fp32 without dropout.
-- plain: products, softmax and dropout written out. The only way with dropout, and in bf16 twice as fast as the fused
-  kernel, whose bf16 products are slow. Works a few rows at a time, so that the probabilities stay in the cache.
+- flash: torch's fused kernel. Best in fp32 without dropout, and in bf16 where the processor has AMX.
+- plain: products, softmax and dropout written out. The only way with dropout; in bf16 without AMX twice as fast as the
+  fused kernel. Works a few rows at a time, so that the probabilities stay in the cache.
 
 On a GPU: variable-length kernels, ``flash_attn`` where installed, else torch's own (``torch.nn.attention.varlen``;
 with dropout the ATen operator beneath it, which that module does not expose); fp32 has no such kernel and goes by
@@ -60,6 +60,16 @@ def packed_attention(
 # ---- CPU ----
 
 
+def _fused_kernel_pays(dtype: torch.dtype) -> bool:
+    """Whether torch's fused kernel beats the plain way for this dtype on this processor (see the top of this file)."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_amx())
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def _chunks(group: Group, heads: int, queries: int) -> Iterator[tuple[int, int]]:
     """Rows [start, stop) of the group, a few at a time."""
     step = max(1, CHUNK_ELEMENTS // (heads * queries * group.length))
@@ -73,11 +83,20 @@ def _rows(packed: Tensor, first: int, rows: int, length: int, heads: int, part: 
     return block[:, :, part].transpose(1, 2)
 
 
-def _dense(view: Tensor, factor: float = 1.0) -> Tensor:
-    """``[B, H, L, d]`` view to contiguous ``[B * H, L, d]``, times ``factor``, in one pass."""
-    copy = torch.empty(view.shape, dtype=view.dtype)
-    torch.mul(view, factor, out=copy)
-    return copy.view(-1, *view.shape[2:])
+def _dense(view: Tensor) -> Tensor:
+    """``[B, H, L, d]`` view to contiguous ``[B * H, L, d]``, in float32 at least.
+
+    The products of attention are many, small and of ever new shapes. For half precision oneDNN would compile code for
+    each shape, which takes longer than the product; float32 goes to a library that compiles nothing.
+    """
+    copy = torch.empty(view.shape, dtype=torch.promote_types(view.dtype, torch.float32))
+    return copy.copy_(view).view(-1, *view.shape[2:])
+
+
+def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor * left @ right`` over a batch, ``[N, A, K]`` and ``[N, K, C]`` to ``[N, A, C]``, in one pass."""
+    result = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+    return torch.baddbmm(result, left, right, beta=0, alpha=factor, out=result)
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -91,7 +110,7 @@ class _GroupedAttention(torch.autograd.Function):
         width = projections.shape[1] // parts
         asking = projections if queries is None else queries
         ctx.layout, ctx.heads, ctx.parts, ctx.width = layout, heads, parts, width
-        ctx.plain = dropout > 0 or projections.dtype != torch.float32
+        ctx.plain = dropout > 0 or not _fused_kernel_pays(projections.dtype)
         ctx.source = MaskSource(dropout) if dropout > 0 else None
         output = projections.new_empty(asking.shape[0], width)
         keep = any(ctx.needs_input_grad)
@@ -155,7 +174,7 @@ def _forward_group(
     for start, stop in _chunks(group, ctx.heads, group.length if ctx.parts == 3 else 1):
         query, key, value = _views(ctx, projections, asking, group, start, stop)
         source: MaskSource | None = ctx.source
-        scores = torch.bmm(_dense(query, scale), _dense(key).transpose(1, 2))  # [B * H, Q, L]
+        scores = _product(_dense(query), _dense(key).transpose(1, 2), scale)  # [B * H, Q, L]
         probabilities = torch.softmax(scores, dim=-1)
         if saved is not None:
             saved.append(probabilities)
@@ -164,10 +183,10 @@ def _forward_group(
             probabilities = probabilities * mask
             if saved is not None:
                 saved.append(mask)
-        # The scale of the kept probabilities is cheaper on the values.
-        result = torch.bmm(probabilities, _dense(value, source.scale if source else 1.0))
+        # The scale of the kept probabilities is cheaper on the result.
+        result = torch.bmm(probabilities, _dense(value))
         view = _output_view(ctx, output, group, start, stop)
-        view.copy_(result.view(view.shape))
+        torch.mul(result.view(view.shape), source.scale if source else 1.0, out=view)
 
 
 def _backward_group(
@@ -194,7 +213,7 @@ def _backward_group(
         probabilities = next(saved)
         mask = next(saved) if ctx.scale != 1.0 else None
         d_result = _dense(_output_view(ctx, gradient, group, start, stop))
-        d_probabilities = torch.bmm(d_result, _dense(value, ctx.scale).transpose(1, 2))
+        d_probabilities = _product(d_result, _dense(value).transpose(1, 2), ctx.scale)
         kept = probabilities
         if mask is not None:
             kept = probabilities * mask
@@ -202,9 +221,9 @@ def _backward_group(
         d_value = torch.bmm(kept.transpose(1, 2), d_result)
         d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
         d_query = torch.bmm(d_scores, _dense(key))
-        d_key = torch.bmm(d_scores.transpose(1, 2), _dense(query, scale))
+        d_key = torch.bmm(d_scores.transpose(1, 2), _dense(query))
         targets = _views(ctx, *gradients, group, start, stop)
-        for target, part, factor in zip(targets, (d_query, d_key, d_value), (scale, 1.0, ctx.scale), strict=True):
+        for target, part, factor in zip(targets, (d_query, d_key, d_value), (scale, scale, ctx.scale), strict=True):
             torch.mul(part.view(target.shape), factor, out=target)
 
 
