@@ -6,6 +6,7 @@ process every function is the identity.
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -43,6 +44,18 @@ def barrier() -> None:
     """Wait for every process."""
     if is_initialized():
         dist.barrier()
+
+
+def leave() -> None:
+    """End the process group, if there is one; call it where no DDP wrapper is in use any more.
+
+    A DDP wrapper that outlives its group takes it down with Python's lock held, while gloo's thread may be waiting for
+    that very lock: the process hangs at exit (torch 2.13). So wrappers go first, those in reference cycles (the
+    Trainer's) too.
+    """
+    if is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def gather_objects(value: Any) -> list[Any]:

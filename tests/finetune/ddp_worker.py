@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from FlagEmbedding import BGEM3Model
 from FlagEmbedding.modeling.backbone import moe_layers
 from FlagEmbedding.modeling.encoder import EngineConfig
+from FlagEmbedding.utils.distributed import leave
 
 TEXTS = [
     "The Han river runs through Seoul.", "Kimchi is fermented cabbage.", "A castle by the sea, in the north.",
@@ -95,8 +96,8 @@ def main() -> None:
         assert greatest > 1e-4
         print("gradients agree", greatest)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

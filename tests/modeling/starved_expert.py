@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
+from FlagEmbedding.utils.distributed import leave
 
 
 def build() -> MoELinear:
@@ -34,8 +35,8 @@ def main(rank: int, world: int, meeting: str, output: str) -> None:
         layer.zero_grad()
         layer(rows(rank)).square().sum().backward()
     torch.save({name: p.grad for name, p in layer.module.named_parameters()}, output)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    leave()
