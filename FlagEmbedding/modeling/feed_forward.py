@@ -26,6 +26,8 @@ from FlagEmbedding.modeling.dropout import dropout
 from FlagEmbedding.modeling.linear import apply_linear, compute_dtype, is_plain, linear_add, linear_gelu
 from FlagEmbedding.modeling.moe import MoELinear, Routing
 
+BLOCK = 32  # rows of the smallest block that an expert's tokens are cut into on a CPU
+
 
 class _Permute(torch.autograd.Function):
     """Rows of ``x`` in another order; ``back`` is the inverse permutation."""
@@ -91,6 +93,10 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
         grouped = assignment.group(x)
         if use_grouped_product(grouped):
             y = apply_linear(narrow, activate(grouped_product(wide, grouped, assignment)))
+        elif _drops_nothing(layer.output):
+            # The residual of these tokens is what the experts read, in the same order.
+            y = _by_slices(wide, grouped, assignment, activate, narrow, residual=True)
+            return layer.output.LayerNorm(wide.with_gate(assignment.restore(y), routing))
         else:
             y = _by_slices(wide, grouped, assignment, activate, narrow)
         y = wide.with_gate(assignment.restore(y), routing)
@@ -111,13 +117,16 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 def residual_block(block: Any, x: Tensor | None, residual: Tensor, *, projected: Tensor | None = None) -> Tensor:
     """``LayerNorm(dropout(dense(x)) + residual)``; ``projected`` stands for ``dense(x)`` where that is computed."""
-    probability = block.dropout.p if block.training else 0.0
     if projected is None:
         assert x is not None
-        if probability == 0:
+        if _drops_nothing(block):
             return block.LayerNorm(linear_add(block.dense, x, residual))
         projected = apply_linear(block.dense, x)
-    return block.LayerNorm(dropout(projected, probability, block.training) + residual)
+    return block.LayerNorm(dropout(projected, block.dropout.p, block.training) + residual)
+
+
+def _drops_nothing(block: Any) -> bool:
+    return not block.training or block.dropout.p == 0
 
 
 def _sorts(module: nn.Module) -> bool:
@@ -128,14 +137,29 @@ def _sorts(module: nn.Module) -> bool:
 
 
 def _by_slices(
-    layer: MoELinear, x: Tensor, assignment: Assignment, activate: Callable[[Tensor], Tensor] | None, narrow: Any
+    layer: MoELinear,
+    x: Tensor,
+    assignment: Assignment,
+    activate: Callable[[Tensor], Tensor] | None,
+    narrow: Any,
+    residual: bool = False,
 ) -> Tensor:
-    """Every expert over its own slice, through activation and output projection where there are any."""
+    """Every expert over its own slice, through activation and output projection where there are any.
+
+    With ``residual``, ``x`` itself is added to what comes out.
+    """
     counts = assignment.counts()
-    pieces = x.split(counts)
-    weights = [None] * len(counts) if assignment.weights is None else assignment.weights.split(counts)
+    blocks = [_blocks(count) if x.device.type == "cpu" else [count] for count in counts]
+    experts = [expert for expert, sizes in zip(layer.experts, blocks, strict=True) for _ in sizes]
+    sizes = [size for each in blocks for size in each]
+    pieces = x.split(sizes)
+    weights = [None] * len(sizes) if assignment.weights is None else assignment.weights.split(sizes)
     results = []
-    for expert, piece, weight in zip(layer.experts, pieces, weights, strict=True):
+    for expert, piece, weight in zip(experts, pieces, weights, strict=True):
+        rows = len(piece)
+        if 0 < rows < BLOCK and x.device.type == "cpu":
+            piece = F.pad(piece, (0, 0, 0, BLOCK - rows))
+            weight = None if weight is None else F.pad(weight, (0, 0, 0, BLOCK - rows))
         # An expert without tokens runs on zero rows: its parameters take part in the backward, as DDP expects.
         if weight is None and activate is not None:
             y = linear_gelu(expert, activate, piece)
@@ -143,8 +167,21 @@ def _by_slices(
             y = apply_linear(expert, piece)
             y = y if weight is None else y * weight.to(y.dtype)
             y = y if activate is None else activate(y)
-        results.append(y if narrow is None else apply_linear(narrow, y))
+        if narrow is not None:
+            y = linear_add(narrow, y, piece) if residual else apply_linear(narrow, y)
+        results.append(y[:rows])
     return torch.cat(results)
+
+
+def _blocks(count: int) -> list[int]:
+    """``count`` rows as blocks of 32 times a power of two, largest first, and what remains.
+
+    Experts get other numbers of tokens in every layer and slab, and oneDNN compiles code for each number of rows it
+    meets: in bf16 that takes longer than the product. Products of a few sizes find their code compiled.
+    """
+    whole, rest = divmod(count, BLOCK)
+    sizes = [BLOCK << bit for bit in reversed(range(whole.bit_length())) if whole >> bit & 1]
+    return [*sizes, rest] if rest or not sizes else sizes
 
 
 def use_grouped_product(x: Tensor) -> bool:

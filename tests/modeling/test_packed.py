@@ -16,6 +16,7 @@ from FlagEmbedding.losses.objective import retrieval_objective
 from FlagEmbedding.losses.penalty import apply_penalty, clp_penalty
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder
+from FlagEmbedding.modeling.feed_forward import BLOCK
 from FlagEmbedding.modeling.moe import MoEConfig, record_routing
 from FlagEmbedding.modeling.packed import WordTable, packed_forward, why_not_packable
 from FlagEmbedding.modeling.slabs import Layout, plan_slabs
@@ -78,6 +79,34 @@ def test_states_and_gradients_equal_rows_alone(
     with torch.inference_mode():
         found = packed_forward(model.eval(), tokens, first_rows_only=first)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["intermediate", "output"])
+@pytest.mark.parametrize("gradient", ["none", "straight_through"])
+def test_experts_in_blocks_equal_rows_alone(tiny_model_dir: Path, place: str, gradient: str) -> None:
+    """Enough tokens that an expert's slice is several blocks and a rest, and one expert that gets none."""
+    config = MoEConfig(moe=place, num_experts=4, router_gradient=gradient)
+    model = load_backbone(tiny_model_dir, moe=config).train()
+    for layer in moe_layers(model):
+        with torch.no_grad():
+            for expert in layer.experts:
+                expert.weight.add_(0.05 * torch.randn_like(expert.weight))
+            layer.gate.weight[3] = (layer.gate.weight[0] + layer.gate.weight[1]) / 2  # never the greatest
+    tokens = batch([61, 48, 40, 40, 33, 20, 9, 9, 2])
+    expected = reference(model, tokens)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    wanted = gradients(model)
+    with record_routing(model) as tape:
+        found = packed_forward(model, tokens)
+    counts = [torch.bincount(calls[0].experts.reshape(-1), minlength=4).tolist() for calls in tape.layers]
+    assert all(count[3] == 0 for count in counts)
+    assert any(n > BLOCK and n % BLOCK and bin(n // BLOCK).count("1") > 1 for count in counts for n in count)
+    (found * weight).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_same({k: v for k, v in gradients(model).items() if v.any()}, {k: v for k, v in wanted.items() if v.any()})
+    with torch.inference_mode():
+        torch.testing.assert_close(packed_forward(model.eval(), tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_plain_operators_give_the_same_as_onednn(tiny_model_dir: Path) -> None:
