@@ -149,7 +149,8 @@ def _by_slices(
     With ``residual``, ``x`` itself is added to what comes out.
     """
     counts = assignment.counts()
-    blocks = [_blocks(count) if x.device.type == "cpu" else [count] for count in counts]
+    in_blocks = _compiles(x)
+    blocks = [_blocks(count) if in_blocks else [count] for count in counts]
     experts = [expert for expert, sizes in zip(layer.experts, blocks, strict=True) for _ in sizes]
     sizes = [size for each in blocks for size in each]
     pieces = x.split(sizes)
@@ -157,7 +158,7 @@ def _by_slices(
     results = []
     for expert, piece, weight in zip(experts, pieces, weights, strict=True):
         rows = len(piece)
-        if 0 < rows < BLOCK and x.device.type == "cpu":
+        if in_blocks and 0 < rows < BLOCK:
             piece = F.pad(piece, (0, 0, 0, BLOCK - rows))
             weight = None if weight is None else F.pad(weight, (0, 0, 0, BLOCK - rows))
         # An expert without tokens runs on zero rows: its parameters take part in the backward, as DDP expects.
@@ -171,6 +172,14 @@ def _by_slices(
             y = linear_add(narrow, y, piece) if residual else apply_linear(narrow, y)
         results.append(y[:rows])
     return torch.cat(results)
+
+
+def _compiles(x: Tensor) -> bool:
+    """Whether code for a new number of rows takes longer to compile than blocks cost.
+
+    In fp32 with gradients it does not: there the weight's gradients of all blocks would have to be added up.
+    """
+    return x.device.type == "cpu" and (compute_dtype(x) != torch.float32 or not torch.is_grad_enabled())
 
 
 def _blocks(count: int) -> list[int]:
