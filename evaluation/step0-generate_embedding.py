@@ -1,4 +1,4 @@
-"""Step 0: embed the corpus of MIRACL languages into an index on disk (see FlagEmbedding/evaluation/encoding.py).
+"""Step 0: embed the corpus of MIRACL languages into an index on disk (see FlagEmbedding/indexing/encoding.py).
 
 python evaluation/step0-generate_embedding.py --encoder MODEL --languages ko --index_save_dir ./corpus-index
 torchrun --nproc_per_node 8 evaluation/step0-generate_embedding.py …

@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "demo": set(),
     "inference": {"modeling"},
     "finetune": {"modeling", "losses", "mining"},  # mining: negatives mined again between epochs
-    "mining": {"inference", "retrieval", "benchmarks", "evaluation", "modeling"},  # evaluation: the index of step 0
-    "evaluation": {"inference", "retrieval", "benchmarks"},
+    "indexing": {"inference", "retrieval", "benchmarks"},
+    "mining": {"inference", "retrieval", "benchmarks", "indexing", "modeling"},
+    "evaluation": {"inference", "retrieval", "benchmarks", "indexing"},
 }
 # Libraries that one room alone may touch.
 ALONE = {"faiss": "retrieval", "openai": "mining", "ir_measures": "evaluation", "pytrec_eval": "evaluation"}

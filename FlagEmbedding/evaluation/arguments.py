@@ -1,37 +1,17 @@
 """Command lines of the evaluation steps: the published flags as they were, and the new ones.
 
-``--fp16`` stands bare or with a value, booleans take True/False/y/n. A parser refuses in one line (``UsageError``).
+``--fp16`` stands bare or with a value, booleans take True/False/y/n.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import NoReturn, TypeVar
+from dataclasses import dataclass
 
-from FlagEmbedding.utils.cli import add_bool_flag
+from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import UsageError
 
-A = TypeVar("A")
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line and takes no abbreviated flag."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists all options)")
-
-    def parse(self, kind: type[A], argv: Sequence[str] | None) -> A:
-        """The command line as the dataclass ``kind``, whose fields are flags of this parser."""
-        found = vars(self.parse_args(argv))
-        return kind(**{field.name: found[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

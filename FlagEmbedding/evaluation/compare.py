@@ -19,7 +19,7 @@ import numpy as np
 from FlagEmbedding.evaluation.metrics import Measure, PerQuery, evaluate, mean, parse_measures
 from FlagEmbedding.evaluation.significance import RESAMPLES, bootstrap_interval, holm, randomisation_p
 from FlagEmbedding.evaluation.trec import Qrels, Run, ranking, read_qrels, read_run
-from FlagEmbedding.utils.cli import entry_point
+from FlagEmbedding.utils.cli import Parser, entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 AVERAGE = "average"
@@ -165,7 +165,6 @@ def unique_names(places: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare run files of one query set."""
     from FlagEmbedding.benchmarks.miracl import read_topics
-    from FlagEmbedding.evaluation.arguments import Parser
     from FlagEmbedding.evaluation.report import Texts, write_comparison
     from FlagEmbedding.utils.provenance import provenance
 

@@ -18,14 +18,13 @@ from typing import Any
 
 from FlagEmbedding.benchmarks import miracl
 from FlagEmbedding.benchmarks.corpus import fingerprints as corpus_fingerprints
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
 from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
 from FlagEmbedding.evaluation.reproduce_report import write_table
 from FlagEmbedding.evaluation.reproduce_run import run_cell
 from FlagEmbedding.evaluation.significance import RESAMPLES
 from FlagEmbedding.evaluation.trec import find_qrels
-from FlagEmbedding.utils.cli import add_bool_flag
+from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import sha256_file
 from FlagEmbedding.utils.logging import get_logger

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.benchmarks import corpus, miracl
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.evaluation.compare import AVERAGE, LanguageScores, System, compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
@@ -21,7 +20,7 @@ from FlagEmbedding.evaluation.run_record import check_record, read_record, run_o
 from FlagEmbedding.evaluation.significance import RESAMPLES
 from FlagEmbedding.evaluation.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run
 from FlagEmbedding.retrieval.index import index_name
-from FlagEmbedding.utils.cli import add_bool_flag
+from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger

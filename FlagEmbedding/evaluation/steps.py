@@ -19,8 +19,7 @@ from FlagEmbedding.evaluation.arguments import (
     parse_search_arguments,
     query_instruction,
 )
-from FlagEmbedding.evaluation.encoding import EncodingConfig, build_index
-from FlagEmbedding.evaluation.processes import on_main, processes
+from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
 from FlagEmbedding.inference.engine import DENSE, EncoderOptions, TextEncoder
 from FlagEmbedding.inference.precision import choose_device, half_precision, tokenizer_workers
 from FlagEmbedding.retrieval.approximate import SearchEffort, recall, search_approximate
@@ -31,6 +30,7 @@ from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.processes import on_main, processes
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)

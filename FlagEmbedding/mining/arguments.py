@@ -9,9 +9,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.mining.filters import Sampling, ScoreFilters, parse_range
-from FlagEmbedding.utils.cli import add_bool_flag
+from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import UsageError
 
 _EXAMPLES = """examples:

@@ -22,13 +22,12 @@ from typing import Any
 
 from FlagEmbedding.benchmarks import miracl
 from FlagEmbedding.benchmarks.corpus import fingerprints
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.mining.alignment import text_key
 from FlagEmbedding.mining.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.passages import PassageStore, corpus_files
 from FlagEmbedding.mining.triples import read_triples, rows_of_triples
 from FlagEmbedding.schema import Problem, Problems, read_rows
-from FlagEmbedding.utils.cli import add_bool_flag, entry_point
+from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import open_text
 from FlagEmbedding.utils.logging import get_logger

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.benchmarks.corpus import fingerprints
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.mining.doctor_plots import plot_lengths, plot_scores
 from FlagEmbedding.mining.doctor_report import length_figures, markdown
 from FlagEmbedding.mining.doctor_scan import Scan, lengths, scan
 from FlagEmbedding.mining.doctor_scores import Scores, ScoreSettings, VectorFile, figures, score
 from FlagEmbedding.schema import Problems, find_files
-from FlagEmbedding.utils.cli import add_bool_flag, entry_point
+from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger

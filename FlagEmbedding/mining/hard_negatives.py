@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from FlagEmbedding.benchmarks import miracl
 from FlagEmbedding.benchmarks.corpus import fingerprints
-from FlagEmbedding.evaluation.encoding import WORK, EncodingConfig, build_index
+from FlagEmbedding.indexing.encoding import WORK, EncodingConfig, build_index
 from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
 from FlagEmbedding.inference.precision import choose_device, half_precision
 from FlagEmbedding.mining.arguments import MiningArguments, parse_mining_arguments

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.benchmarks.corpus import fingerprints
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.mining.alignment import text_key
 from FlagEmbedding.mining.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.queries import parse_pairs
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, read_rows
-from FlagEmbedding.utils.cli import add_bool_flag, entry_point
+from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 
 
 class KeySet:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.mining.arguments import Formatter, add_encoder_flags
-from FlagEmbedding.utils.cli import add_bool_flag
+from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import UsageError
 
 _EXAMPLES = """examples:

@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.evaluation.encoding import EncodingConfig, build_index
-from FlagEmbedding.evaluation.processes import on_main
+from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
 from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
 from FlagEmbedding.mining.alignment import realign, text_keys, written
 from FlagEmbedding.mining.filters import Sampling, ScoreFilters, parse_range
@@ -37,6 +36,7 @@ from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.schema import read_records
 from FlagEmbedding.utils.io import sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.processes import on_main
 
 logger = get_logger(__name__)
 

@@ -13,10 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 from FlagEmbedding.benchmarks.corpus import fingerprints
-from FlagEmbedding.evaluation.arguments import Parser
 from FlagEmbedding.mining.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.merge import checked_files, valid_rows
-from FlagEmbedding.utils.cli import add_bool_flag, entry_point
+from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import UsageError
 
 

@@ -9,13 +9,15 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import NoReturn, ParamSpec, TypeVar
 
-from FlagEmbedding.utils.errors import UserError
+from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.logging import configure_logging
 
 P = ParamSpec("P")
+A = TypeVar("A")
 
 _TRUE = {"y", "yes", "true", "t", "1", "on"}
 _FALSE = {"n", "no", "false", "f", "0", "off"}
@@ -47,6 +49,23 @@ def add_bool_flag(
         metavar="BOOL",
         help=help,
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line and takes no abbreviated flag."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists all options)")
+
+    def parse(self, kind: type[A], argv: Sequence[str] | None) -> A:
+        """The command line as the dataclass ``kind``, whose fields are flags of this parser."""
+        found = vars(self.parse_args(argv))
+        return kind(**{field.name: found[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:

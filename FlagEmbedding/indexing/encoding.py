@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from FlagEmbedding.benchmarks.corpus import fingerprints, passage_text, stream, survey
-from FlagEmbedding.evaluation.processes import on_main
 from FlagEmbedding.inference.engine import DENSE, TextEncoder
 from FlagEmbedding.inference.tokenization import Behind
 from FlagEmbedding.retrieval.approximate import index_paths
@@ -27,6 +26,7 @@ from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_identity,
 from FlagEmbedding.utils.distributed import barrier, is_main, rank, world_size
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.processes import on_main
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)

@@ -1,4 +1,4 @@
-"""The processes of an evaluation step: start torch.distributed under torchrun, let one decide for all.
+"""The processes of an evaluation or mining step: start torch.distributed under torchrun, let one decide for all.
 
 Only small objects and barriers cross between processes, so gloo serves on every device. Waiting may take as long as
 the slowest process encodes, hence the long timeout.
