@@ -26,6 +26,7 @@ from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
 from FlagEmbedding.modeling.files import load_config, resolve_folder
 from FlagEmbedding.modeling.heads import load_heads
+from FlagEmbedding.modeling.packed import prepack_weights
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -75,6 +76,8 @@ class TextEncoder:
             raise UsageError(f"pooling method {self.pooling!r}: choose cls or mean")
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.options.trust_remote_code)
         self.encoder = self._load().to(device=self.device, dtype=self.dtype).eval()
+        if self.device.type == "cpu" and self.options.engine == "packed":
+            prepack_weights(self.encoder.model, SLAB_TOKENS["cpu"])
         self.hidden_size: int = self.encoder.model.config.hidden_size
         self.longest = longest_input(self.encoder.model.config)
         self.pool = TokenizerPool(self.tokenizer, self.folder, self.options.workers, self.options.trust_remote_code)

@@ -18,6 +18,8 @@ from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.slabs import plan_slabs
 from FlagEmbedding.modeling.tokens import TokenBatch
 
+FILL = 32  # in bf16 on a CPU, a slab's tokens are a multiple of this
+
 
 def plan(lengths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
     """Row numbers of each slab, longest rows first; for the padded engine the budget counts padding too."""
@@ -39,6 +41,9 @@ def encode_in_slabs(encoder: M3Encoder, tokens: TokenBatch, want: set[str], slab
         TokenBatch(torch.cat([rows[row] for row in slab]), lengths := [tokens.lengths[row] for row in slab], lengths[0])
         for slab in slabs
     ]
+    packed = encoder.engine.engine == "packed"
+    if packed and tokens.ids.device.type == "cpu" and encoder.model.dtype == torch.bfloat16:
+        batches = [_filled(batch) for batch in batches]
 
     def encode(batch: TokenBatch) -> Representations:
         with torch.inference_mode():
@@ -51,14 +56,28 @@ def encode_in_slabs(encoder: M3Encoder, tokens: TokenBatch, want: set[str], slab
     def restore(name: str, less: int | None) -> Tensor | None:
         """Rows of one kind back in order; a row holds its tokens less ``less``, or one row (None)."""
         pieces: list[Tensor] = []
-        for part, batch in zip(parts, batches, strict=True):
+        for part, batch, slab in zip(parts, batches, slabs, strict=True):
             value = getattr(part, name)
             if value is None:
                 return None
-            pieces.extend(value.split(1 if less is None else [length - less for length in batch.lengths]))
+            each = value.split(1 if less is None else [length - less for length in batch.lengths])
+            pieces.extend(each[: len(slab)])
         return torch.cat([pieces[i] for i in place])
 
     return Representations(tokens, restore("dense", None), restore("token_weights", 0), restore("colbert", 1))
+
+
+def _filled(batch: TokenBatch) -> TokenBatch:
+    """The slab and, where its tokens are no multiple of ``FILL``, one more row of as many as are missing.
+
+    oneDNN compiles code for every number of rows that it meets, which in bf16 takes longer than the product. Rows do
+    not see each other, so the row more changes none of them.
+    """
+    missing = -len(batch.ids) % FILL
+    if not missing:
+        return batch
+    ids = torch.cat([batch.ids, batch.ids[-1:].expand(missing)])
+    return TokenBatch(ids, [*batch.lengths, missing], max(batch.padded_length, missing))
 
 
 @contextmanager

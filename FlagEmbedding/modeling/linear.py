@@ -6,6 +6,9 @@ bias for nothing, applies GELU in registers (35 % off the widest layer in bf16) 
 ``torch.compile`` emits; it has no gradient of its own, so there is an autograd function around it. Everywhere else
 (GPU, other dtypes, oneDNN missing or switched off) the plain operators run.
 
+Weights that will not change can be laid out once as oneDNN's fp32 products read them (``prepack``): the same bits, and
+on a Granite Rapids processor a sixth less time.
+
 Shape legend: T tokens, K and M the widths in and out.
 """
 
@@ -69,6 +72,66 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, d_bias, None
 
 
+class Prepacked:
+    """The weights of some linear layers side by side, laid out for oneDNN, and whether they are still the layers'."""
+
+    def __init__(self, linears: tuple[nn.Linear, ...], rows: int) -> None:
+        with torch.no_grad():
+            weight = torch.cat([each.weight for each in linears])
+            biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            self.bias = torch.cat(biases) if biases else None
+        self._state = self._look(linears)
+
+    @staticmethod
+    def _look(linears: tuple[nn.Linear, ...]) -> list[tuple[int, int]]:
+        tensors = [tensor for each in linears for tensor in (each.weight, each.bias) if tensor is not None]
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    def fits(self, linears: tuple[nn.Linear, ...]) -> bool:
+        """False once a weight or bias was changed or replaced."""
+        return self._look(linears) == self._state
+
+
+def prepack(*linears: nn.Module, rows: int) -> None:
+    """Keep the weights of these layers side by side in oneDNN's own layout, for products of about ``rows`` tokens.
+
+    Does nothing where there is nothing to gain: other dtypes than float32, no oneDNN, layers with hooks. Takes as much
+    memory as the weights again. Used without gradients only, and no longer once the layers change.
+    """
+    if not _joinable(linears) or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return
+    weights = [each.weight for each in linears]
+    if all(weight.dtype == torch.float32 and _fused(weight, weight) for weight in weights):  # type: ignore[arg-type]
+        linears[0].__dict__.setdefault("_prepacked", {})[len(linears)] = Prepacked(linears, rows)  # type: ignore[arg-type]
+
+
+def _prepacked(linears: tuple[nn.Module, ...], x: Tensor) -> Prepacked | None:
+    if torch.is_grad_enabled() or compute_dtype(x) != torch.float32 or x.dtype != torch.float32:
+        return None
+    found: Prepacked | None = linears[0].__dict__.get("_prepacked", {}).get(len(linears))
+    if found is None or not _fused(x, found.weight) or not found.fits(linears):  # type: ignore[arg-type]
+        return None
+    return found
+
+
+def _joinable(linears: tuple[nn.Module, ...]) -> bool:
+    """Plain linear layers, all of them with a bias or none."""
+    return all(map(is_plain, linears)) and len({each.bias is None for each in linears}) == 1
+
+
+def side_by_side(x: Tensor, *linears: nn.Module) -> Tensor:
+    """The outputs of several linear layers side by side, as one product where they are plain linear layers."""
+    if not _joinable(linears):
+        return torch.cat([each(x) for each in linears], dim=-1)
+    packed = _prepacked(linears, x)
+    if packed is not None:
+        return _product(x, packed.weight, packed.bias)
+    weight = torch.cat([each.weight for each in linears])  # type: ignore[misc]
+    biases = [each.bias for each in linears if each.bias is not None]
+    return linear(x, weight, torch.cat(biases) if biases else None)  # type: ignore[arg-type]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` for ``[T, K]``: the same value, dtype under autocast, and gradients."""
     if not _fused(x, weight):
@@ -88,7 +151,12 @@ def is_plain(module: nn.Module) -> bool:
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``, by way of :func:`linear` where the module is a plain linear layer."""
-    return linear(x, module.weight, module.bias) if is_plain(module) else module(x)  # type: ignore[arg-type]
+    if not is_plain(module):
+        return module(x)
+    packed = _prepacked((module,), x)
+    if packed is not None:
+        return _product(x, packed.weight, packed.bias)
+    return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
 
 
 def _can_fuse(module: nn.Module, x: Tensor) -> bool:
@@ -103,14 +171,17 @@ def _can_fuse(module: nn.Module, x: Tensor) -> bool:
 def linear_gelu(module: nn.Module, activation: Any, x: Tensor) -> Tensor:
     """``activation(module(x))``; exact GELU is fused when no gradient is kept."""
     if _can_fuse(module, x) and _is_exact_gelu(activation):
-        return _product(x, module.weight, module.bias, "gelu")  # type: ignore[arg-type]
+        packed = _prepacked((module,), x)
+        return _product(x, packed.weight if packed else module.weight, module.bias, "gelu")  # type: ignore[arg-type]
     return activation(apply_linear(module, x))
 
 
 def linear_add(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """``module(x) + residual``; fused when no gradient is kept."""
     if _can_fuse(module, x) and residual.dtype == x.dtype:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, module.weight, module.bias, "add")
+        packed = _prepacked((module,), x)
+        weight = packed.weight if packed else module.weight
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, module.bias, "add")
     return apply_linear(module, x) + residual
 
 

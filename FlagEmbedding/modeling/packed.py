@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from FlagEmbedding.modeling.attention import packed_attention
 from FlagEmbedding.modeling.dropout import dropout
 from FlagEmbedding.modeling.feed_forward import feed_forward, residual_block
-from FlagEmbedding.modeling.linear import apply_linear, is_plain, linear
+from FlagEmbedding.modeling.linear import apply_linear, prepack, side_by_side
 from FlagEmbedding.modeling.slabs import Layout, plan_slabs
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
@@ -91,6 +91,19 @@ def packed_forward(
     return x
 
 
+def prepack_weights(backbone: nn.Module, rows: int) -> None:
+    """Lay out the weights of an encoder that will not change for slabs of ``rows`` tokens (see ``linear.prepack``)."""
+    if why_not_packable(backbone):
+        return
+    encoder: Any = backbone.encoder
+    for layer in encoder.layer:
+        attention = layer.attention.self
+        prepack(attention.query, attention.key, attention.value, rows=rows)
+        for block in (layer.attention.output, layer.intermediate, layer.output):
+            for each in getattr(block.dense, "experts", [block.dense]):
+                prepack(each, rows=rows)
+
+
 def why_not_packable(backbone: nn.Module) -> str | None:
     """Why this encoder cannot run packed; None if it can."""
     try:
@@ -140,22 +153,13 @@ def _layer(layer: Any, x: Tensor, *, layout: Layout, first_only: bool) -> Tensor
     attention_dropout = attention.dropout.p if attention.training else 0.0
     heads = attention.num_attention_heads
     if first_only:
-        both = _together(x, attention.key, attention.value)
+        both = side_by_side(x, attention.key, attention.value)
         x = x.index_select(0, layout.starts)
         queries = apply_linear(attention.query, x)
         context = packed_attention(both, layout, heads, queries=queries, dropout=attention_dropout)
     else:
-        all_three = _together(x, attention.query, attention.key, attention.value)
+        all_three = side_by_side(x, attention.query, attention.key, attention.value)
         context = packed_attention(all_three, layout, heads, dropout=attention_dropout)
     output = layer.attention.output
     x = residual_block(output, context, x)
     return feed_forward(layer, x)
-
-
-def _together(x: Tensor, *linears: nn.Module) -> Tensor:
-    """The outputs of several linear layers side by side, as one product where they are plain linear layers."""
-    biases = [each.bias for each in linears if each.bias is not None]
-    if not all(map(is_plain, linears)) or len(biases) not in (0, len(linears)):
-        return torch.cat([each(x) for each in linears], dim=-1)
-    weight = torch.cat([each.weight for each in linears])  # type: ignore[misc]
-    return linear(x, weight, torch.cat(biases) if biases else None)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from transformers import AutoModel, AutoTokenizer
 import FlagEmbedding
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
 from FlagEmbedding.inference.base import target_devices
+from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
+from FlagEmbedding.inference.slabs import FILL
+from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
 TEXTS = [
@@ -156,6 +159,25 @@ def test_the_dtype_is_honoured_on_a_cpu(tiny_heads_dir: Path, settings: dict[str
     difference = np.abs(model.encode(TEXTS) - exact).max()
     assert difference < 0.1
     assert (difference > 1e-4) == (expected is torch.bfloat16)
+
+
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_bf16_rows_beside_the_filling(tiny_heads_dir: Path, engine: Literal["packed", "padded"]) -> None:
+    """In bf16 a slab is filled up to a round number of tokens; every kind of row comes back, and no row more."""
+    loaded = TextEncoder(str(tiny_heads_dir), EncoderOptions(dtype="bf16", heads=True, engine=engine, device="cpu"))
+    rows = [torch.randint(4, 90, (n,)).tolist() for n in (30, 21, 9, 9, 3, 2)]
+    tokens = TokenBatch.from_lists(rows)
+    assert len(tokens.ids) % FILL
+    kinds = {"dense", "sparse", "colbert"}
+    with torch.inference_mode():
+        alone = [loaded.encoder.encode([TokenBatch.from_lists([row])], [kinds])[0] for row in rows]
+    found = loaded.represent(tokens, kinds)
+    for name in ("dense", "token_weights", "colbert"):
+        ours, expected = getattr(found, name).float(), torch.cat([getattr(each, name) for each in alone]).float()
+        if name != "token_weights":
+            expected = torch.nn.functional.normalize(expected, dim=-1)
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.03)
 
 
 def test_experts_need_no_flag(tiny_moe_dir: Path) -> None:
