@@ -25,7 +25,7 @@ from FlagEmbedding.mining.arguments import MiningArguments, parse_mining_argumen
 from FlagEmbedding.mining.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.miner import Mined, Miner, Retriever, check_index, chunks, training_row
 from FlagEmbedding.mining.negatives_report import markdown, summarize, write_report
-from FlagEmbedding.mining.passages import PassageStore, corpus_files, passages_of_rows
+from FlagEmbedding.mining.passages import PassageStore, corpus_files, index_label, passages_of_rows
 from FlagEmbedding.mining.queries import Item, JudgedTopics, TrainingRows
 from FlagEmbedding.mining.reranker import CrossEncoder
 from FlagEmbedding.retrieval.index import DOCID, INDEX, FlatIndex, index_folder
@@ -172,12 +172,12 @@ def _input_files(a: MiningArguments) -> list[Path]:
 def _corpus(a: MiningArguments, rows: TrainingRows | None, work: Path) -> tuple[list[Path], str]:
     """Its files, and the name of its index where none is given."""
     if a.corpus:
-        return corpus_files(a.corpus, work), a.language or Path(a.corpus[0]).name.split(".")[0]
+        return corpus_files(a.corpus, work), a.language or index_label(a.corpus[0])
     if a.language:
         miracl.check_languages([a.language])
         return miracl.corpus_files(a.language, a.data_dir, a.cache_dir), a.language
     assert rows is not None
-    return passages_of_rows(rows.files, work), f"{Path(rows.files[0]).name.split('.')[0]}-passages"
+    return passages_of_rows(rows.files, work), f"{index_label(rows.files[0])}-passages"
 
 
 def _items(a: MiningArguments, rows: TrainingRows | None, store: PassageStore) -> TrainingRows | JudgedTopics:

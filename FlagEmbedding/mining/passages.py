@@ -58,6 +58,12 @@ def corpus_files(paths: Sequence[PathLike], work: Path) -> list[Path]:
     return [target]
 
 
+def index_label(path: PathLike) -> str:
+    """The name of a corpus's index: a folder's whole name (``miracl-corpus-v1.0-ko``), a file's without suffix."""
+    name = Path(path).name
+    return next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
+
+
 def _docs_number(path: Path) -> tuple[int, str]:
     stem = path.name.split(".")[0]
     return (int(stem[5:]) if stem.startswith("docs-") and stem[5:].isdigit() else -1), path.name

@@ -17,7 +17,7 @@ from FlagEmbedding.mining.hard_negatives import index_settings, load_encoder, pr
 from FlagEmbedding.mining.jobs import Progress
 from FlagEmbedding.mining.miner import Retriever, check_index, chunks
 from FlagEmbedding.mining.negative_table import NegativeTable, Waiting
-from FlagEmbedding.mining.passages import PassageStore, corpus_files, passages_of_rows
+from FlagEmbedding.mining.passages import PassageStore, corpus_files, index_label, passages_of_rows
 from FlagEmbedding.utils.io import PathLike, sha256_file
 
 _CHUNK = 2_048
@@ -80,9 +80,9 @@ def open_round_trip(a: Any, files: Sequence[PathLike], work: Path, cache: Answer
     Without ``--corpus`` the passages of the rows themselves are searched. Raises ``UserError``.
     """
     if a.corpus:
-        corpus, label = corpus_files(a.corpus, work), Path(a.corpus[0]).name.split(".")[0]
+        corpus, label = corpus_files(a.corpus, work), a.language or index_label(a.corpus[0])
     else:
-        corpus, label = passages_of_rows(files, work), f"{Path(files[0]).name.split('.')[0]}-passages"
+        corpus, label = passages_of_rows(files, work), f"{index_label(files[0])}-passages"
     settings = index_settings(a, label)
     store = PassageStore.prepare(corpus, work, settings.with_title)
     encoder = load_encoder(a)

@@ -258,6 +258,20 @@ def test_rows_without_negatives_and_positives_of_the_same_query_elsewhere(tiny_m
     assert counts == {"judged_positive": 10, "same_as_query": 3}
 
 
+def test_corpora_with_dots_in_their_names_have_indexes_of_their_own(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"query": "Which?", "pos": ["Not in a corpus."]}])
+    for lang, texts in (("ko", TEXTS[:20]), ("fa", TEXTS[20:40])):
+        folder = tmp_path / f"miracl-corpus-v1.0-{lang}"
+        folder.mkdir()
+        write_rows(folder / "docs-0.jsonl", [{"docid": f"{i}", "text": text} for i, text in enumerate(texts)])
+        output = tmp_path / f"{lang}.jsonl"
+        words = ["--input_file", str(source), "--corpus", str(folder), "--encoder", str(tiny_model_dir)]
+        words += ["--index_save_dir", str(tmp_path / "index"), "--range_for_sampling", "0-20", "--negative_number", "5"]
+        assert main([*words, "--output_file", str(output)]) == 0
+        assert set(read_rows(output)[0]["neg"]) < set(texts)
+        assert (tmp_path / "index" / tiny_model_dir.name / folder.name / "index").is_file()
+
+
 def test_another_encoder_or_corpus_than_the_index_is_refused(
     mine: Mine, tiny_dropout_dir: Path, tiny_moe_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
