@@ -3,7 +3,8 @@
     python benchmarks/memory_sparse.py [--rows 32] [--tokens 256]
 
 Both compute the similarities of ``rows`` passages of ``tokens`` tokens with ``rows / 4`` queries, and their gradient,
-each in a process of its own. The published way writes every token's weight into its own row of XLM-R's vocabulary
+each in a process of its own; what is reported is by how much that raised the process's peak, which importing the
+libraries has set. The published way writes every token's weight into its own row of XLM-R's vocabulary
 (rows × tokens × 250,002 numbers; 8.2 GB for the defaults) and takes the maximum over tokens. Values and gradients of
 the two are compared first, on a vocabulary small enough for that.
 """

@@ -5,8 +5,8 @@ because slicing and concatenating groups through autograd would cost a zero-fill
 group. Two ways to compute a group:
 
 - flash: torch's fused kernel. Best in fp32 without dropout, and in bf16 where the processor has AMX.
-- plain: products, softmax and dropout written out. The only way with dropout; in bf16 without AMX twice as fast as the
-  fused kernel. Works a few rows at a time, so that the probabilities stay in the cache.
+- plain: products, softmax and dropout written out. The only way with dropout; in bf16 without AMX the fused kernel's
+  products are slow. Works a few rows at a time, so that the probabilities stay in the cache.
 
 On a GPU: variable-length kernels, ``flash_attn`` where installed, else torch's own (``torch.nn.attention.varlen``;
 with dropout the ATen operator beneath it, which that module does not expose); fp32 has no such kernel and goes by
