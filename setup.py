@@ -3,14 +3,38 @@
 This distribution is a fork under upstream's name and replaces it; the version's local part (``+clp``) says so.
 """
 
+import platform
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "FlagEmbedding/__init__.py").read_text("utf-8"), re.M)
 assert VERSION, "FlagEmbedding/__init__.py holds no __version__"
+
+# CPU kernels: plain C functions, no torch inside. Optional: without a compiler that knows these flags the package works
+# all the same, through torch's operators. They are called on processors that have the instructions, and nowhere else.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+KERNELS = Extension(
+    "FlagEmbedding.modeling.kernels._kernels",
+    sources=["FlagEmbedding/modeling/kernels/kernels.cpp"],
+    depends=[str(path.relative_to(HERE)) for path in sorted((HERE / "FlagEmbedding/modeling/kernels").glob("*.h"))],
+    # -Wno-…: gcc's own intrinsics headers set them off.
+    extra_compile_args=[
+        "-O3",
+        "-std=c++17",
+        "-fno-math-errno",
+        *AVX512,
+        *AMX,
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],
+    optional=True,
+)
+HAS_KERNELS = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
 
 MINING = ["openai>=1.60"]  # the client for any OpenAI-style endpoint that writes neg_q
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
@@ -35,7 +59,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["FlagEmbedding", "FlagEmbedding.*"]),
-    package_data={"FlagEmbedding": ["py.typed", "mining/prompts/*"]},
+    package_data={"FlagEmbedding": ["py.typed", "mining/prompts/*", "modeling/kernels/*.h"]},
+    ext_modules=[KERNELS] if HAS_KERNELS else [],
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0,<6",

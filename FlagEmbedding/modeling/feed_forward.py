@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from FlagEmbedding.modeling.dropout import dropout
 from FlagEmbedding.modeling.linear import apply_linear, compute_dtype, is_plain, linear_add, linear_gelu
 from FlagEmbedding.modeling.moe import MoELinear, Routing
+from FlagEmbedding.modeling.pointwise import activate, add_norm
 
 BLOCK = 32  # rows of the smallest block that an expert's tokens are cut into on a CPU
 
@@ -86,23 +86,23 @@ class Assignment:
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     """Intermediate and output block of one encoder layer, ``[T, D]`` to ``[T, D]``."""
     wide, narrow = layer.intermediate.dense, layer.output.dense
-    activate = layer.intermediate.intermediate_act_fn
+    activation = layer.intermediate.intermediate_act_fn
     if _sorts(wide):
         routing = wide.route(x)
         assignment = Assignment(routing, len(wide.experts))
         grouped = assignment.group(x)
         if use_grouped_product(grouped):
-            y = apply_linear(narrow, activate(grouped_product(wide, grouped, assignment)))
+            y = apply_linear(narrow, activate(activation, grouped_product(wide, grouped, assignment)))
         elif _drops_nothing(layer.output):
             # The residual of these tokens is what the experts read, in the same order.
-            y = _by_slices(wide, grouped, assignment, activate, narrow, residual=True)
+            y = _by_slices(wide, grouped, assignment, activation, narrow, residual=True)
             return layer.output.LayerNorm(wide.with_gate(assignment.restore(y), routing))
         else:
-            y = _by_slices(wide, grouped, assignment, activate, narrow)
+            y = _by_slices(wide, grouped, assignment, activation, narrow)
         y = wide.with_gate(assignment.restore(y), routing)
         return residual_block(layer.output, None, x, projected=y)
     if _sorts(narrow):
-        states = linear_gelu(wide, activate, x)
+        states = linear_gelu(wide, activation, x)
         routing = narrow.route(states)
         assignment = Assignment(routing, len(narrow.experts))
         grouped = assignment.group(states)
@@ -112,7 +112,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
             y = _by_slices(narrow, grouped, assignment, None, None)
         y = narrow.with_gate(assignment.restore(y), routing)
         return residual_block(layer.output, None, x, projected=y)
-    return residual_block(layer.output, linear_gelu(wide, activate, x), x)
+    return residual_block(layer.output, linear_gelu(wide, activation, x), x)
 
 
 def residual_block(block: Any, x: Tensor | None, residual: Tensor, *, projected: Tensor | None = None) -> Tensor:
@@ -122,7 +122,7 @@ def residual_block(block: Any, x: Tensor | None, residual: Tensor, *, projected:
         if _drops_nothing(block):
             return block.LayerNorm(linear_add(block.dense, x, residual))
         projected = apply_linear(block.dense, x)
-    return block.LayerNorm(dropout(projected, block.dropout.p, block.training) + residual)
+    return add_norm(projected, residual, block.LayerNorm, block.dropout.p if block.training else 0.0)
 
 
 def _drops_nothing(block: Any) -> bool:
@@ -140,7 +140,7 @@ def _by_slices(
     layer: MoELinear,
     x: Tensor,
     assignment: Assignment,
-    activate: Callable[[Tensor], Tensor] | None,
+    activation: Callable[[Tensor], Tensor] | None,
     narrow: Any,
     residual: bool = False,
 ) -> Tensor:
@@ -162,12 +162,12 @@ def _by_slices(
             piece = F.pad(piece, (0, 0, 0, BLOCK - rows))
             weight = None if weight is None else F.pad(weight, (0, 0, 0, BLOCK - rows))
         # An expert without tokens runs on zero rows: its parameters take part in the backward, as DDP expects.
-        if weight is None and activate is not None:
-            y = linear_gelu(expert, activate, piece)
+        if weight is None and activation is not None:
+            y = linear_gelu(expert, activation, piece)
         else:
             y = apply_linear(expert, piece)
             y = y if weight is None else y * weight.to(y.dtype)
-            y = y if activate is None else activate(y)
+            y = y if activation is None else activate(activation, y)
         if narrow is not None:
             y = linear_add(narrow, y, piece) if residual else apply_linear(narrow, y)
         results.append(y[:rows])

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from FlagEmbedding.modeling.pointwise import activate, is_exact_gelu
+
 # oneDNN and torch's layer over it keep the code generated for each distinct number of rows: 1,024 of them, about 1 MB
 # each. A slab's row count is hardly ever met again, so that gigabyte buys nothing. Both read this once, at first use.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -170,10 +172,10 @@ def _can_fuse(module: nn.Module, x: Tensor) -> bool:
 
 def linear_gelu(module: nn.Module, activation: Any, x: Tensor) -> Tensor:
     """``activation(module(x))``; exact GELU is fused when no gradient is kept."""
-    if _can_fuse(module, x) and _is_exact_gelu(activation):
+    if _can_fuse(module, x) and is_exact_gelu(activation):
         packed = _prepacked((module,), x)
         return _product(x, packed.weight if packed else module.weight, module.bias, "gelu")  # type: ignore[arg-type]
-    return activation(apply_linear(module, x))
+    return activate(activation, apply_linear(module, x))
 
 
 def linear_add(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
@@ -183,10 +185,3 @@ def linear_add(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
         weight = packed.weight if packed else module.weight
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, module.bias, "add")
     return apply_linear(module, x) + residual
-
-
-def _is_exact_gelu(activation: Any) -> bool:
-    """``nn.GELU()`` and transformers' ``GELUActivation`` by the error function (its default)."""
-    if isinstance(activation, nn.GELU):
-        return activation.approximate == "none"
-    return getattr(activation, "act", None) is nn.functional.gelu

@@ -102,3 +102,12 @@ class Layout:
         """``[T]`` int64: the row that each token belongs to."""
         rows = torch.repeat_interleave(torch.tensor(self.lengths))
         return rows.to(self.device, non_blocking=True)
+
+
+def row_view(packed: Tensor, first: int, rows: int, length: int, heads: int, part: int, parts: int) -> Tensor:
+    """``[B, H, L, d]`` view of one part (query, key or value) of B rows of L tokens, the first token ``first``.
+
+    ``packed`` is ``[T, parts * H * d]``, the parts side by side.
+    """
+    block = packed[first : first + rows * length].view(rows, length, parts, heads, -1)
+    return block[:, :, part].transpose(1, 2)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from FlagEmbedding.modeling.attention import CHUNK_ELEMENTS, _fused_groups, _varlen, packed_attention
+from FlagEmbedding.modeling.attention import _fused_groups, _varlen, packed_attention
+from FlagEmbedding.modeling.attention_groups import CHUNK_ELEMENTS
 from FlagEmbedding.modeling.dropout import MaskSource, dropout
 from FlagEmbedding.modeling.feed_forward import Assignment, grouped_product
 from FlagEmbedding.modeling.linear import apply_linear, linear, linear_add, linear_gelu
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
 from FlagEmbedding.modeling.slabs import Layout
 
-HEADS, WIDTH = 4, 32
+HEADS, WIDTH = 4, 32  # heads of 8, which the compiled kernels leave to the groups; test_kernels.py has theirs
 LENGTHS = [9, 9, 7, 3, 3, 3, 1]
 CPU = torch.device("cpu")
 
