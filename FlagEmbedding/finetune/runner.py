@@ -29,6 +29,7 @@ from FlagEmbedding.modeling.encoder import EngineConfig
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.memory import keep_freed_memory
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
@@ -45,6 +46,8 @@ def run(arguments: Arguments) -> TrainingSummary:
     sharded = bool(training.fsdp or training.deepspeed)
     resume = resolve_resume(training.resume_from_checkpoint, str(training.output_dir), sharded)
     set_seed(training.seed)
+    if training.device.type == "cpu":
+        keep_freed_memory()
     if is_main():
         transformers.utils.logging.set_verbosity_warning()
 
