@@ -3,8 +3,8 @@
 - CPU: kernels of ours over rows of any lengths (``attention_rows.py``), else torch's operators over groups of rows of
   one length (``attention_groups.py``).
 - GPU: variable-length kernels, ``flash_attn`` where installed, else torch's own (``torch.nn.attention.varlen``; with
-  dropout the ATen operator beneath it, which that module does not expose); fp32 has no such kernel and goes by groups of
-  equal length through ``scaled_dot_product_attention``.
+  dropout the ATen operator beneath it, which that module does not expose); fp32 has no such kernel and goes by groups
+  of equal length through ``scaled_dot_product_attention``.
 
 Shape legend: N rows, T tokens in all, H heads, d width of a head, D = H * d.
 """

@@ -1,7 +1,7 @@
 """What stands between the matrix products of an encoder layer: GELU, and dropout with residual and LayerNorm.
 
-On a CPU with our kernels (``kernels/pointwise.h``) each is one pass over its rows, forward and backward, and a dropout's
-mask is drawn again in the backward instead of kept. Everywhere else torch's operators run.
+On a CPU with our kernels (``kernels/pointwise.h``) each is one pass over its rows, forward and backward, and a
+dropout's mask is drawn again in the backward instead of kept. Everywhere else torch's operators run.
 
 Shape legend: T tokens, D hidden size.
 """

@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     A step's activations are as large as the step's before. Given back, every page of them is handed out, cleared and
     mapped again in every step: on a virtual machine a tenth of the time of training on a CPU. The peak does not change;
     what is lost is that memory shrinks between the peaks. Blocks over 32 MB are beyond what glibc can be asked to keep.
-    ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` in the environment say what else to do, and nothing happens.
+    With ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` in the environment, those hold and nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,8 +78,8 @@ def keep_mask(seed: int, stream: int, threshold: int, count: int) -> Tensor:
 class AttentionCall(ctypes.Structure):
     """``AttentionCall`` of ``kernels.cpp``: the same fields in the same order.
 
-    Strides are elements from one token to the next. The query stride is also that of ``d_query``, the key stride that of
-    ``value``, ``d_key`` and ``d_value``. Starts are int32 ``[rows + 1]``; ``log_sums`` float32 ``[tokens, heads]``.
+    Strides are elements from one token to the next. The query stride is also that of ``d_query``, the key stride that
+    of ``value``, ``d_key`` and ``d_value``. Starts are int32 ``[rows + 1]``; ``log_sums`` float32 ``[tokens, heads]``.
     """
 
     _fields_ = (
@@ -109,7 +110,10 @@ class AttentionCall(ctypes.Structure):
 
 
 class AddNormCall(ctypes.Structure):
-    """``AddNormCall`` of ``kernels.cpp``: the same fields in the same order. ``means``, ``inverses``: float32 ``[T]``."""
+    """``AddNormCall`` of ``kernels.cpp``: the same fields in the same order. ``means`` and ``inverses``: float32 ``[T]``.
+
+    ``sums``, ``means`` and ``inverses`` are what a backward reads, null where none follows.
+    """
 
     _fields_ = (
         ("y", ctypes.c_void_p),
@@ -214,7 +218,7 @@ def _even_shares(count: int) -> list[tuple[int, int]]:
     """``count`` items of one cost in as many shares as torch has threads."""
     parts = max(1, min(torch.get_num_threads(), count))
     ends = [count * part // parts for part in range(parts + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def _share_out(run: Callable[[tuple[int, int]], None], shares: list[tuple[int, int]]) -> None:
