@@ -59,7 +59,7 @@ def train(title: str, dtype: str, goal: str) -> Case:
     """The same rows and objective through every engine's trainer."""
     words = ("--model", "@/dense", "--data", "@/train", "--dtype", dtype)
     # Ours gets more steps than the slower peers: a longer span is a steadier figure.
-    contestants = {OURS: Contestant("time_train.py", ("--engine", "this", "--steps", "8", *words))}
+    contestants = {OURS: Contestant("time_train.py", ("--engine", "this", "--steps", "10", *words))}
     for peer in ("flagembedding", "sentence-transformers"):
         contestants[peer] = Contestant("time_train.py", ("--engine", peer, "--steps", "3", *words), peer=True)
     return Case(title, contestants, goal)
@@ -70,7 +70,7 @@ def own(title: str, goal: str, script: str, pairs: dict[str, tuple[str, ...]], p
     return Case(title, {name: Contestant(script, words) for name, words in pairs.items()}, goal, per_token)
 
 
-def step(model: str, rows: str, *more: str, steps: int = 8) -> tuple[str, ...]:
+def step(model: str, rows: str, *more: str, steps: int = 10) -> tuple[str, ...]:
     """Words of time_train.py for this project on one of the fixture's models and folders of rows."""
     return ("--engine", "this", "--steps", str(steps), "--model", f"@/{model}", "--data", f"@/{rows}", *more)
 

@@ -10,7 +10,7 @@ stay sorted through the activation and the output projection, so that only narro
 The permutation's backward is a permutation too (no atomic additions). More than one expert a token goes through the
 layer's own ``mix``.
 
-Shape legend: T tokens, E experts, D and I the narrow and the wide width.
+Shape legend: T tokens, P rows (tokens and fillers), E experts, D and I the narrow and the wide width.
 """
 
 from __future__ import annotations
@@ -26,21 +26,28 @@ from FlagEmbedding.modeling.linear import apply_linear, compute_dtype, is_plain,
 from FlagEmbedding.modeling.moe import MoELinear, Routing
 from FlagEmbedding.modeling.pointwise import activate, add_norm
 
-BLOCK = 32  # rows of the smallest block that an expert's tokens are cut into on a CPU
+FILL, FILL_HALF = 32, 128  # rows that experts' tokens are filled up to on a CPU, in float32 and in bfloat16
 
 
 class _Permute(torch.autograd.Function):
-    """Rows of ``x`` in another order; ``back`` is the inverse permutation."""
+    """Rows of ``x`` in another order; ``back`` is the inverse permutation.
+
+    ``fillers`` are slices of the rows of ``x`` that ``order`` leaves out: their gradient is zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(order, back)
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, fillers: list[slice]) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.fillers = fillers
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        _, back = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        d_x = gradient.index_select(0, back)
+        for rows in ctx.fillers:
+            d_x[rows] = 0
+        return d_x, None, None, None
 
 
 class Assignment:
@@ -49,33 +56,58 @@ class Assignment:
     Args:
         routing: the router's decision, K = 1.
         experts: E.
+        fill: fill each expert's rows up to a multiple of this, with copies of the first token whose results nobody
+            reads. More than 1 reads the counts, so it waits for the device.
 
     Attributes:
-        order: ``[T]``, tokens sorted by expert; tokens of one expert keep their order.
-        back: ``[T]``, the inverse.
-        chosen: ``[T]``, the expert of each token in the new order.
+        order: ``[P]``, the token in each row: sorted by expert, tokens of one expert in their order, fillers after them.
+        back: ``[T]``, the row of each token.
+        chosen: ``[T]``, the expert of each sorted token, without fillers.
     """
 
-    def __init__(self, routing: Routing, experts: int) -> None:
+    def __init__(self, routing: Routing, experts: int, fill: int = 1) -> None:
         chosen = routing.experts.reshape(-1)
         self.experts = experts
         self.chosen, self.order = torch.sort(chosen, stable=True)
-        positions = torch.arange(len(chosen), device=chosen.device)
-        self.back = torch.empty_like(self.order).scatter_(0, self.order, positions)
+        self._fillers: list[slice] = []
+        self._rows: list[int] | None = None
+        rows = torch.arange(len(chosen), device=chosen.device)
+        real = self.order
+        if fill > 1:
+            rows = self._fill(fill, rows)
+        self.back = torch.empty_like(real).scatter_(0, real, rows)
         weights = routing.weights
         self.weights = weights.index_select(0, self.order) if weights.requires_grad else None
 
+    def _fill(self, fill: int, rows: Tensor) -> Tensor:
+        """Put fillers into ``order``; gives the rows of the sorted tokens, ``[T]``."""
+        counts = self.counts()
+        self._rows = [count + -count % fill for count in counts]
+        pieces, places, begin = [], [], 0
+        for piece, count, whole in zip(self.order.split(counts), counts, self._rows, strict=True):
+            pieces += [piece, piece.new_zeros(whole - count)]
+            places.append(rows[:count] + begin)
+            if whole > count:
+                self._fillers.append(slice(begin + count, begin + whole))
+            begin += whole
+        self.order = torch.cat(pieces)
+        return torch.cat(places)
+
     def group(self, x: Tensor) -> Tensor:
-        """Rows ``[T, ...]`` sorted by expert."""
-        return _Permute.apply(x, self.order, self.back)
+        """Rows ``[T, ...]`` sorted by expert, ``[P, ...]``."""
+        return _Permute.apply(x, self.order, self.back, [])
 
     def restore(self, x: Tensor) -> Tensor:
         """Rows sorted by expert, put back."""
-        return _Permute.apply(x, self.back, self.order)
+        return _Permute.apply(x, self.back, self.order, self._fillers)
 
     def counts(self) -> list[int]:
         """Tokens of each expert; waits for the device."""
         return torch.bincount(self.chosen, minlength=self.experts).tolist()
+
+    def rows(self) -> list[int]:
+        """Rows of each expert, fillers included; waits for the device."""
+        return self.counts() if self._rows is None else self._rows
 
     def ends(self) -> Tensor:
         """``[E]`` int32, where each expert's tokens end; stays on the device."""
@@ -89,7 +121,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     activation = layer.intermediate.intermediate_act_fn
     if _sorts(wide):
         routing = wide.route(x)
-        assignment = Assignment(routing, len(wide.experts))
+        assignment = Assignment(routing, len(wide.experts), _fill(x))
         grouped = assignment.group(x)
         if use_grouped_product(grouped):
             y = apply_linear(narrow, activate(activation, grouped_product(wide, grouped, assignment)))
@@ -104,7 +136,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     if _sorts(narrow):
         states = linear_gelu(wide, activation, x)
         routing = narrow.route(states)
-        assignment = Assignment(routing, len(narrow.experts))
+        assignment = Assignment(routing, len(narrow.experts), _fill(states))
         grouped = assignment.group(states)
         if use_grouped_product(grouped):
             y = grouped_product(narrow, grouped, assignment)
@@ -148,19 +180,10 @@ def _by_slices(
 
     With ``residual``, ``x`` itself is added to what comes out.
     """
-    counts = assignment.counts()
-    in_blocks = _compiles(x)
-    blocks = [_blocks(count) if in_blocks else [count] for count in counts]
-    experts = [expert for expert, sizes in zip(layer.experts, blocks, strict=True) for _ in sizes]
-    sizes = [size for each in blocks for size in each]
-    pieces = x.split(sizes)
-    weights = [None] * len(sizes) if assignment.weights is None else assignment.weights.split(sizes)
+    rows = assignment.rows()
+    weights = [None] * len(rows) if assignment.weights is None else assignment.weights.split(rows)
     results = []
-    for expert, piece, weight in zip(experts, pieces, weights, strict=True):
-        rows = len(piece)
-        if in_blocks and 0 < rows < BLOCK:
-            piece = F.pad(piece, (0, 0, 0, BLOCK - rows))
-            weight = None if weight is None else F.pad(weight, (0, 0, 0, BLOCK - rows))
+    for expert, piece, weight in zip(layer.experts, x.split(rows), weights, strict=True):
         # An expert without tokens runs on zero rows: its parameters take part in the backward, as DDP expects.
         if weight is None and activation is not None:
             y = linear_gelu(expert, activation, piece)
@@ -170,27 +193,22 @@ def _by_slices(
             y = y if activation is None else activate(activation, y)
         if narrow is not None:
             y = linear_add(narrow, y, piece) if residual else apply_linear(narrow, y)
-        results.append(y[:rows])
+        results.append(y)
     return torch.cat(results)
 
 
-def _compiles(x: Tensor) -> bool:
-    """Whether code for a new number of rows takes longer to compile than blocks cost.
-
-    In fp32 with gradients it does not: there the weight's gradients of all blocks would have to be added up.
-    """
-    return x.device.type == "cpu" and (compute_dtype(x) != torch.float32 or not torch.is_grad_enabled())
-
-
-def _blocks(count: int) -> list[int]:
-    """``count`` rows as blocks of 32 times a power of two, largest first, and what remains.
+def _fill(x: Tensor) -> int:
+    """An expert's rows are filled up to a multiple of this.
 
     Experts get other numbers of tokens in every layer and slab, and oneDNN compiles code for each number of rows it
-    meets: in bf16 that takes longer than the product. Products of a few sizes find their code compiled.
+    meets: in bf16 that takes longer than the product. Products of a few sizes find their code compiled. In fp32
+    compiling is cheap and rows are not.
     """
-    whole, rest = divmod(count, BLOCK)
-    sizes = [BLOCK << bit for bit in reversed(range(whole.bit_length())) if whole >> bit & 1]
-    return [*sizes, rest] if rest or not sizes else sizes
+    if x.device.type != "cpu":
+        return 1
+    if compute_dtype(x) != torch.float32:
+        return FILL_HALF
+    return 1 if torch.is_grad_enabled() else FILL
 
 
 def use_grouped_product(x: Tensor) -> bool:

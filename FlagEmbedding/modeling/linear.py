@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from FlagEmbedding.modeling.pointwise import activate, is_exact_gelu
 
 # oneDNN and torch's layer over it keep the code generated for each distinct number of rows: 1,024 of them, about 1 MB
-# each. A slab's row count is hardly ever met again, so that gigabyte buys nothing. Both read this once, at first use.
+# each. A training slab's row count is hardly ever met again, so that gigabyte buys nothing; where rows are filled up to
+# round numbers, these many are enough. Both read this once, at first use.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "64")
+    os.environ.setdefault(_name, "128")
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from FlagEmbedding.modeling.attention import _fused_groups, _varlen, packed_attention
 from FlagEmbedding.modeling.attention_groups import CHUNK_ELEMENTS
 from FlagEmbedding.modeling.dropout import MaskSource, dropout
-from FlagEmbedding.modeling.feed_forward import Assignment, grouped_product
+from FlagEmbedding.modeling.feed_forward import Assignment, _by_slices, grouped_product
 from FlagEmbedding.modeling.linear import apply_linear, linear, linear_add, linear_gelu
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
 from FlagEmbedding.modeling.slabs import Layout
@@ -289,3 +289,28 @@ def test_grouped_product_equals_the_layer(gradient: str, starved: bool) -> None:
         assert (value is None) == (g1[name] is None), name
         torch.testing.assert_close(g1[name], value, rtol=5e-2, atol=8e-2, msg=name)
     assert float(g1["gate.weight"].abs().max()) > 0 or gradient == "none"
+
+
+@pytest.mark.parametrize("gradient", ["none", "straight_through"])
+def test_fillers_change_no_result_and_no_gradient(gradient: str) -> None:
+    """Rows that fill an expert's slice up hold the first token: nobody reads them, and no gradient comes from them."""
+    torch.manual_seed(2)
+    layer = MoELinear.from_linear(nn.Linear(32, 48), MoEConfig("intermediate", num_experts=3, router_gradient=gradient))
+    layer.gate.weight.data[1] = layer.gate.weight.data[0]  # one expert of the two gets no token
+    narrow = nn.Linear(48, 32)
+    x = torch.randn(50, 32, requires_grad=True)
+    weight = torch.randn(50, 32)
+    results = []
+    for fill in (1, 16):
+        routing = layer.route(x)
+        assignment = Assignment(routing, 3, fill)
+        rows = assignment.rows()
+        assert all(count % fill == 0 for count in rows) and len(assignment.order) == sum(rows)
+        assert (fill == 1) == (sum(rows) == 50) and 0 in rows
+        y = assignment.restore(_by_slices(layer, assignment.group(x), assignment, nn.GELU(), narrow))
+        tensors = [x, *layer.experts.parameters(), *narrow.parameters()]
+        tensors += [layer.gate.weight] if gradient != "none" else []
+        results.append([y, *torch.autograd.grad((y * weight).sum(), tensors)])
+    for plain, filled in zip(*results, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-5, atol=1e-5)
+    assert results[0][1].abs().max() > 0
