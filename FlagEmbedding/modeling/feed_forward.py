@@ -60,7 +60,7 @@ class Assignment:
             reads. More than 1 reads the counts, so it waits for the device.
 
     Attributes:
-        order: ``[P]``, the token in each row: sorted by expert, tokens of one expert in their order, fillers after them.
+        order: ``[P]``, the token in each row: sorted by expert, those of one expert in their order, then fillers.
         back: ``[T]``, the row of each token.
         chosen: ``[T]``, the expert of each sorted token, without fillers.
     """

@@ -110,9 +110,9 @@ class AttentionCall(ctypes.Structure):
 
 
 class AddNormCall(ctypes.Structure):
-    """``AddNormCall`` of ``kernels.cpp``: the same fields in the same order. ``means`` and ``inverses``: float32 ``[T]``.
+    """``AddNormCall`` of ``kernels.cpp``: the same fields in the same order.
 
-    ``sums``, ``means`` and ``inverses`` are what a backward reads, null where none follows.
+    ``sums``, ``means`` and ``inverses`` (the latter float32 ``[T]``) are what a backward reads, null where none follows.
     """
 
     _fields_ = (
