@@ -78,6 +78,7 @@ def make_inputs(heads: int, width: int, lengths: list[int], first: bool, dtype: 
 @compiled
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+# In bf16 with AMX, tiles take widths that are multiples of 32; the others show the way without them.
 @pytest.mark.parametrize("heads, width", [(2, 32), (3, 64), (1, 16), (1, 48), (1, 80), (1, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_and_its_gradients(first: bool, dropout: float, heads: int, width: int, dtype: torch.dtype) -> None:
@@ -117,9 +118,10 @@ def test_a_long_row_and_great_scores(dtype: torch.dtype) -> None:
 
 
 @compiled
-def test_a_row_depends_on_nothing_but_itself() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_depends_on_nothing_but_itself(dtype: torch.dtype) -> None:
     """The same bits in another slab, on any number of threads, and in the middle of one's own queries."""
-    (projections,) = make_inputs(2, 32, LENGTHS, False, torch.float32)
+    (projections,) = make_inputs(2, 32, LENGTHS, False, dtype)
     pieces = projections.detach().split(LENGTHS)
     together = packed_attention(projections.detach(), Layout(LENGTHS, CPU), 2).split(LENGTHS)
     for piece, found in zip(pieces, together, strict=True):
@@ -146,8 +148,24 @@ def test_what_is_not_a_number_shows() -> None:
         broken[3, 0] = float("nan")
         found = packed_attention(broken, Layout([20, 5], CPU), 2).float()
         assert found[3, :32].isnan().all() and found[20:].isfinite().all()
+        broken = projections.detach().clone()
+        broken[3, 64] = float("nan")  # the key of the first head: every query of the row meets it
+        found = packed_attention(broken, Layout([20, 5], CPU), 2).float()
+        assert found[:20, :32].isnan().all() and found[:20, 32:].isfinite().all() and found[20:].isfinite().all()
         x = torch.tensor([float("nan"), 1.0]).to(dtype)
         assert kernels.gelu(x).isnan().tolist() == [True, False]
+
+
+@compiled
+def test_tiles_leave_other_libraries_theirs() -> None:
+    """oneDNN's own use of the tiles, before and after ours, in one thread: the same product to the bit."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    (projections,) = make_inputs(2, 32, LENGTHS, False, torch.bfloat16)
+    before = F.linear(x, weight)
+    for _ in range(3):
+        packed_attention(projections.detach(), Layout(LENGTHS, CPU), 2)
+        assert torch.equal(F.linear(x, weight), before)
 
 
 @compiled

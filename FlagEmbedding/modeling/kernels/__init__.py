@@ -2,7 +2,7 @@
 between an encoder's matrix products (GELU, dropout with residual and LayerNorm).
 
 ``pip install`` compiles them (``setup.py``, an optional extension of plain C functions, no Python and no torch inside);
-they run on x86-64 processors with AVX-512. Where the compiler or the processor lacks something, and with
+they run on x86-64 processors with AVX-512, and use AMX for attention in bfloat16 where there is AMX. Where the compiler or the processor lacks something, and with
 ``FLAGEMBEDDING_KERNELS=0`` in the environment, ``available`` says no and callers go by torch's own operators: the same
 numbers, more slowly.
 
@@ -48,6 +48,12 @@ def library() -> ctypes.CDLL | None:
             except OSError:  # compiled for another machine
                 return None
     return None
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 tiles and the system lets this process use them."""
+    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
 
 
 def dropout_threshold(probability: float) -> tuple[int, float]:
@@ -144,7 +150,8 @@ def attention(direction: str, dtype: torch.dtype, call: AttentionCall, lengths: 
         call: everything but ``first`` and ``last``.
         lengths: tokens of each row, by which the rows are shared out.
     """
-    function = _function(f"attention_{direction}_{SUFFIXES[dtype]}")
+    tiles = dtype == torch.bfloat16 and call.width % 32 == 0 and has_amx()
+    function = _function(f"attention_{direction}_{SUFFIXES[dtype]}{'_amx' * tiles}")
 
     def run(share: tuple[int, int]) -> None:
         own = AttentionCall.from_buffer_copy(call)

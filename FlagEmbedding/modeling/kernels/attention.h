@@ -277,8 +277,8 @@ OWN_LOOP inline void softmax_backward_row(float* scores, float* d_scores, long l
     }
 }
 
-template <typename T>
-inline float inner_product(const T* a, const float* b, int d) {
+template <typename T, typename U>
+inline float inner_product(const T* a, const U* b, int d) {
     __m512 sum = _mm512_setzero_ps();
     fetch_next_head<false>(a, d);
     for (int j = 0; j < d; j += LANES) sum = _mm512_fmadd_ps(load(a + j), load(b + j), sum);

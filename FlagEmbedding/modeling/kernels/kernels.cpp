@@ -1,5 +1,6 @@
 // What Python calls (by ctypes): plain C functions over pointers, no Python and no torch. See __init__.py.
 #include "attention.h"
+#include "attention_amx.h"
 #include "pointwise.h"
 
 using namespace kernels;
@@ -111,6 +112,11 @@ extern "C" {
 
 void attention_forward_f32(const AttentionCall* call) { forward<float>(*call); }
 void attention_forward_bf16(const AttentionCall* call) { forward<bf16>(*call); }
+// For a width that is a multiple of 32, where the processor has AMX and the process may use it.
+void attention_forward_bf16_amx(const AttentionCall* call) {
+    attention_forward_amx(problem<bf16>(*call), {static_cast<bf16*>(call->output), call->output_stride}, call->log_sums,
+                          call->first, call->last);
+}
 void attention_backward_f32(const AttentionCall* call) { backward<float>(*call); }
 void attention_backward_bf16(const AttentionCall* call) { backward<bf16>(*call); }
 
@@ -146,6 +152,14 @@ void add_norm_backward_bf16_f32(const AddNormCall* c, float* d_weight, float* d_
 }
 void add_norm_backward_bf16_bf16(const AddNormCall* c, float* d_weight, float* d_bias, int64_t first, int64_t last) {
     add_norm_backward<bf16, bf16>(*c, d_weight, d_bias, first, last);
+}
+
+void attention_backward_bf16_amx(const AttentionCall* call) {
+    const AttentionCall& c = *call;
+    attention_backward_amx(problem<bf16>(c), {static_cast<const bf16*>(c.output), c.output_stride},
+                           {static_cast<const bf16*>(c.gradient), c.gradient_stride}, c.log_sums,
+                           {static_cast<bf16*>(c.d_query), c.query_stride}, {static_cast<bf16*>(c.d_key), c.key_stride},
+                           {static_cast<bf16*>(c.d_value), c.key_stride}, c.first, c.last);
 }
 
 // The mask of one stream of dropout, `count` bytes: 1 keep, 0 drop.

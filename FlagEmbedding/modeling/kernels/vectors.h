@@ -45,7 +45,7 @@ inline void store(bf16* p, __m512 v, __mmask16 lanes) { _mm256_mask_storeu_epi16
 
 // e^x to about 1e-7 of its value; 0 below -103, infinity above 88.7: x = n ln 2 + r, a polynomial of r, times 2^n.
 inline __m512 exp(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // in this order a NaN stays one
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -117,7 +117,7 @@ class Scratch {
     struct Free {
         void operator()(void* p) const { std::free(p); }
     };
-    std::unique_ptr<void, Free> owned_[16];
+    std::unique_ptr<void, Free> owned_[24];
     int used_ = 0;
 };
 
