@@ -4,7 +4,7 @@
 
 Every line adds one step to the line before: rows in file order padded to their batch, as a plain loop over a
 dataloader would; sorted by token count; packed without padding; products by oneDNN with GELU and residual fused; the
-last layer for first tokens alone; bf16. Processor seconds, medians of interleaved runs.
+compiled kernels; the last layer for first tokens alone; bf16. Processor seconds, medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -27,18 +28,22 @@ def variants(model: str) -> dict[str, Callable[[list[str]], Any]]:
     import torch
 
     from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
+    from FlagEmbedding.modeling import kernels
 
     def encoder(all_rows: bool, **options: Any) -> TextEncoder:
         made = TextEncoder(model, EncoderOptions(pooling="cls", device="cpu", **options))
         made.encoder.all_rows = all_rows
         return made
 
-    def call(made: TextEncoder, windows: int, onednn: bool = True) -> Callable[[list[str]], Any]:
+    def call(made: TextEncoder, windows: int, onednn: bool = True, compiled: bool = True) -> Callable[[list[str]], Any]:
         def encode(texts: list[str]) -> Any:
             size = windows or len(texts)
             source = ((texts[i : i + size], None) for i in range(0, len(texts), size))
-            off = nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False)
-            with off:
+            with ExitStack() as without:
+                if not onednn:
+                    without.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                if not compiled:
+                    without.enter_context(patch.object(kernels, "library", lambda: None))
                 return torch.cat([found.dense for found, _ in made.encode(source, 512, batch_size=32)])
 
         return encode
@@ -47,8 +52,9 @@ def variants(model: str) -> dict[str, Callable[[list[str]], Any]]:
     return {
         "padded, file order, 32 rows": call(padded, 32),
         "padded, sorted": call(padded, 0),
-        "packed": call(packed, 0, onednn=False),
-        "+ oneDNN, fused": call(packed, 0),
+        "packed": call(packed, 0, onednn=False, compiled=False),
+        "+ oneDNN, fused": call(packed, 0, compiled=False),
+        "+ compiled kernels": call(packed, 0),
         "+ last layer for first tokens": call(encoder(False), 0),
         "+ bf16": call(encoder(False, dtype="bf16"), 0),
     }

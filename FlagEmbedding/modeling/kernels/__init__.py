@@ -2,9 +2,9 @@
 between an encoder's matrix products (GELU, dropout with residual and LayerNorm).
 
 ``pip install`` compiles them (``setup.py``, an optional extension of plain C functions, no Python and no torch inside);
-they run on x86-64 processors with AVX-512, and use AMX for attention in bfloat16 where there is AMX. Where the compiler or the processor lacks something, and with
-``FLAGEMBEDDING_KERNELS=0`` in the environment, ``available`` says no and callers go by torch's own operators: the same
-numbers, more slowly.
+they run on x86-64 processors with AVX-512, and use AMX for attention in bfloat16 where there is AMX. Where the compiler
+or the processor lacks something, and with ``FLAGEMBEDDING_KERNELS=0`` in the environment, ``available`` says no and
+callers go by torch's own operators: the same numbers, more slowly.
 
 Calls release the interpreter, so threads compute side by side; a call itself uses one thread unless it says otherwise.
 """
@@ -118,7 +118,7 @@ class AttentionCall(ctypes.Structure):
 class AddNormCall(ctypes.Structure):
     """``AddNormCall`` of ``kernels.cpp``: the same fields in the same order.
 
-    ``sums``, ``means`` and ``inverses`` (the latter float32 ``[T]``) are what a backward reads, null where none follows.
+    ``sums``, ``means`` and ``inverses`` (these two float32 ``[T]``) are what a backward reads, null where none follows.
     """
 
     _fields_ = (
