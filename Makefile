@@ -12,8 +12,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# One stamp per set of extras; a changed setup.py or constraints.txt installs again.
-$(VENV)/.installed-%: $(VENV)/.created setup.py constraints.txt
+# One stamp per set of extras; a changed setup.py, constraints.txt or kernel installs again.
+$(VENV)/.installed-%: $(VENV)/.created setup.py constraints.txt $(wildcard FlagEmbedding/modeling/kernels/*.h FlagEmbedding/modeling/kernels/*.cpp)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@

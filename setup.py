@@ -3,6 +3,7 @@
 This distribution is a fork under upstream's name and replaces it; the version's local part (``+clp``) says so.
 """
 
+import hashlib
 import platform
 import re
 import sys
@@ -18,10 +19,14 @@ assert VERSION, "FlagEmbedding/__init__.py holds no __version__"
 # all the same, through torch's operators. They are called on processors that have the instructions, and nowhere else.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+KERNEL_FILES = sorted(p for p in (HERE / "FlagEmbedding/modeling/kernels").iterdir() if p.suffix in (".cpp", ".h"))
+# Compiled in, so that kernels of other sources than those that lie beside them are never called.
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in KERNEL_FILES)).hexdigest()[:16]
 KERNELS = Extension(
     "FlagEmbedding.modeling.kernels._kernels",
     sources=["FlagEmbedding/modeling/kernels/kernels.cpp"],
-    depends=[str(path.relative_to(HERE)) for path in sorted((HERE / "FlagEmbedding/modeling/kernels").glob("*.h"))],
+    depends=[str(path.relative_to(HERE)) for path in KERNEL_FILES],
+    define_macros=[("KERNEL_SOURCES", f'"{SOURCES}"')],
     # -Wno-…: gcc's own intrinsics headers set them off.
     extra_compile_args=[
         "-O3",
@@ -59,7 +64,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["FlagEmbedding", "FlagEmbedding.*"]),
-    package_data={"FlagEmbedding": ["py.typed", "mining/prompts/*", "modeling/kernels/*.h"]},
+    package_data={"FlagEmbedding": ["py.typed", "mining/prompts/*", "modeling/kernels/*.h", "modeling/kernels/*.cpp"]},
     ext_modules=[KERNELS] if HAS_KERNELS else [],
     install_requires=[
         "torch>=2.6",

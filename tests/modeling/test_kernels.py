@@ -271,6 +271,24 @@ def test_other_layers_than_the_kernels_know_are_called() -> None:
 
 
 @compiled
+def test_kernels_of_other_sources_are_not_called(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After an update without installing again the binary is an old one, whose functions take other arguments."""
+    here = Path(kernels.__file__).parent
+    for file in here.iterdir():
+        if file.suffix in (".cpp", ".h", ".so"):
+            shutil.copy(file, tmp_path)
+    (binary,) = tmp_path.glob("_kernels*")
+    assert kernels._open(binary) is not None
+    with (tmp_path / "attention.h").open("a") as stream:
+        stream.write("// another line\n")
+    assert kernels._open(binary) is None
+    foreign = tmp_path / "foreign.so"
+    foreign.write_bytes(b"not a library")
+    assert kernels._open(foreign) is None
+    assert caplog.text.count("install again") == 2
+
+
+@compiled
 def test_everything_works_without_them() -> None:
     """The tests of the packed engine, with the kernels switched off."""
     done = subprocess.run(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 LINE = 1024  # elements that go together where a tensor is shared out
@@ -43,11 +48,23 @@ def library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.is_file():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # compiled for another machine
-                return None
+            return _open(path)
     return None
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    """The library, if it was compiled for this machine and from the sources beside it."""
+    try:
+        found = ctypes.CDLL(str(path))
+        found.kernel_sources.restype = ctypes.c_char_p
+        compiled = found.kernel_sources().decode()
+    except (OSError, AttributeError):
+        compiled = ""
+    files = sorted(file for file in path.parent.iterdir() if file.suffix in (".cpp", ".h"))
+    if compiled != hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]:
+        logger.warning("%s was compiled from other sources or for another machine: install again to use it", path.name)
+        return None
+    return found
 
 
 @functools.cache

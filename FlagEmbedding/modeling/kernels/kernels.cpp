@@ -162,6 +162,9 @@ void attention_backward_bf16_amx(const AttentionCall* call) {
                            {static_cast<bf16*>(c.d_value), c.key_stride}, c.first, c.last);
 }
 
+// The sources that this was compiled from (setup.py says).
+const char* kernel_sources() { return KERNEL_SOURCES; }
+
 // The mask of one stream of dropout, `count` bytes: 1 keep, 0 drop.
 void keep_mask(uint64_t seed, uint64_t stream, uint32_t threshold, int64_t count, uint8_t* mask) {
     const Keep keep(seed, stream, threshold);
