@@ -14,13 +14,13 @@ a row (L, or 1 where only the first token of each row asks).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from FlagEmbedding.modeling import kernels
 from FlagEmbedding.modeling.dropout import MaskSource
 from FlagEmbedding.modeling.slabs import Group, Layout, row_view
 
@@ -30,12 +30,7 @@ CHUNK_ELEMENTS = 1 << 18
 
 def _fused_kernel_pays(dtype: torch.dtype) -> bool:
     """Whether torch's fused kernel beats the plain way for this dtype on this processor (see the top of this file)."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_amx())
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and kernels.has_amx())
 
 
 def _chunks(group: Group, heads: int, queries: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ between an encoder's matrix products (GELU, dropout with residual and LayerNorm)
 ``pip install`` compiles them (``setup.py``, an optional extension of plain C functions, no Python and no torch inside);
 they run on x86-64 processors with AVX-512, and use AMX for attention in bfloat16 where there is AMX. Where the compiler
 or the processor lacks something, and with ``FLAGEMBEDDING_KERNELS=0`` in the environment, ``available`` says no and
-callers go by torch's own operators: the same numbers, more slowly.
+callers go by torch's own operators, more slowly: the same numbers up to rounding, but for what dropout draws.
 
 Calls release the interpreter, so threads compute side by side; a call itself uses one thread unless it says otherwise.
 """
