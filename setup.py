@@ -64,7 +64,14 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["FlagEmbedding", "FlagEmbedding.*"]),
-    package_data={"FlagEmbedding": ["py.typed", "mining/prompts/*", "modeling/kernels/*.h", "modeling/kernels/*.cpp"]},
+    package_data={
+        "FlagEmbedding": [
+            "py.typed",
+            "mining/query_generation/prompts/*",
+            "modeling/kernels/*.h",
+            "modeling/kernels/*.cpp",
+        ]
+    },
     ext_modules=[KERNELS] if HAS_KERNELS else [],
     install_requires=[
         "torch>=2.6",

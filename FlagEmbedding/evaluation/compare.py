@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from FlagEmbedding.collections.trec import Qrels, Run, ranking, read_qrels, read_run
 from FlagEmbedding.evaluation.metrics import Measure, PerQuery, evaluate, mean, parse_measures
 from FlagEmbedding.evaluation.significance import RESAMPLES, bootstrap_interval, holm, randomisation_p
-from FlagEmbedding.evaluation.trec import Qrels, Run, ranking, read_qrels, read_run
 from FlagEmbedding.utils.cli import Parser, entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
 
@@ -164,7 +164,7 @@ def unique_names(places: Sequence[str]) -> list[str]:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare run files of one query set."""
-    from FlagEmbedding.benchmarks.miracl import read_topics
+    from FlagEmbedding.collections.miracl import read_topics
     from FlagEmbedding.evaluation.report import Texts, write_comparison
     from FlagEmbedding.utils.provenance import provenance
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from FlagEmbedding.evaluation.trec import Qrels, Run, ranking
+from FlagEmbedding.collections.trec import Qrels, Run, ranking
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 # kind -> (label, ir_measures name, needs a cutoff)

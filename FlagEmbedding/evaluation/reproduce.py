@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.benchmarks import miracl
-from FlagEmbedding.benchmarks.corpus import fingerprints as corpus_fingerprints
+from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.corpus import fingerprints as corpus_fingerprints
+from FlagEmbedding.collections.trec import find_qrels
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
 from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
 from FlagEmbedding.evaluation.reproduce_report import write_table
 from FlagEmbedding.evaluation.reproduce_run import run_cell
 from FlagEmbedding.evaluation.significance import RESAMPLES
-from FlagEmbedding.evaluation.trec import find_qrels
 from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import sha256_file

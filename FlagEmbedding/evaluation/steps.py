@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.benchmarks import miracl
+from FlagEmbedding.collections import miracl
 from FlagEmbedding.evaluation.arguments import (
     EncodeArguments,
     EncoderArguments,
@@ -20,8 +20,8 @@ from FlagEmbedding.evaluation.arguments import (
     query_instruction,
 )
 from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
-from FlagEmbedding.inference.engine import DENSE, EncoderOptions, TextEncoder
 from FlagEmbedding.inference.precision import choose_device, half_precision, tokenizer_workers
+from FlagEmbedding.inference.text_encoder import DENSE, EncoderOptions, TextEncoder
 from FlagEmbedding.retrieval.approximate import SearchEffort, recall, search_approximate
 from FlagEmbedding.retrieval.index import FlatIndex, index_folder, index_name
 from FlagEmbedding.retrieval.searcher import Hit, search

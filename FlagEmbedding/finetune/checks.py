@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from FlagEmbedding.finetune.parsing import Arguments
-from FlagEmbedding.mining.filters import parse_range
+from FlagEmbedding.mining.hard_negatives.filters import parse_range
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger

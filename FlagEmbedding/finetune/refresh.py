@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from FlagEmbedding.finetune.biencoder import BGEM3Model
 from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.mining.refresh import RefreshSettings, check_passages, read_refresh, refresh_negatives
+from FlagEmbedding.mining.hard_negatives.refresh import RefreshSettings, check_passages, read_refresh, refresh_negatives
 from FlagEmbedding.utils.distributed import barrier, is_main
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger

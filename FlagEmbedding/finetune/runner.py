@@ -24,7 +24,7 @@ from FlagEmbedding.finetune.refresh import RefreshNegatives
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
-from FlagEmbedding.mining.refresh import RefreshSettings
+from FlagEmbedding.mining.hard_negatives.refresh import RefreshSettings
 from FlagEmbedding.modeling.encoder import EngineConfig
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.errors import UsageError

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.benchmarks.corpus import fingerprints, passage_text, stream, survey
-from FlagEmbedding.inference.engine import DENSE, TextEncoder
+from FlagEmbedding.collections.corpus import fingerprints, passage_text, stream, survey
+from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
 from FlagEmbedding.inference.tokenization import Behind
 from FlagEmbedding.retrieval.approximate import index_paths
 from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index

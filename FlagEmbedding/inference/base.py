@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from FlagEmbedding.inference.engine import EncoderOptions, Kind, TextEncoder
+from FlagEmbedding.inference.text_encoder import EncoderOptions, Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.utils.errors import UsageError
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from FlagEmbedding.inference.engine import EncoderOptions, Kind, TextEncoder
 from FlagEmbedding.inference.scores import special_ids
+from FlagEmbedding.inference.text_encoder import EncoderOptions, Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError

@@ -20,12 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.benchmarks import miracl
-from FlagEmbedding.benchmarks.corpus import fingerprints
-from FlagEmbedding.mining.alignment import text_key
-from FlagEmbedding.mining.jobs import Job, Progress, check_output
-from FlagEmbedding.mining.passages import PassageStore, corpus_files
-from FlagEmbedding.mining.triples import read_triples, rows_of_triples
+from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.corpus import fingerprints
+from FlagEmbedding.mining.common.alignment import text_key
+from FlagEmbedding.mining.common.jobs import Job, Progress, check_output
+from FlagEmbedding.mining.common.passages import PassageStore, corpus_files
+from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
 from FlagEmbedding.schema import Problem, Problems, read_rows
 from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError

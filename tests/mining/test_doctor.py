@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from FlagEmbedding import FlagModel
-from FlagEmbedding.mining.doctor import main
-from FlagEmbedding.mining.doctor_scores import Histogram
+from FlagEmbedding.mining.doctor.command import main
+from FlagEmbedding.mining.doctor.scores import Histogram
 
 ROWS = [
     {"query": "q1", "pos": ["P1"], "neg": ["N1", "N2"], "neg_q": ["n1", ""]},

@@ -12,8 +12,8 @@ from mining.corpora import QUERIES, TEXTS, brute_force, positives, read_rows, wr
 
 from FlagEmbedding.evaluation.steps import generate_embedding
 from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.mining.alignment import normalize_text
-from FlagEmbedding.mining.hard_negatives import main
+from FlagEmbedding.mining.common.alignment import normalize_text
+from FlagEmbedding.mining.hard_negatives.command import main
 from FlagEmbedding.schema import read_records
 
 WINDOW = ("--range_for_sampling", "2-20", "--negative_number", "6")

@@ -16,9 +16,9 @@ from mining.corpora import TEXTS, read_rows, write_rows
 
 from FlagEmbedding.mining.__main__ import COMMANDS
 from FlagEmbedding.mining.__main__ import main as help_main
-from FlagEmbedding.mining.hard_negatives import main
-from FlagEmbedding.mining.jobs import journal_path
-from FlagEmbedding.mining.passages import PassageStore
+from FlagEmbedding.mining.common.jobs import journal_path
+from FlagEmbedding.mining.common.passages import PassageStore
+from FlagEmbedding.mining.hard_negatives.command import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.mining.jobs import Job, Journal, journal_path
+from FlagEmbedding.mining.common.jobs import Job, Journal, journal_path
 from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.errors import UsageError
 
@@ -22,7 +22,7 @@ from FlagEmbedding.utils.errors import UsageError
 WORKER = """
 import sys, time
 from itertools import islice
-from FlagEmbedding.mining.jobs import Job
+from FlagEmbedding.mining.common.jobs import Job
 with Job(sys.argv[1], {"seed": 3}) as job:
     for i in islice(range(400), job.done, None):
         job.add([{"i": i, "text": "한강 " * (i % 50), "part": p} for p in range(i % 3)], {"n": i % 3})

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 from mining.chat_server import FAILURES, ChatServer, failing, good_query
 
-from FlagEmbedding.mining.answer_cache import Answer, AnswerCache, Task
-from FlagEmbedding.mining.llm import ChatEndpoint, EndpointConfig, EndpointError, parse_answer, retry_seconds
+from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache, Task
+from FlagEmbedding.mining.query_generation.endpoint import (
+    ChatEndpoint,
+    EndpointConfig,
+    EndpointError,
+    parse_answer,
+    retry_seconds,
+)
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 KEY = "sk-very-secret-0123456789"

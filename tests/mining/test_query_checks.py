@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.benchmarks.corpus import read_file
-from FlagEmbedding.mining.answer_cache import Answer
-from FlagEmbedding.mining.prompting import make_prompter
-from FlagEmbedding.mining.query_checks import QueryChecks, clean, guess_language, main_script
+from FlagEmbedding.collections.corpus import read_file
+from FlagEmbedding.mining.query_generation.answer_cache import Answer
+from FlagEmbedding.mining.query_generation.checks import QueryChecks, clean, guess_language, main_script
+from FlagEmbedding.mining.query_generation.prompting import make_prompter
 from FlagEmbedding.utils.errors import UsageError
 
 KO = (

@@ -18,8 +18,8 @@ from mining.chat_server import ChatServer, failing, good_query
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from FlagEmbedding import FlagModel
-from FlagEmbedding.benchmarks.corpus import read_file
-from FlagEmbedding.mining.query_generation import main
+from FlagEmbedding.collections.corpus import read_file
+from FlagEmbedding.mining.query_generation.command import main
 from FlagEmbedding.schema import check_files
 
 PROMPT = "Ask about: <p>{passage}</p>"

@@ -1,0 +1,191 @@
+"""The passages that negatives are taken from: found, brought into one form, and read by row number from disk.
+
+A corpus is MIRACL's files, any JSON lines with a ``text`` (and perhaps a ``docid``, ``_id`` or ``id``, and a
+``title``), or, where none is given, the passages of the training rows themselves, as upstream's script does. Whatever
+it is, it becomes files of ``{"docid", "title", "text"}``, which is what the index of step 0 is built from.
+
+``PassageStore`` keeps the texts end to end in one file with their offsets beside it: any row is one read, and memory
+does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from FlagEmbedding.collections.corpus import fingerprints, passage_text, read_file
+from FlagEmbedding.mining.common.jobs import json_line
+from FlagEmbedding.retrieval.index import DocIds
+from FlagEmbedding.retrieval.shards import clear_disk_errors
+from FlagEmbedding.schema import Problem, Problems, read_rows
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.io import PathLike, atomic_open, sha256_file, write_json_atomic
+
+TEXTS, OFFSETS, DOCID, RECORD = "texts", "offsets", "docid", "passages.json"
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_IDS = ("docid", "_id", "id")
+
+
+def corpus_files(paths: Sequence[PathLike], work: Path) -> list[Path]:
+    """The files that ``paths`` (files or folders) name, in the form of MIRACL's.
+
+    A file that is in it already (``docid`` and ``text`` on its first line) is used where it lies; the others are
+    rewritten into ``work``, where a passage without an id gets its place as one. Raises ``DataError``.
+    """
+    named: list[Path] = []
+    for given in map(Path, paths):
+        if given.is_dir():
+            inside = [p for p in sorted(given.iterdir()) if p.name[0] != "." and p.name.endswith(_SUFFIXES)]
+            if not inside:
+                raise DataError(f"{given}: expected .jsonl or .jsonl.gz files of passages, found none")
+            named += sorted(inside, key=_docs_number)
+        elif given.is_file():
+            named.append(given)
+        else:
+            raise DataError(f"{given}: there is no such corpus; give .jsonl(.gz) files or a folder of them")
+    if all(_has_docid(path) for path in named):
+        return named
+    target = work / "docs-0.jsonl"
+    with clear_disk_errors(f"writing {target}"), atomic_open(target) as stream:
+        for place, (title, text, docid) in enumerate(_plain_passages(named)):
+            stream.write(json_line({"docid": docid or str(place), "title": title, "text": text}))
+    return [target]
+
+
+def index_label(path: PathLike) -> str:
+    """The name of a corpus's index: a folder's whole name (``miracl-corpus-v1.0-ko``), a file's without suffix."""
+    name = Path(path).name
+    return next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
+
+
+def _docs_number(path: Path) -> tuple[int, str]:
+    stem = path.name.split(".")[0]
+    return (int(stem[5:]) if stem.startswith("docs-") and stem[5:].isdigit() else -1), path.name
+
+
+def _has_docid(path: Path) -> bool:
+    problems = Problems()
+    _, row = next(read_rows(path, problems), (0, {}))
+    problems.raise_if_any()
+    return "docid" in row
+
+
+def _plain_passages(paths: Sequence[Path]) -> Iterator[tuple[str, str, str | None]]:
+    problems = Problems()
+    for path in paths:
+        for line, row in read_rows(path, problems):
+            text = row.get("text")
+            if not isinstance(text, str) or not text.strip():
+                problems.add(Problem(str(path), line, "text", "is missing or empty", "give every passage its text"))
+                continue
+            docid = next((str(row[key]) for key in _IDS if isinstance(row.get(key), str | int)), None)
+            yield str(row.get("title") or ""), text, docid
+    problems.raise_if_any()
+
+
+def passages_of_rows(files: Sequence[PathLike], work: Path) -> list[Path]:
+    """Every different ``pos`` and ``neg`` of training files as a corpus in ``work``; memory: 8 bytes a passage."""
+    keys = np.fromiter((_key(text) for text in _row_passages(files)), dtype=np.uint64)
+    if not len(keys):
+        raise DataError(f"{files[0]}: no passages in it; name a corpus with --corpus")
+    _, first = np.unique(keys, return_index=True)
+    wanted = np.zeros(len(keys), dtype=bool)
+    wanted[first] = True
+    target = work / "docs-0.jsonl"
+    with clear_disk_errors(f"writing {target}"), atomic_open(target) as stream:
+        kept = (text for text, keep in zip(_row_passages(files), wanted, strict=True) if keep)
+        for place, text in enumerate(kept):
+            stream.write(json_line({"docid": str(place), "title": "", "text": text}))
+    return [target]
+
+
+def _row_passages(files: Sequence[PathLike]) -> Iterator[str]:
+    problems = Problems()
+    for path in files:
+        for _, row in read_rows(path, problems):
+            for key in ("pos", "neg"):
+                value = row.get(key)
+                texts: Iterable[Any] = [value] if isinstance(value, str) else value or []
+                yield from (text for text in texts if isinstance(text, str) and text.strip())
+    problems.raise_if_any()
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class PassageStore(Sequence[str]):
+    """Texts of a corpus by row number, and their docids. Open it with :meth:`prepare`."""
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.folder = folder
+        self.rows: int = record["rows"]
+        self.corpus: list[dict[str, str]] = record["identity"]["corpus"]
+        self.docids = DocIds(folder / DOCID)
+        self._texts = os.open(folder / TEXTS, os.O_RDONLY)
+        self._offsets = os.open(folder / OFFSETS, os.O_RDONLY)
+
+    @classmethod
+    def prepare(cls, files: Sequence[Path], folder: Path, with_title: bool = False) -> PassageStore:
+        """The store of a corpus in ``folder``: the one that is there when it fits, else written in one pass.
+
+        :param with_title: a text is title, space, text; otherwise the text alone.
+        """
+        identity = {"corpus": fingerprints(files), "with_title": with_title}
+        path = folder / RECORD
+        if path.is_file():
+            record = json.loads(path.read_text("utf-8"))
+            if record["identity"] == identity:
+                return cls(folder, record)
+        rows, position = 0, 0
+        with (
+            clear_disk_errors(f"writing {folder}"),
+            atomic_open(folder / TEXTS, "wb") as texts,
+            atomic_open(folder / OFFSETS, "wb") as offsets,
+            atomic_open(folder / DOCID, "wb") as docids,
+        ):
+            for file in files:
+                for passage in read_file(file):
+                    data = passage_text(passage, with_title).encode("utf-8")
+                    offsets.write(position.to_bytes(8, "little"))
+                    docids.write(f"{passage.docid}\n".encode())
+                    position += texts.write(data)
+                    rows += 1
+            offsets.write(position.to_bytes(8, "little"))
+        if not rows:
+            raise DataError(f"{files[0]}: the corpus holds no passage")
+        record = {"identity": identity, "rows": rows}
+        write_json_atomic(path, record)
+        return cls(folder, record)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(self.rows))]
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row {row} of {self.rows}")
+        start, stop = np.frombuffer(os.pread(self._offsets, 16, 8 * int(row)), dtype="<i8").tolist()
+        return os.pread(self._texts, stop - start, start).decode("utf-8")
+
+    def rows_of(self, docids: set[str]) -> dict[str, int]:
+        """Row of each of ``docids`` that the corpus has."""
+        with open(self.folder / DOCID, "rb") as lines:
+            wanted = {docid.encode() for docid in docids}
+            return {line[:-1].decode(): row for row, line in enumerate(lines) if line[:-1] in wanted}
+
+    def docid_digest(self) -> str:
+        """SHA-256 of the docids, one a line: the same as that of an index over the same passages."""
+        return sha256_file(self.folder / DOCID)
+
+    def __del__(self) -> None:
+        for name in ("_texts", "_offsets"):
+            if hasattr(self, name):
+                os.close(getattr(self, name))

@@ -1,0 +1,136 @@
+"""The queries that negatives are mined for, from training rows or from MIRACL's topics and judgements.
+
+Read as a stream; what is held of all of them is which texts answer which query (some hundred bytes a row), so that a
+passage that answers a query in one row does not become its negative in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.collections.miracl import read_topics
+from FlagEmbedding.mining.common.alignment import text_key, text_keys
+from FlagEmbedding.mining.common.passages import PassageStore
+from FlagEmbedding.schema import Problems, TrainRecord, parse_record, read_rows
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.io import PathLike, open_text
+
+_OURS = ("query", "pos", "neg", "neg_q", "pos_scores", "neg_scores")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One query to mine for.
+
+    Attributes:
+        key: names its random stream; the qid, or the row's number.
+        query, positives: texts.
+        positive_rows: rows of the corpus that are judged relevant (MIRACL), in the order of ``positives``.
+        judged: keys of texts that answer the query (training rows).
+        record: the training row; ``neg`` is empty where the file had none. None for MIRACL.
+        others: its columns of other names, which are kept.
+    """
+
+    key: str
+    query: str
+    positives: list[str]
+    positive_rows: tuple[int, ...] = ()
+    judged: Collection[bytes] = ()
+    record: TrainRecord | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingRows:
+    """Training files as items. ``neg`` may be missing there; every other rule of the schema holds.
+
+    Raises ``DataError`` with every problem of the files before anything is mined.
+    """
+
+    def __init__(self, files: Sequence[PathLike]) -> None:
+        self.files = list(files)
+        self._answers: dict[bytes, set[bytes]] = {}
+        problems, self.count = Problems(), 0
+        for item in self._read(problems):
+            self._answers.setdefault(text_key(item.query), set()).update(text_keys(item.positives))
+            self.count += 1
+        problems.raise_if_any()
+        if not self.count:
+            raise DataError(f"{self.files[0]}: no training rows in it")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._read(Problems()):
+            yield replace(item, judged=self._answers.get(text_key(item.query), ()))
+
+    def _read(self, problems: Problems) -> Iterator[Item]:
+        number = 0
+        for path in self.files:
+            for line, row in read_rows(path, problems):
+                record = parse_pairs(row, str(path), line, problems)
+                if record is not None:
+                    others = {key: value for key, value in row.items() if key not in _OURS}
+                    yield Item(str(number), record.query, record.pos, record=record, others=others)
+                number += 1
+
+
+def parse_pairs(row: dict[str, Any], path: str, line: int, problems: Problems) -> TrainRecord | None:
+    """A training row whose ``neg`` may still be missing (it is empty then); other problems go to ``problems``."""
+    if row.get("neg"):
+        return parse_record(row, path, line, problems)
+    # A row that waits for its negatives: the schema's other rules are asked with one in place.
+    bare = {key: value for key, value in row.items() if key not in ("neg_q", "neg_scores")}
+    record = parse_record({**bare, "neg": ["-"]}, path, line, problems)
+    return None if record is None else replace(record, neg=[])
+
+
+def read_judgements(path: Path) -> dict[str, list[str]]:
+    """``qid -> docids`` of grade above 0, in file order. Raises ``DataError`` with file and line."""
+    positives: dict[str, list[str]] = {}
+    with open_text(path) as stream:
+        for number, line in enumerate(stream, 1):
+            words = line.split()
+            if not words:
+                continue
+            if len(words) != 4 or not words[3].lstrip("-").isdigit():
+                raise DataError(f"{path}:{number}: expected 'qid Q0 docid grade', found {line.strip()[:60]!r}")
+            if int(words[3]) > 0 and words[2] not in positives.setdefault(words[0], []):
+                positives[words[0]].append(words[2])
+    return positives
+
+
+class JudgedTopics:
+    """MIRACL's topics with their relevant passages as items.
+
+    Attributes:
+        unanswered: queries that are left out because no passage is judged relevant.
+        missing: judged passages that the corpus lacks.
+    """
+
+    def __init__(self, topics: Path, qrels: Path, store: PassageStore) -> None:
+        self._store = store
+        positives = read_judgements(qrels)
+        rows = store.rows_of({docid for docids in positives.values() for docid in docids})
+        self._topics: list[tuple[str, str, tuple[int, ...]]] = []
+        self.unanswered = self.missing = 0
+        for qid, query in read_topics(topics).items():
+            docids = positives.get(qid, [])
+            found = tuple(rows[docid] for docid in docids if docid in rows)
+            self.missing += len(docids) - len(found)
+            if found:
+                self._topics.append((qid, query, found))
+            else:
+                self.unanswered += 1
+        if not self._topics:
+            raise DataError(f"{qrels}: judges no passage of this corpus relevant to a query of {topics}")
+
+    def __len__(self) -> int:
+        return len(self._topics)
+
+    def __iter__(self) -> Iterator[Item]:
+        for qid, query, rows in self._topics:
+            yield Item(qid, query, [self._store[row] for row in rows], positive_rows=rows)

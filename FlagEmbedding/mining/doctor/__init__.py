@@ -1,0 +1,1 @@
+"""A report on training files: repeats, false negatives, margins, lengths."""

@@ -1,0 +1,249 @@
+"""What the doctor finds by reading alone: repeated rows and texts, negatives that are answers, ``neg_q``, lengths.
+
+Two passes over the files: the first learns which text answers which query, the second looks at every row. Texts lie
+in one scratch file on disk, each once with the number of its places, so memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.mining.common.alignment import text_key
+from FlagEmbedding.mining.common.jobs import Progress
+from FlagEmbedding.mining.common.negative_table import NegativeTable
+from FlagEmbedding.mining.merge import KeySet, row_key
+from FlagEmbedding.schema import Problems, TrainRecord, read_records
+
+SHOWN = 10
+ROLES = ("query", "pos", "neg", "neg_q")
+_PAGE = 2_048
+
+# What a finding is called: what was found, and what to do about it.
+FINDINGS = {
+    "repeated_row": ("rows that say what an earlier row says", "python -m FlagEmbedding.mining.merge leaves them out"),
+    "repeated_query": ("rows whose query an earlier row has", "fine with other positives; in one batch they clash"),
+    "repeated_positive": ("positives that stand twice in their row", "take the second one out"),
+    "repeated_negative": ("negatives that stand twice in their row", "mine again, or take the second one out"),
+    "false_negative": (
+        "negatives that answer the query, as this or another row says",
+        "take them out, or mine again: hard_negatives never takes a known answer",
+    ),
+    "negative_is_query": ("negatives that are the text of the query", "take them out"),
+    "positive_is_query": ("positives that are the text of the query", "such a row teaches nothing: take it out"),
+    "own_query_as_neg_q": (
+        "negatives whose neg_q is the row's own query",
+        "either the negative answers it (take it out) or the neg_q is wrong",
+    ),
+    "too_few_negatives": ("rows with fewer negatives than a group needs", "they are repeated to fill it: mine more"),
+    "one_sided_scores": ("rows with only one of pos_scores and neg_scores", "give both, or neither"),
+}
+
+
+@dataclass
+class Finding:
+    """How often, and where first: ``file:line`` with the beginning of the text concerned."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count one."""
+        self.count += 1
+        if len(self.places) < SHOWN:
+            self.places.append(place)
+
+
+@dataclass
+class FileCounts:
+    """One file in numbers."""
+
+    rows: int = 0
+    positives: int = 0
+    negatives: int = 0
+    with_query: int = 0
+    queries: int = 0
+    with_scores: int = 0
+    known_answers: int = 0
+
+
+class Texts:
+    """Every different text of a role, with the number of its places, in a scratch file."""
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._db = sqlite3.connect(path)
+        self._db.executescript(
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;"
+            "CREATE TABLE texts (id INTEGER PRIMARY KEY, key BLOB UNIQUE, role TEXT, text TEXT, places INTEGER)"
+        )
+
+    def add(self, role: str, text: str) -> None:
+        """Count one place of ``text``."""
+        self._db.execute(
+            "INSERT INTO texts (key, role, text, places) VALUES (?, ?, ?, 1) "
+            "ON CONFLICT (key) DO UPDATE SET places = places + 1",
+            (_key(role, text), role, text),
+        )
+
+    def place(self, role: str, text: str) -> int:
+        """Row of a text, from 0, in the order the texts came."""
+        found = self._db.execute("SELECT id FROM texts WHERE key = ?", (_key(role, text),)).fetchone()
+        return int(found[0]) - 1
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM texts").fetchone()[0])
+
+    def pages(self, first: int = 0) -> Iterator[list[tuple[str, str, int]]]:
+        """``(role, text, places)`` of all texts from row ``first`` on, 2,048 at a time."""
+        while page := self._db.execute(
+            "SELECT role, text, places FROM texts WHERE id > ? ORDER BY id LIMIT ?", (first, _PAGE)
+        ).fetchall():
+            yield page
+            first += len(page)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+
+def _key(role: str, text: str) -> bytes:
+    return blake2b(f"{role}\0{text}".encode(), digest_size=16).digest()
+
+
+@dataclass
+class Scan:
+    """What reading found; ``texts`` are those of the rows that are looked at more closely."""
+
+    problems: Problems
+    files: dict[str, FileCounts]
+    findings: dict[str, Finding]
+    texts: Texts
+    sampled: set[int] | None
+
+    @property
+    def rows(self) -> int:
+        """Valid rows of all files."""
+        return sum(counts.rows for counts in self.files.values())
+
+    def records(self, files: Sequence[Path]) -> Iterator[tuple[str, TrainRecord]]:
+        """``(file:line, record)`` of the rows that are looked at more closely."""
+        for number, (path, record) in enumerate(valid_records(files, Problems())):
+            if self.sampled is None or number in self.sampled:
+                yield f"{path}:{record.line}", record
+
+
+def valid_records(files: Sequence[Path], problems: Problems) -> Iterator[tuple[Path, TrainRecord]]:
+    """Every valid row; the others go to ``problems``."""
+    for path in files:
+        for record in read_records(path, problems):
+            yield path, record
+
+
+def scan(
+    files: Sequence[Path], problems: Problems, work: Path, group: int | None = None, sample: int = 0, seed: int = 42
+) -> Scan:
+    """Read ``files``, count, and collect the texts of all rows, or of ``sample`` rows drawn by ``seed``.
+
+    :param group: ``train_group_size``, to name rows with too few negatives.
+    """
+    answers, total = NegativeTable(work / "answers", seed), 0
+    for _, record in valid_records(files, problems):
+        answers.add_real(record.query, record.pos)
+        total += 1
+    # Seeding by text goes through SHA-512, the same on every platform.
+    drawn = set(random.Random(f"{seed}").sample(range(total), sample)) if 0 < sample < total else None
+    found = Scan(problems, {}, {name: Finding() for name in FINDINGS}, Texts(work / "texts"), drawn)
+    rows, queries, progress = KeySet(), KeySet(), Progress("reading", total)
+    for number, (path, record) in enumerate(valid_records(files, Problems())):
+        counts = found.files.setdefault(str(path), FileCounts())
+        _look_at(record, f"{path}:{record.line}", found.findings, answers, counts, group)
+        for name, seen, key in (
+            ("repeated_row", rows, row_key(record)),
+            ("repeated_query", queries, text_key(record.query)),
+        ):
+            if not seen.add(key):
+                found.findings[name].add(f"{path}:{record.line}: {short(record.query)}")
+        if drawn is None or number in drawn:
+            for role, text in texts_of(record):
+                found.texts.add(role, text)
+        progress.step()
+    answers.close()
+    return found
+
+
+def texts_of(record: TrainRecord) -> Iterator[tuple[str, str]]:
+    """``(role, text)`` of everything in a row."""
+    yield "query", record.query
+    yield from (("pos", text) for text in record.pos)
+    yield from (("neg", text) for text in record.neg)
+    yield from (("neg_q", query) for queries in record.neg_q or () for query in queries)
+
+
+def _look_at(
+    record: TrainRecord, place: str, findings: dict[str, Finding], answers: NegativeTable, counts: FileCounts,
+    group: int | None,
+) -> None:  # fmt: skip
+    own, neg_q = text_key(record.query), record.neg_q or [[] for _ in record.neg]
+    counts.rows += 1
+    counts.positives += len(record.pos)
+    counts.negatives += len(record.neg)
+    counts.with_query += sum(map(bool, neg_q))
+    counts.queries += sum(map(len, neg_q))
+    counts.with_scores += record.pos_scores is not None and record.neg_scores is not None
+    if (record.pos_scores is None) != (record.neg_scores is None):
+        findings["one_sided_scores"].add(place)
+    if group is not None and len(record.neg) < group - 1:
+        findings["too_few_negatives"].add(f"{place}: {len(record.neg)} of {group - 1}")
+    seen: set[bytes] = set()
+    for i, text in enumerate(record.pos):
+        _repeated("positive", text, f"{place}: pos[{i}]", own, seen, findings)
+    seen = set()
+    for i, (text, queries) in enumerate(zip(record.neg, neg_q, strict=True)):
+        where = f"{place}: neg[{i}]"
+        _repeated("negative", text, where, own, seen, findings)
+        others, answers_own = answers.real(text, record.query, 1)
+        counts.known_answers += bool(others)
+        if answers_own:
+            findings["false_negative"].add(f"{where} {short(text)}")
+        if own in map(text_key, queries):
+            findings["own_query_as_neg_q"].add(f"{place}: neg_q[{i}] {short(record.query)}")
+
+
+def _repeated(kind: str, text: str, where: str, own: bytes, seen: set[bytes], findings: dict[str, Finding]) -> None:
+    key = text_key(text)
+    if key in seen:
+        findings[f"repeated_{kind}"].add(f"{where} {short(text)}")
+    seen.add(key)
+    if key == own:
+        findings[f"{kind}_is_query"].add(where)
+
+
+def short(text: str, length: int = 60) -> str:
+    """The beginning of a text on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def lengths(texts: Texts, tokenizer: Any | None) -> dict[str, Counter[int]]:
+    """How many places have texts of how many tokens (characters without a tokenizer), by role. Nothing is cut off."""
+    found = {role: Counter[int]() for role in ROLES}
+    progress = Progress("counting tokens", len(texts))
+    for page in texts.pages():
+        if tokenizer is None:
+            sizes = [len(text) for _, text, _ in page]
+        else:
+            encoded = tokenizer(
+                [text for _, text, _ in page], return_attention_mask=False, return_token_type_ids=False, verbose=False
+            )
+            sizes = [len(ids) for ids in encoded["input_ids"]]
+        for (role, _, places), size in zip(page, sizes, strict=True):
+            found[role][size] += places
+        progress.step(len(page))
+    return found

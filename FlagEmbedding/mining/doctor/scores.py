@@ -1,0 +1,227 @@
+"""What the doctor finds with a model: cosines of positives and negatives, margins, solved rows, the penalty's pairs.
+
+Every different text is embedded once. The vectors go to a file window by window; a run that was killed goes on with the
+next window, and since windows are cut the same way, ends with the same vectors. Figures are gathered in histograms of
+fixed bins, so memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from FlagEmbedding.mining.common.jobs import Progress
+from FlagEmbedding.mining.doctor.scan import SHOWN, Scan, Texts, short
+from FlagEmbedding.retrieval.shards import clear_disk_errors
+from FlagEmbedding.schema import TrainRecord
+from FlagEmbedding.utils.io import write_json_atomic
+
+if TYPE_CHECKING:
+    from FlagEmbedding.inference.text_encoder import TextEncoder
+
+_BIN = 0.005
+SOLVED = 0.99
+
+
+class Histogram:
+    """Counts of numbers from ``low`` to ``high`` in bins of 0.005; quantiles are right to within one bin."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low = low
+        self.counts = np.zeros(round((high - low) / _BIN), dtype=np.int64)
+        self.total, self.below_zero = 0.0, 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Count ``values [n]``; those beyond the ends go into the outermost bins."""
+        places = np.clip(((values - self.low) / _BIN).astype(np.int64), 0, len(self.counts) - 1)
+        np.add.at(self.counts, places, 1)
+        self.total += float(values.sum())
+        self.below_zero += int((values < 0).sum())
+
+    @property
+    def count(self) -> int:
+        """How many were added."""
+        return int(self.counts.sum())
+
+    def quantile(self, share: float) -> float:
+        """Middle of the bin in which the quantile lies."""
+        place = int(np.searchsorted(np.cumsum(self.counts), max(1, math.ceil(share * self.count))))
+        return self.low + (place + 0.5) * _BIN
+
+    def figures(self) -> dict[str, float]:
+        """Count, mean and quantiles."""
+        if not self.count:
+            return {"count": 0}
+        quantiles = {name: round(self.quantile(q), 4) for name, q in QUANTILES.items()}
+        return {"count": self.count, "mean": round(self.total / self.count, 6), **quantiles}
+
+    def coarse(self, join: int = 4) -> tuple[np.ndarray, np.ndarray]:
+        """Edges and counts of bins of ``join`` · 0.005, cut down to where something is."""
+        counts = self.counts.reshape(-1, join).sum(1)
+        filled = np.flatnonzero(counts)
+        first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 1)
+        return self.low + np.arange(first, last + 1) * join * _BIN, counts[first:last]
+
+
+QUANTILES = {"min": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How texts are embedded, as in training: lengths in tokens, text put before; ``temperature`` of the loss."""
+
+    query_length: int = 128
+    passage_length: int = 512
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    batch_size: int = 256
+    temperature: float = 0.02
+
+
+@dataclass
+class Scores:
+    """The figures.
+
+    Attributes:
+        positive, negative: cosines to the query.
+        margin: the lowest positive of the row less the negative.
+        penalty: 1 − cosine of a negative and its query, the term of CLP.
+        above: negatives above the lowest positive of their row; ``rows_above``: rows that have one.
+        solved: rows whose positive gets 99 % or more of the softmax over its own group.
+        first: rows whose positives all rank above all negatives.
+        suspects: the smallest margins: (margin, place, query, passage).
+    """
+
+    rows: int = 0
+    positive: Histogram = field(default_factory=lambda: Histogram(-1, 1))
+    negative: Histogram = field(default_factory=lambda: Histogram(-1, 1))
+    margin: Histogram = field(default_factory=lambda: Histogram(-2, 2))
+    penalty: Histogram = field(default_factory=lambda: Histogram(0, 2))
+    above: int = 0
+    rows_above: int = 0
+    solved: int = 0
+    loss: float = 0.0
+    suspects: list[tuple[float, str, str, str]] = field(default_factory=list)
+
+
+class VectorFile:
+    """Unit vectors of all texts of a scan, ``[N, D]`` float32 on disk, in the texts' order."""
+
+    def __init__(self, folder: Path, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, inputs: Any) -> None:
+        self.path, self.dimension = folder / "vectors.f32", encoder.hidden_size
+        with clear_disk_errors(f"writing {self.path}"):
+            self._embed(texts, encoder, settings, folder / "vectors.json", inputs)
+        self.vectors = np.memmap(self.path, dtype="<f4", mode="r").reshape(-1, self.dimension)
+
+    def _embed(self, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, record: Path, inputs: Any) -> None:
+        identity = json.loads(json.dumps({"encoder": encoder.describe(), **vars(settings), "inputs": inputs}))
+        if not record.exists() or json.loads(record.read_text("utf-8")) != identity:
+            self.path.write_bytes(b"")
+            write_json_atomic(record, identity)
+        window, total = 2_048 * self.dimension * 4, len(texts)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        done = 2_048 * (size // window) if size < total * self.dimension * 4 else total
+        progress = Progress("embedding", total, done)
+        with open(self.path, "ab") as stream:
+            stream.truncate(done * self.dimension * 4)
+            for page in texts.pages(done) if done < total else ():
+                stream.write(self._window(page, encoder, settings).astype("<f4").tobytes())
+                stream.flush()
+                progress.step(len(page))
+
+    def _window(self, page: list[tuple[str, str, int]], encoder: TextEncoder, settings: ScoreSettings) -> np.ndarray:
+        # Here, so that a report without a model does without torch.
+
+        # Here, so that a report without a model does without torch.
+        from FlagEmbedding.inference.text_encoder import DENSE
+
+        vectors = np.empty((len(page), self.dimension), dtype=np.float32)
+        # As in training: a negative's own query is read at the passages' length and without an instruction.
+        for roles, instruction, length in (
+            (("query",), settings.query_instruction, settings.query_length),
+            (("pos", "neg"), settings.passage_instruction, settings.passage_length),
+            (("neg_q",), None, settings.passage_length),
+        ):
+            places = [i for i, (role, _, _) in enumerate(page) if role in roles]
+            if places:
+                texts = [(instruction or "") + page[i][1] for i in places]
+                for found, _ in encoder.encode([(texts, None)], encoder.max_length(length), DENSE, settings.batch_size):
+                    assert found.dense is not None
+                    vectors[places] = found.dense.float().cpu().numpy()
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def score(scan: Scan, files: Sequence[Path], vectors: VectorFile, temperature: float) -> Scores:
+    """Go through the rows and gather the figures."""
+    scores = Scores()
+    heap: list[tuple[float, int, str, str, str]] = []
+    progress = Progress("scoring rows", len(scan.sampled) if scan.sampled is not None else scan.rows)
+    for number, (place, record) in enumerate(scan.records(files)):
+        negative = _score_row(record, scan.texts, vectors.vectors, temperature, scores)
+        margin, worst = float(negative.min()), int(negative.argmin())
+        entry = (-margin, -number, f"{place}: neg[{worst}]", record.query, record.neg[worst])
+        (heapq.heappush if len(heap) < SHOWN else heapq.heappushpop)(heap, entry)
+        progress.step()
+    worst_first = sorted(heap, reverse=True)
+    scores.suspects = [(round(-m, 4), where, short(query), short(text)) for m, _, where, query, text in worst_first]
+    return scores
+
+
+def _score_row(
+    record: TrainRecord, texts: Texts, vectors: np.ndarray, temperature: float, scores: Scores
+) -> np.ndarray:
+    """Count one row; returns the margin of each negative, ``[n]``."""
+
+    def rows(role: str, wanted: Sequence[str]) -> np.ndarray:
+        return vectors[[texts.place(role, text) for text in wanted]].astype(np.float64)
+
+    query = rows("query", [record.query])[0]
+    positive, negatives = rows("pos", record.pos) @ query, rows("neg", record.neg)
+    negative = negatives @ query
+    margin = positive.min() - negative
+    scores.rows += 1
+    for histogram, values in ((scores.positive, positive), (scores.negative, negative), (scores.margin, margin)):
+        histogram.add(values)
+    scores.above += int((margin < 0).sum())
+    scores.rows_above += bool((margin < 0).any())
+    # InfoNCE over the row's own group; a positive is drawn at random, so the losses of all are averaged.
+    loss = np.log1p(np.exp((negative[None, :] - positive[:, None]) / temperature).sum(1))
+    scores.loss += float(loss.mean())
+    scores.solved += bool(np.exp(-loss.mean()) >= SOLVED)
+    pairs = [(i, query_) for i, queries in enumerate(record.neg_q or ()) for query_ in queries]
+    if pairs:
+        cosines = np.einsum("nd,nd->n", negatives[[i for i, _ in pairs]], rows("neg_q", [q for _, q in pairs]))
+        scores.penalty.add(1 - cosines)
+    return margin
+
+
+def figures(scores: Scores) -> dict[str, Any]:
+    """The figures as JSON."""
+    share = max(1, scores.rows)
+    return {
+        "rows": scores.rows,
+        "positive": scores.positive.figures(),
+        "negative": scores.negative.figures(),
+        "margin": scores.margin.figures(),
+        "penalty": scores.penalty.figures(),
+        "negatives_above_positive": scores.above,
+        "rows_with_one": scores.rows_above,
+        "solved_rows": scores.solved,
+        "mean_loss": round(scores.loss / share, 6),
+        "suspects": [list(suspect) for suspect in scores.suspects],
+    }
+
+
+def iter_roles(scores: Scores) -> Iterator[tuple[str, Histogram]]:
+    """The histograms that have something in them, by name."""
+    for name in ("positive", "negative", "margin", "penalty"):
+        histogram = getattr(scores, name)
+        if histogram.count:
+            yield name, histogram

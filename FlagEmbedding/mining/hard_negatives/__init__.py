@@ -1,0 +1,1 @@
+"""Hard negatives (ANCE): embed, search, filter, choose; also between the epochs of a training run."""

@@ -1,0 +1,272 @@
+"""From queries to negatives: embed, search, sift, choose. Used by the command and between the epochs of a training run.
+
+Queries go in chunks: a chunk is embedded as one window and searched in one pass over the index, which is read from
+disk block by block. So memory holds one chunk's candidates whatever the corpus, and a chunk gives the same scores
+whenever it is computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from random import Random
+from typing import Any, TypeVar
+
+import numpy as np
+
+from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
+from FlagEmbedding.mining.common.alignment import realign, written
+from FlagEmbedding.mining.common.passages import PassageStore
+from FlagEmbedding.mining.common.queries import Item
+from FlagEmbedding.mining.hard_negatives.filters import Candidate, Sampling, Sieve, choose
+from FlagEmbedding.mining.hard_negatives.reranker import CrossEncoder
+from FlagEmbedding.retrieval.index import DOCID, FlatIndex
+from FlagEmbedding.retrieval.searcher import Hit, search
+from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.io import sha256_file
+
+T = TypeVar("T")
+_WINDOW = 2_048
+_RANDOM_TRIES = 16
+
+
+def embed(
+    encoder: TextEncoder, texts: Sequence[str], max_length: int, instruction: str | None, batch_size: int
+) -> np.ndarray:
+    """``[N, dimension]`` float32, each text after the instruction."""
+    prefixed = [(instruction or "") + text for text in texts]
+    windows = ((prefixed[i : i + _WINDOW], None) for i in range(0, len(prefixed), _WINDOW))
+    parts = []
+    for found, _ in encoder.encode(windows, encoder.max_length(max_length), DENSE, batch_size):
+        assert found.dense is not None
+        parts.append(found.dense.float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def check_index(index: FlatIndex, encoder: TextEncoder, store: PassageStore) -> None:
+    """Refuse an index of another encoder or of other passages."""
+    made_from = ((index.manifest or {}).get("identity") or {}).get("corpus")
+    same = made_from is None or [f["sha256"] for f in made_from] == [f["sha256"] for f in store.corpus]
+    if not same or sha256_file(index.folder / DOCID) != store.docid_digest():
+        raise UsageError(
+            f"{index.folder} holds {index.rows} passages, and not those of this corpus ({store.rows}): give the corpus "
+            "that it was made from, or another --index_dir"
+        )
+    if index.manifest is None:
+        return
+    here = encoder.describe()
+    differing = [
+        f"{key}: {index.manifest['identity'].get(key)} there, {here[key]} here"
+        for key in ("model", "pooling", "normalize_embeddings", "dimension")
+        if index.manifest["identity"].get(key) != here[key]
+    ]
+    if differing:
+        raise UsageError(
+            f"{index.folder} was made by another encoder ({'; '.join(differing)}): give the encoder and flags it was "
+            "made with, or another --index_dir"
+        )
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """An encoder and the index it made.
+
+    Attributes:
+        query_length, passage_length: tokens; the rest is cut off.
+        query_instruction, passage_instruction: put before every text.
+        batch_size: texts of full length at a time.
+        threads: of the search.
+    """
+
+    encoder: TextEncoder
+    index: FlatIndex
+    query_length: int = 512
+    passage_length: int = 512
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    batch_size: int = 256
+    threads: int = 1
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """``[Q, dimension]`` float32."""
+        return embed(self.encoder, texts, self.query_length, self.query_instruction, self.batch_size)
+
+    def search(self, vectors: np.ndarray, depth: int) -> list[list[Hit]]:
+        """The ``depth`` best passages of each query."""
+        return search(self.index, vectors, depth, threads=self.threads, device=self.encoder.device)
+
+    def positive_scores(self, items: Sequence[Item], vectors: np.ndarray) -> list[list[float]]:
+        """The score of each item's positives: from the index where their rows are known, else embedded here."""
+        rows = [row for item in items for row in item.positive_rows]
+        texts = [text for item in items if not item.positive_rows for text in item.positives]
+        stored = iter(self.index.read_rows(rows))
+        embedded: Iterator[np.ndarray] = iter(())
+        if texts:
+            embedded = iter(embed(self.encoder, texts, self.passage_length, self.passage_instruction, self.batch_size))
+        found = []
+        for item, vector in zip(items, vectors, strict=True):
+            source = stored if item.positive_rows else embedded
+            found.append(inner_products(np.stack(list(islice(source, len(item.positives)))), vector))
+        return found
+
+    def row_scores(self, rows: Sequence[int], vector: np.ndarray) -> list[float]:
+        """The score of some passages for one query."""
+        return inner_products(self.index.read_rows(rows), vector)
+
+
+def inner_products(vectors: np.ndarray, query: np.ndarray) -> list[float]:
+    """``vectors [N, D]`` times ``query [D]`` in double precision, 6 decimals, as the searcher gives scores."""
+    return [round(score, 6) for score in (vectors.astype(np.float64) @ query.astype(np.float64)).tolist()]
+
+
+@dataclass
+class Mined:
+    """What was found for one query; ``note`` is its part of the report."""
+
+    item: Item
+    negatives: list[Candidate]
+    positive_scores: list[float] = field(default_factory=list)
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+class Miner:
+    """Finds negatives for items.
+
+    Args:
+        store: the corpus.
+        sampling: window, number, filters, seed.
+        retriever: None draws every negative at random from the corpus.
+        cross_encoder: gives the scores that the filters (and the rows) see, in place of the retriever's.
+    """
+
+    def __init__(
+        self,
+        store: PassageStore,
+        sampling: Sampling,
+        retriever: Retriever | None = None,
+        cross_encoder: CrossEncoder | None = None,
+    ) -> None:
+        self.store, self.sampling = store, sampling
+        self.retriever, self.cross_encoder = retriever, cross_encoder
+
+    def mine(self, items: Sequence[Item], skip: int = 0) -> Iterator[Mined]:
+        """One chunk: what was found for each item, in order, without the first ``skip`` (already known)."""
+        if self.retriever is None:
+            yield from map(self._draw, items[skip:])
+            return
+        vectors = self.retriever.queries([item.query for item in items])
+        hits = self.retriever.search(vectors, self.sampling.depth)
+        positives = self.retriever.positive_scores(items, vectors)
+        for found in islice(zip(items, vectors, hits, positives, strict=True), skip, None):
+            yield self._mine_one(*found)
+
+    def _mine_one(self, item: Item, vector: np.ndarray, hits: list[Hit], positives: list[float]) -> Mined:
+        sampling, generator = self.sampling, self.sampling.generator(item.key)
+        window = [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits[sampling.first : sampling.last]]
+        if self.cross_encoder is not None:
+            positives = self.cross_encoder.score(item.query, item.positives)
+            window = self._rescored(item, window)
+        sieve = self._sieve(item, min(positives))
+        kept, counts = sieve.sift(window)
+        chosen = choose(kept, sampling, generator)
+        found = len(chosen)
+        missing = sampling.negatives - found
+        if missing and sampling.fill == "next":
+            below = [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits[sampling.last :]]
+            chosen += sieve.sift(self._rescored(item, below))[0][:missing]
+        elif missing and sampling.fill == "random":
+            chosen += sieve.sift(self._rescored(item, self._random(generator, missing, vector)))[0][:missing]
+        note = {
+            "window": len(window),
+            "counts": dict(counts),
+            "found": found,
+            "filled": len(chosen) - found,
+            "pos": positives,
+            "neg": [candidate.score for candidate in chosen],
+            **self._false_negatives(item, window, positives),
+        }
+        return Mined(item, chosen, positives, note)
+
+    def _rescored(self, item: Item, candidates: list[Candidate]) -> list[Candidate]:
+        if self.cross_encoder is None:
+            return candidates
+        scores = self.cross_encoder.score(item.query, [candidate.text for candidate in candidates])
+        return [Candidate(c.row, c.text, score) for c, score in zip(candidates, scores, strict=True)]
+
+    def _random(self, generator: Random, missing: int, vector: np.ndarray) -> list[Candidate]:
+        """Passages drawn without replacement, several times as many as are missing, since some will be left out."""
+        assert self.retriever is not None
+        rows = generator.sample(range(self.store.rows), min(self.store.rows, _RANDOM_TRIES * (missing + 1)))
+        scores = self.retriever.row_scores(rows, vector)
+        return [Candidate(row, self.store[row], score) for row, score in zip(rows, scores, strict=True)]
+
+    def _draw(self, item: Item) -> Mined:
+        """The random dataset: no model takes part."""
+        wanted, rows = self.sampling.negatives, range(self.store.rows)
+        drawn = self.sampling.generator(item.key).sample(rows, min(len(rows), _RANDOM_TRIES * (wanted + 1)))
+        sieve, counts, looked_at = self._sieve(item, 0.0), Counter[str](), 0
+        chosen: list[Candidate] = []
+        while len(chosen) < wanted and looked_at < len(drawn):
+            candidate = Candidate(drawn[looked_at], self.store[drawn[looked_at]])
+            looked_at += 1
+            reason = sieve.reason(candidate)
+            if reason is None:
+                chosen.append(candidate)
+            else:
+                counts[reason] += 1
+        note = {"window": looked_at, "counts": dict(counts), "found": len(chosen), "filled": 0, "pos": [], "neg": []}
+        return Mined(item, chosen, [], note)
+
+    def _sieve(self, item: Item, positive: float) -> Sieve:
+        filters = self.sampling.filters
+        return Sieve(item.query, item.positives, item.positive_rows, item.judged, filters, positive)
+
+    def _false_negatives(self, item: Item, window: Sequence[Candidate], positives: Sequence[float]) -> dict[str, int]:
+        """How the score filters alone would do on passages known to be relevant.
+
+        ``judged``: relevant passages in the window; ``judged_pass``: those the filters would let through. ``hidden``
+        and ``hidden_pass``: the same for queries of several positives, each in turn taken for unknown, with margins
+        from the others. Passages in the window that no judgement knows are of that kind.
+        """
+        filters, sieve = self.sampling.filters, self._sieve(item, min(positives))
+        judged = [c for c in window if sieve.reason(c) in ("judged_positive", "same_as_positive")]
+        figures = {
+            "judged": len(judged),
+            "judged_pass": sum(filters.reason(c.score, min(positives)) is None for c in judged),
+        }
+        if len(positives) > 1 and window:
+            low, high = min(c.score for c in window), max(c.score for c in window)
+            inside = [i for i, score in enumerate(positives) if low <= score <= high]
+            others = [min([*positives[:i], *positives[i + 1 :]]) for i in inside]
+            passed = [filters.reason(positives[i], rest) is None for i, rest in zip(inside, others, strict=True)]
+            figures |= {"hidden": len(inside), "hidden_pass": sum(passed)}
+        return figures
+
+
+def training_row(mined: Mined, with_scores: bool = False) -> dict[str, Any] | None:
+    """The row as files have it: query, pos, neg, neg_q where the row had it, scores where asked, other columns.
+
+    Scores that came with the row are dropped: they belonged to other negatives. None where there is no negative.
+    """
+    item, record = mined.item, mined.item.record
+    if not mined.negatives:
+        return None
+    negatives = [candidate.text for candidate in mined.negatives]
+    row: dict[str, Any] = {"query": item.query, "pos": item.positives, "neg": negatives}
+    if record is not None and record.neg_q is not None:
+        queries = realign(record, negatives)
+        row["neg_q"] = written(queries)
+        mined.note["neg_q"] = [sum(map(bool, record.neg_q)), sum(map(bool, queries)), len(queries)]
+    if with_scores:
+        row["pos_scores"] = mined.positive_scores
+        row["neg_scores"] = [candidate.score for candidate in mined.negatives]
+    return {**row, **item.others}
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """``items`` in lists of ``size``."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,212 @@
+"""Negatives mined again while training goes on (ANCE's asynchronous index, here between epochs).
+
+``refresh_negatives`` takes a checkpoint of the weights as they are and the training files, and writes each file anew
+with negatives that this model finds hard: the same rows in the same order, each with about as many negatives as the
+rows had. Where a row had ``neg_q``, a negative that stays keeps its queries; a new one gets a query that the files know
+it answers (as another row's ``neg_q``, or as a positive), and is marked missing where there is none. In ``folder``:
+
+    000-train.jsonl …   the files, in the order given
+    refresh.json        written last: what they were made from, their SHA-256, figures
+
+Called by every process of a run: all embed the corpus together, the main one mines. Killed or called again for the
+same weights, it goes on or returns what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
+from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+from FlagEmbedding.mining.common.alignment import realign, text_keys, written
+from FlagEmbedding.mining.common.jobs import Job
+from FlagEmbedding.mining.common.negative_table import NegativeTable, negative_table
+from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, passages_of_rows
+from FlagEmbedding.mining.common.queries import TrainingRows
+from FlagEmbedding.mining.hard_negatives.command import describe_miner, mine_into
+from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters, parse_range
+from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, Retriever, training_row
+from FlagEmbedding.mining.hard_negatives.report import summarize
+from FlagEmbedding.retrieval.index import FlatIndex
+from FlagEmbedding.schema import read_records
+from FlagEmbedding.utils.io import sha256_file, write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.processes import on_main
+
+logger = get_logger(__name__)
+
+CORPUS, RECORD = "corpus", "refresh.json"
+_CHUNK = 2_048
+
+
+@dataclass(frozen=True)
+class RefreshSettings:
+    """How negatives are mined again.
+
+    Attributes:
+        corpus: files or folders of passages; empty: the passages of the training rows.
+        range_for_sampling: ranks, as ``2-30``.
+        relative_margin: see ``filters.py``; None: no filter.
+        seed: of the choices; each refresh has its own stream.
+        query_length, passage_length: tokens.
+        query_instruction, passage_instruction: put before the texts, as in training.
+        pooling, normalize, dtype: as the model trains.
+    """
+
+    corpus: tuple[str, ...] = ()
+    range_for_sampling: str = "10-210"
+    relative_margin: float | None = None
+    seed: int = 42
+    query_length: int = 32
+    passage_length: int = 128
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    pooling: str = "cls"
+    normalize: bool = True
+    dtype: str = "fp32"
+
+
+def check_passages(train_files: Sequence[Path], folder: Path, settings: RefreshSettings) -> None:
+    """Read the corpus once before training, so that what is wrong with it shows now and not epochs later."""
+    shared = folder / CORPUS
+    PassageStore.prepare(_corpus(train_files, settings, shared), shared)
+
+
+def refresh_negatives(
+    checkpoint: Path, train_files: Sequence[Path], folder: Path, settings: RefreshSettings
+) -> dict[str, Any]:
+    """Mine for every row of ``train_files`` with ``checkpoint`` into ``folder``; returns what ``refresh.json`` says.
+
+    The record's ``files`` (names in ``folder``) run parallel to ``train_files``. Raises ``UserError``.
+    """
+    encoder = TextEncoder(
+        str(checkpoint), EncoderOptions(pooling=settings.pooling, normalize=settings.normalize, dtype=settings.dtype)
+    )
+    identity = {
+        "model": encoder.describe()["model"],
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "inputs": [sha256_file(path) for path in train_files],
+    }
+    there = on_main(lambda: read_refresh(folder))
+    if there is not None and there["identity"] == identity:
+        logger.info("%s: negatives of these weights are there already", folder)
+        return there
+    on_main(lambda: (folder / RECORD).unlink(missing_ok=True))
+    # The passages are the same at every refresh of a run.
+    shared = folder.parent / CORPUS
+    files = on_main(lambda: _corpus(train_files, settings, shared))
+    config = EncodingConfig(
+        max_length=settings.passage_length, instruction=settings.passage_instruction, overwrite=True
+    )
+    build_index(encoder, files, folder / "index", "refresh", config)
+    return on_main(lambda: _mine(encoder, files, train_files, folder, settings, identity))
+
+
+def read_refresh(folder: Path) -> dict[str, Any] | None:
+    """The record of a refresh that was finished, its files all there and unchanged; otherwise None."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, digest in zip(record["files"], record["sha256"], strict=True):
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            return None
+    return record
+
+
+def _corpus(train_files: Sequence[Path], settings: RefreshSettings, shared: Path) -> list[Path]:
+    shared.mkdir(parents=True, exist_ok=True)
+    return corpus_files(settings.corpus, shared) if settings.corpus else passages_of_rows(train_files, shared)
+
+
+def _mine(
+    encoder: TextEncoder, files: Sequence[Path], train_files: Sequence[Path], folder: Path, settings: RefreshSettings,
+    identity: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Mine file after file and write the record (main process)."""
+    store = PassageStore.prepare(files, folder.parent / CORPUS)
+    retriever = Retriever(
+        encoder,
+        FlatIndex(folder / "index"),
+        query_length=settings.query_length,
+        passage_length=settings.passage_length,
+        query_instruction=settings.query_instruction,
+        passage_instruction=settings.passage_instruction,
+    )
+    notes: list[dict[str, Any]] = []
+    names, digests = [], []
+    with negative_table(folder / "known.sqlite", settings.seed) as known:
+        _learn(known, train_files)
+        for number, path in enumerate(train_files):
+            rows = TrainingRows([path])
+            miner = Miner(store, _sampling(rows, settings, folder), retriever)
+            name = f"{number:03d}-{path.name.split('.')[0]}.jsonl"
+            with Job(folder / name, {**identity, **describe_miner(miner)}, overwrite=True) as job:
+                mine_into(job, rows, miner, _CHUNK, lambda mined: _row(mined, known))
+                notes += job.notes()
+                job.finish()
+            names.append(name)
+            digests.append(sha256_file(folder / name))
+    record = {"identity": identity, "files": names, "sha256": digests, "figures": _figures(notes)}
+    write_json_atomic(folder / RECORD, record)
+    shutil.rmtree(folder / "index", ignore_errors=True)
+    return record
+
+
+def _sampling(rows: TrainingRows, settings: RefreshSettings, folder: Path) -> Sampling:
+    first, last = parse_range(settings.range_for_sampling)
+    negatives = sum(len(item.record.neg) for item in rows if item.record is not None)
+    return Sampling(
+        first,
+        last,
+        negatives=max(1, round(negatives / len(rows))),
+        # The folder's name tells the epoch: chances are drawn anew at every refresh.
+        seed=settings.seed + int(folder.name.rpartition("-")[2] or 0),
+        filters=ScoreFilters(relative_margin=settings.relative_margin),
+    )
+
+
+def _learn(known: NegativeTable, train_files: Sequence[Path]) -> None:
+    """Which queries every passage of the files answers."""
+    for path in train_files:
+        for record in read_records(path):
+            known.add_real(record.query, record.pos)
+            for negative, queries in zip(record.neg, record.neg_q or [], strict=False):
+                for query in queries:
+                    known.add_real(query, [negative])
+
+
+def _row(mined: Mined, known: NegativeTable) -> dict[str, Any]:
+    """The row with its new negatives, or, where none was found, as it was."""
+    record = mined.item.record
+    assert record is not None
+    row = training_row(mined)
+    if row is None:
+        row = {"query": record.query, "pos": record.pos, "neg": record.neg, **mined.item.others}
+        if record.neg_q is not None:
+            row["neg_q"] = written(record.neg_q)
+    elif record.neg_q is not None:
+        queries = realign(record, row["neg"])
+        queries = [own or known.real(text, record.query, 1)[0] for own, text in zip(queries, row["neg"], strict=True)]
+        row["neg_q"] = written(queries)
+        mined.note["neg_q"][1] = sum(map(bool, queries))
+    mined.note["stayed"] = len(text_keys(row["neg"]) & text_keys(record.neg))
+    mined.note["negatives"] = len(row["neg"])
+    return row
+
+
+def _figures(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers for the training log."""
+    summary = summarize(notes, 1)
+    negatives = sum(note["negatives"] for note in notes)
+    return {
+        "kept": round(sum(note["stayed"] for note in notes) / negatives, 6),
+        "positive_score": summary["scores"]["positive"]["mean"],
+        "negative_score": summary["scores"]["negative"]["mean"] if "negative" in summary["scores"] else 0.0,
+        "neg_q": round(summary["neg_q"]["kept"] / summary["neg_q"]["places"], 6) if summary["neg_q"]["places"] else 0.0,
+    }
