@@ -27,11 +27,12 @@ def variants(model: str) -> dict[str, Callable[[list[str]], Any]]:
     """Name of each step to a function that encodes texts."""
     import torch
 
-    from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+    from FlagEmbedding.inference.arguments import EncoderArguments
+    from FlagEmbedding.inference.text_encoder import TextEncoder
     from FlagEmbedding.modeling import kernels
 
     def encoder(all_rows: bool, **options: Any) -> TextEncoder:
-        made = TextEncoder(model, EncoderOptions(pooling="cls", device="cpu", **options))
+        made = TextEncoder(EncoderArguments(encoder=model, pooling_method="cls", device="cpu", **options))
         made.encoder.all_rows = all_rows
         return made
 

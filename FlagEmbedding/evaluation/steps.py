@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from FlagEmbedding.collections import miracl
 from FlagEmbedding.evaluation.arguments import (
     EncodeArguments,
-    EncoderArguments,
     SearchArguments,
     parse_encode_arguments,
     parse_search_arguments,
     query_instruction,
 )
 from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
-from FlagEmbedding.inference.precision import choose_device, half_precision, tokenizer_workers
-from FlagEmbedding.inference.text_encoder import DENSE, EncoderOptions, TextEncoder
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
 from FlagEmbedding.retrieval.approximate import SearchEffort, recall, search_approximate
 from FlagEmbedding.retrieval.index import FlatIndex, index_folder, index_name
 from FlagEmbedding.retrieval.searcher import Hit, search
@@ -52,7 +49,7 @@ def generate_embedding(argv: Sequence[str] | None = None) -> int:
     with processes():
         # The main process fetches what is not on disk; the others then find it there.
         files = on_main(lambda: {lang: _corpus(lang, arguments) for lang in languages})
-        encoder = load_encoder(arguments)
+        encoder = TextEncoder(encoder_of(arguments))
         for lang in languages:
             folder = index_folder(arguments.index_save_dir, arguments.encoder, lang)
             build_index(encoder, files[lang], folder, lang, config)
@@ -63,23 +60,11 @@ def _corpus(lang: str, arguments: EncodeArguments) -> list[Path]:
     return miracl.corpus_files(lang, arguments.data_dir, arguments.cache_dir)
 
 
-def load_encoder(arguments: EncoderArguments) -> TextEncoder:
-    """The checkpoint that the flags of step 0 and 1 describe."""
-    if arguments.fp16 and arguments.dtype is not None:
-        raise UsageError("--fp16 and --dtype say the same thing: give one of them")
-    device = choose_device()
-    options = EncoderOptions(
-        pooling=arguments.pooling_method,
-        normalize=arguments.normalize_embeddings,
-        dtype=arguments.dtype or (half_precision(device) if arguments.fp16 else "fp32"),
-        device=str(device),
-        engine=arguments.engine,  # type: ignore[arg-type]
-        moe=arguments.moe,
-        workers=tokenizer_workers(device.type) if arguments.workers is None else arguments.workers,
-        cache_dir=arguments.cache_dir,
-        trust_remote_code=arguments.trust_remote_code,
+def encoder_of(arguments: Any) -> EncoderArguments:
+    """The encoder's part of a step's arguments."""
+    return EncoderArguments(
+        **{f.name: getattr(arguments, f.name) for f in fields(EncoderArguments) if hasattr(arguments, f.name)}
     )
-    return TextEncoder(arguments.encoder, options)
 
 
 def search_results(argv: Sequence[str] | None = None) -> int:
@@ -98,9 +83,9 @@ def search_results(argv: Sequence[str] | None = None) -> int:
         lang: miracl.read_topics(miracl.topics_file(lang, arguments.split, arguments.data_dir, arguments.cache_dir))
         for lang in languages
     }
-    encoder = load_encoder(arguments)
+    encoder = TextEncoder(encoder_of(arguments))
     for index in indexes.values():
-        check_encoder(index, encoder)
+        index.check_encoder(encoder.describe(), "give step 1 the flags of step 0, or run step 0 with --overwrite True")
     for lang in languages:
         path = folder / f"{lang}.txt"
         if path.exists() and not arguments.overwrite:
@@ -115,24 +100,6 @@ def search_results(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_encoder(index: FlatIndex, encoder: TextEncoder) -> None:
-    """Refuse an index that another model, pooling or normalisation made."""
-    if index.manifest is None:
-        logger.warning("%s has no manifest: taken on trust that this encoder made it", index.folder)
-        return
-    here = encoder.describe()
-    differing = [
-        f"{key}: {index.manifest['identity'].get(key)} there, {here[key]} here"
-        for key in ("model", "pooling", "normalize_embeddings", "dimension")
-        if index.manifest["identity"].get(key) != here[key]
-    ]
-    if differing:
-        raise UsageError(
-            f"{index.folder} was made by another encoder ({'; '.join(differing)}): give step 1 the flags of step 0, or "
-            "run step 0 with --overwrite True"
-        )
-
-
 def _search_language(
     encoder: TextEncoder,
     index: FlatIndex,
@@ -141,7 +108,7 @@ def _search_language(
     instruction: str | None,
     arguments: SearchArguments,
 ) -> list[list[Hit]]:
-    vectors = encode_queries(encoder, queries, arguments.max_query_length, instruction, arguments.batch_size)
+    vectors = encode_texts(encoder, queries, arguments.max_query_length, instruction)
     started = time.perf_counter()
     exact = search(index, vectors, arguments.hits, threads=arguments.threads, device=encoder.device)
     exact_seconds = time.perf_counter() - started
@@ -162,19 +129,6 @@ def _search_language(
         exact_seconds,
     )
     return found
-
-
-def encode_queries(
-    encoder: TextEncoder, queries: list[str], max_length: int, instruction: str | None, batch_size: int
-) -> np.ndarray:
-    """``[Q, dimension]`` float32, each query after the instruction."""
-    texts = [(instruction or "") + query for query in queries]
-    windows = ((texts[i : i + 2048], None) for i in range(0, len(texts), 2048))
-    parts = []
-    for found, _ in encoder.encode(windows, encoder.max_length(max_length), DENSE, batch_size):
-        assert found.dense is not None
-        parts.append(found.dense.float().cpu().numpy())
-    return np.concatenate(parts)
 
 
 def write_run(path: Path, qids: list[str], hits: list[list[Hit]], tag: str = "Faiss") -> None:

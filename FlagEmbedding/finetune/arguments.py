@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hardware import cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -211,13 +212,12 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.fp16 = False
             self.bf16 = cpu_has_bf16()
             logger.warning("--fp16 needs a GPU: going on in %s", "bf16" if self.bf16 else "fp32")
+        elif self.bf16 and self.use_cpu and not cpu_has_bf16():
+            logger.warning(
+                "--bf16: this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
+            )
         super().__post_init__()
         for name in self.report_to or []:
             if name not in INTEGRATION_TO_CALLBACK:
                 known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
                 raise UsageError(f"--report_to {name}: expected none, all or one of {known}")
-
-
-def cpu_has_bf16() -> bool:
-    """True where the processor multiplies bf16 matrices natively (AVX512-BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from FlagEmbedding.inference.text_encoder import EncoderOptions, Kind, TextEncoder
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.text_encoder import WINDOW, Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.utils.errors import UsageError
 
 T = TypeVar("T")
 Texts = str | Sequence[str]
 Devices = str | int | list[str] | list[int] | None
-WINDOW = 2_048
 
 
 class Embedder:
@@ -61,10 +61,10 @@ class Embedder:
         self.target_devices = target_devices(devices)
         self._encoders = [
             TextEncoder(
-                model_name_or_path,
-                EncoderOptions(
-                    pooling=pooling_method,
-                    normalize=normalize_embeddings,
+                EncoderArguments(
+                    encoder=model_name_or_path,
+                    pooling_method=pooling_method,  # type: ignore[arg-type]
+                    normalize_embeddings=normalize_embeddings,
                     dtype=dtype or _upstream_dtype(use_fp16, use_bf16, device),
                     device=device,
                     engine=engine,

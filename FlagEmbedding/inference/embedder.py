@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from FlagEmbedding.inference import scores as scoring
-from FlagEmbedding.inference.base import WINDOW, Embedder, Texts, as_list
+from FlagEmbedding.inference.base import Embedder, Texts, as_list
 from FlagEmbedding.inference.m3 import BGEM3ForInference
 from FlagEmbedding.inference.scores import LexicalWeights
-from FlagEmbedding.inference.text_encoder import DENSE, Kind
+from FlagEmbedding.inference.text_encoder import DENSE, WINDOW, Kind
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.utils.errors import UsageError
 

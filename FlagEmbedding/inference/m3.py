@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.scores import special_ids
-from FlagEmbedding.inference.text_encoder import EncoderOptions, Kind, TextEncoder
+from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
@@ -39,9 +40,10 @@ class BGEM3ForInference(nn.Module):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        options = EncoderOptions(
-            pooling=sentence_pooling_method,
-            normalize=normlized,
+        options = EncoderArguments(
+            encoder=model_name,
+            pooling_method=sentence_pooling_method,  # type: ignore[arg-type]
+            normalize_embeddings=normlized,
             dtype=dtype,
             device=device,
             engine=engine,
@@ -49,7 +51,7 @@ class BGEM3ForInference(nn.Module):
             colbert_dim=colbert_dim,
             cache_dir=cache_dir,
         )
-        loaded = TextEncoder(model_name, options)
+        loaded = TextEncoder(options)
         self._loaded = loaded
         self.encoder = loaded.encoder  # registered, so that .parameters() and .state_dict() show it
         self.tokenizer = loaded.tokenizer

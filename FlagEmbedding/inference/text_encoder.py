@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from FlagEmbedding.inference.precision import choose_device, dtype_name, resolve_dtype
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.precision import dtype_name, half_precision, resolve_dtype
 from FlagEmbedding.inference.slabs import encode_in_slabs, plan
 from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
 from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
@@ -29,6 +30,7 @@ from FlagEmbedding.modeling.heads import load_heads
 from FlagEmbedding.modeling.packed import prepack_weights
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import model_fingerprint
 
@@ -37,24 +39,8 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 Kind = Literal["dense", "sparse", "colbert"]
 DENSE: tuple[Kind, ...] = ("dense",)
+WINDOW = 2_048  # texts that are tokenized, sorted by length and encoded together
 SLAB_TOKENS = {"cpu": 2_048, "cuda": 131_072}
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """How to load and run a checkpoint. ``None``: what the checkpoint says (pooling) or the machine offers (device)."""
-
-    pooling: str | None = None
-    normalize: bool = True
-    dtype: str = "fp32"
-    device: str | None = None
-    engine: Literal["packed", "padded"] = "packed"
-    moe: str | None = None
-    heads: bool = False
-    colbert_dim: int = -1
-    workers: int = 0
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
 
 
 class TextEncoder:
@@ -63,15 +49,16 @@ class TextEncoder:
     Raises ``UsageError`` where the options contradict the checkpoint (``moe``, ``heads``, ``pooling``).
     """
 
-    def __init__(self, model_name_or_path: str, options: EncoderOptions | None = None) -> None:
+    def __init__(self, options: EncoderArguments) -> None:
         from transformers import AutoTokenizer
 
-        self.options = options or EncoderOptions()
-        self.name = model_name_or_path
-        self.folder = str(resolve_folder(model_name_or_path, cache_dir=self.options.cache_dir))
-        self.device = torch.device(self.options.device) if self.options.device else choose_device()
-        self.dtype = resolve_dtype(self.options.dtype, self.device)
-        self.pooling = self.options.pooling or stored_pooling(self.folder) or "cls"
+        self.options = options
+        self.name = options.encoder
+        self.folder = str(resolve_folder(self.name, cache_dir=options.cache_dir))
+        self.device = torch.device(options.device) if options.device else choose_device()
+        half = half_precision(self.device) if options.fp16 else "fp32"
+        self.dtype = resolve_dtype(options.dtype or half, self.device)
+        self.pooling = options.pooling_method or stored_pooling(self.folder) or "cls"
         if self.pooling not in ("cls", "mean"):
             raise UsageError(f"pooling method {self.pooling!r}: choose cls or mean")
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.options.trust_remote_code)
@@ -80,7 +67,8 @@ class TextEncoder:
             prepack_weights(self.encoder.model, SLAB_TOKENS["cpu"])
         self.hidden_size: int = self.encoder.model.config.hidden_size
         self.longest = longest_input(self.encoder.model.config)
-        self.pool = TokenizerPool(self.tokenizer, self.folder, self.options.workers, self.options.trust_remote_code)
+        workers = tokenizer_workers(self.device.type) if options.workers is None else options.workers
+        self.pool = TokenizerPool(self.tokenizer, self.folder, workers, options.trust_remote_code)
 
     def _load(self) -> M3Encoder:
         self._check_moe()
@@ -119,7 +107,7 @@ class TextEncoder:
         return {
             "model": model_fingerprint(self.folder),
             "pooling": self.pooling,
-            "normalize_embeddings": self.options.normalize,
+            "normalize_embeddings": self.options.normalize_embeddings,
             "dtype": dtype_name(self.dtype),
             "engine": self.options.engine,
             "device": self.device.type,
@@ -186,7 +174,7 @@ class TextEncoder:
         else:
             slabs = plan(tokens.lengths, self.encoder.engine.slab_tokens, padded)
             found = encode_in_slabs(self.encoder, tokens, set(want), slabs)
-        if self.options.normalize:
+        if self.options.normalize_embeddings:
             if found.dense is not None:
                 found.dense = F.normalize(found.dense.float(), dim=-1)
             if found.colbert is not None:
@@ -201,6 +189,19 @@ class TextEncoder:
                 f"{self.name} has no sparse and colbert heads (sparse_linear.pt, colbert_linear.pt): only dense "
                 "vectors come out of it"
             )
+
+
+def encode_texts(
+    encoder: TextEncoder, texts: Sequence[str], max_length: int, instruction: str | None = None
+) -> np.ndarray:
+    """Dense vectors ``[N, dimension]`` float32 of ``texts``, each after ``instruction``; the rest of a text is cut."""
+    prefixed = [(instruction or "") + text for text in texts]
+    windows = ((prefixed[i : i + WINDOW], None) for i in range(0, len(prefixed), WINDOW))
+    parts = [np.empty((0, encoder.hidden_size), dtype=np.float32)]
+    for found, _ in encoder.encode(windows, encoder.max_length(max_length), DENSE, encoder.options.batch_size):
+        assert found.dense is not None
+        parts.append(found.dense.float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def stored_pooling(folder: str) -> str | None:

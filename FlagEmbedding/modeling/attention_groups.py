@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from FlagEmbedding.modeling import kernels
 from FlagEmbedding.modeling.dropout import MaskSource
 from FlagEmbedding.modeling.slabs import Group, Layout, row_view
+from FlagEmbedding.utils.hardware import cpu_has_amx
 
 # Probabilities computed at a time by the plain way: 1 MB in fp32, what a core's second cache holds.
 CHUNK_ELEMENTS = 1 << 18
@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = 1 << 18
 
 def _fused_kernel_pays(dtype: torch.dtype) -> bool:
     """Whether torch's fused kernel beats the plain way for this dtype on this processor (see the top of this file)."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and kernels.has_amx())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_has_amx())
 
 
 def _chunks(group: Group, heads: int, queries: int) -> Iterator[tuple[int, int]]:

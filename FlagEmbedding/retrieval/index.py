@@ -22,8 +22,11 @@ from typing import IO, Any
 import numpy as np
 
 from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest
-from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 INDEX, DOCID = "index", "docid"
 _HEADER = struct.Struct("<4siqqqBiQ")
@@ -177,6 +180,29 @@ class FlatIndex:
                 "step0 with --overwrite True"
             )
         return rows, dimension
+
+    def check_encoder(self, description: dict[str, Any], hint: str) -> None:
+        """Refuse this index where another model, pooling or normalization made it.
+
+        Args:
+            description: what the encoder at hand says of itself (``TextEncoder.describe``).
+            hint: what the user should do, for the message.
+
+        Raises:
+            UsageError: something differs. An index without a manifest is taken on trust, with a line in the log.
+        """
+        if self.manifest is None:
+            logger.warning("%s has no manifest: taken on trust that this encoder made it", self.folder)
+            return
+        made_by = self.manifest["identity"]
+        keys = ("model", "pooling", "normalize_embeddings", "dimension")
+        differing = [
+            f"{key}: {made_by.get(key)} there, {description[key]} here"
+            for key in keys
+            if made_by.get(key) != description[key]
+        ]
+        if differing:
+            raise UsageError(f"{self.folder} was made by another encoder ({'; '.join(differing)}): {hint}")
 
     def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """``(first row, vectors [n, dimension])`` through the file; each array is fresh and may be kept."""

@@ -1,6 +1,10 @@
-"""The frame of every entry point: one clear line for a user's mistake, and flags that read as published.
+"""The frame of every entry point: options as dataclasses, flags that read as published, one clear line for a mistake.
 
-``--fp16`` is published both bare and with a value (``y``, ``True``); ``add_bool_flag`` takes all of these.
+A command's options are frozen dataclasses, grouped by who reads them; each field is made by :func:`option`, which holds
+the flag's default, help and other spellings, and :func:`parse` turns a command line into them. Nothing here imports
+torch, so that ``--help`` and a mistyped flag are answered at once.
+
+``--fp16`` is published both bare and with a value (``y``, ``True``); every switch takes all of these.
 """
 
 from __future__ import annotations
@@ -10,14 +14,16 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import NoReturn, ParamSpec, TypeVar
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, ParamSpec, get_args
+
+import simple_parsing
+from simple_parsing import ArgumentGenerationMode, DashVariant
 
 from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.logging import configure_logging
 
 P = ParamSpec("P")
-A = TypeVar("A")
 
 _TRUE = {"y", "yes", "true", "t", "1", "on"}
 _FALSE = {"n", "no", "false", "f", "0", "off"}
@@ -33,6 +39,113 @@ def parse_bool(text: str | bool) -> bool:
     if lowered in _FALSE:
         return False
     raise argparse.ArgumentTypeError(f"expected True or False (also y/n, yes/no, 1/0), got {text!r}")
+
+
+def option(default: Any = MISSING, help: str = "", *aliases: str, metavar: str | None = None) -> Any:
+    """A field of an options class with a number, a text or a list of them: its flag's default, help and spellings.
+
+    Args:
+        default: left out, the flag is required; a list becomes a fresh copy for every instance.
+        help: one line for ``--help``; the default is added there.
+        aliases: other spellings, such as ``--use_fp16``.
+        metavar: what stands for the value in ``--help``.
+    """
+    return _field(default, help, aliases, {"metavar": metavar})
+
+
+def switch(default: Any = False, help: str = "", *aliases: str) -> Any:
+    """A ``bool`` or ``bool | None`` field whose flag stands bare (``--fp16``) or with a value (``--fp16 y``)."""
+    keywords = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL", "action": "store"}
+    return _field(default, help, aliases, keywords)
+
+
+def choice(kind: Any, default: Any = MISSING, help: str = "", *aliases: str) -> Any:
+    """A field that takes one of the texts of ``kind``, a ``Literal``; the field may be ``kind | None``."""
+    return _field(default, help, aliases, {"type": str, "choices": list(get_args(kind))})
+
+
+def internal(default: Any) -> Any:
+    """A field that no flag sets."""
+    return simple_parsing.field(default=default, cmd=False)
+
+
+def _field(default: Any, help: str, aliases: tuple[str, ...], keywords: dict[str, Any]) -> Any:
+    keywords = {"help": help, "alias": list(aliases), **keywords}
+    if isinstance(default, list):
+        keywords = {"nargs": "+", "required": False, **keywords}
+        return simple_parsing.field(default_factory=lambda: list(default), **keywords)
+    if default is None:
+        return simple_parsing.field(default=None, **{"nargs": None, **keywords})
+    return simple_parsing.field(**keywords) if default is MISSING else simple_parsing.field(default=default, **keywords)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown where there are any, and examples keep their lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], argparse.SUPPRESS) else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        name = action.option_strings[0].lstrip("-").upper()
+        return f"{', '.join(action.option_strings)} {self._format_args(action, name)}"
+
+
+class _Parser(simple_parsing.ArgumentParser):
+    """Refuses in one line and takes no abbreviated flag."""
+
+    def __init__(self, description: str, epilog: str | None) -> None:
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            add_option_string_dash_variants=DashVariant.UNDERSCORE,
+            argument_generation_mode=ArgumentGenerationMode.FLAT,
+        )
+        self.titles: dict[str, str] = {}  # the library's heading of a group → ours
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists all options)")
+
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [options]\n"
+
+    def format_help(self) -> str:
+        # The generated usage line would be a screen long; the groups below it say the same.
+        self._preprocessing(args=[], namespace=None)
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            if group._group_actions:
+                formatter.start_section(self.titles.get(group.title or "", group.title))
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+        formatter.add_text(self.epilog)
+        return f"{self.format_usage()}\n{formatter.format_help()}"
+
+
+def parse(groups: Sequence[type[Any]], argv: Sequence[str] | None, description: str, epilog: str | None = None) -> Any:
+    """A command line as one instance of each options class, in their order.
+
+    Args:
+        groups: dataclasses whose fields are made by :func:`option`, :func:`switch` and :func:`choice`; their flags
+            must differ. The first line of a class's docstring heads its part of ``--help``.
+        argv: the words; None takes the program's own.
+        description: what the command does, one line.
+        epilog: examples, printed as they are.
+
+    Raises:
+        UsageError: unknown or missing flags, values of the wrong kind.
+    """
+    parser = _Parser(description, epilog)
+    for group in groups:
+        heading = (group.__doc__ or "").partition("\n")[0].rstrip(".")
+        parser.titles[f"{group.__qualname__} ['{group.__name__}']"] = heading
+        parser.add_arguments(group, dest=group.__name__)
+    found = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    return [getattr(found, group.__name__) for group in groups]
 
 
 def add_bool_flag(
@@ -62,10 +175,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists all options)")
 
-    def parse(self, kind: type[A], argv: Sequence[str] | None) -> A:
+    def parse(self, kind: type[Any], argv: Sequence[str] | None) -> Any:
         """The command line as the dataclass ``kind``, whose fields are flags of this parser."""
         found = vars(self.parse_args(argv))
-        return kind(**{field.name: found[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+        return kind(**{field.name: found[field.name] for field in fields(kind)})
 
 
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:

@@ -23,8 +23,8 @@ from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.refresh import untouched_randomness
 from FlagEmbedding.finetune.runner import run
-from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
-from FlagEmbedding.mining.hard_negatives.miner import embed
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 # 14 rows mixed, 2 a step: 7 steps an epoch, the negatives mined again before epochs 1 and 2.
@@ -95,11 +95,11 @@ def test_rows_stay_and_negatives_change(whole: Path, data: Path) -> None:
 
 def test_the_negatives_are_those_that_the_checkpoint_finds_hard(whole: Path, data: Path) -> None:
     # Checkpoint 14 is the model that opened epoch 2.
-    encoder = TextEncoder(str(whole / "checkpoint-14"), EncoderOptions(pooling="cls"))
+    encoder = TextEncoder(EncoderArguments(encoder=str(whole / "checkpoint-14"), pooling_method="cls"))
     corpus = list(dict.fromkeys(t for f in ("a", "b") for r in read(data / f"{f}.jsonl") for t in r["pos"] + r["neg"]))
-    vectors = embed(encoder, corpus, 48, None, 256)
+    vectors = encode_texts(encoder, corpus, 48)
     for row in read(whole / "refresh" / "epoch-2" / "000-a.jsonl"):
-        scores = vectors @ embed(encoder, [row["query"]], 24, None, 256)[0]
+        scores = vectors @ encode_texts(encoder, [row["query"]], 24)[0]
         window = [corpus[i] for i in np.argsort(-scores)[1:12]]
         assert set(row["neg"]) <= set(window) - set(row["pos"])
         assert len(row["neg"]) == 3

@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoTokenizer
 
 import FlagEmbedding
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
+from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.base import target_devices
 from FlagEmbedding.inference.slabs import FILL
-from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -164,7 +165,9 @@ def test_the_dtype_is_honoured_on_a_cpu(tiny_heads_dir: Path, settings: dict[str
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 def test_bf16_rows_beside_the_filling(tiny_heads_dir: Path, engine: Literal["packed", "padded"]) -> None:
     """In bf16 a slab is filled up to a round number of tokens; every kind of row comes back, and no row more."""
-    loaded = TextEncoder(str(tiny_heads_dir), EncoderOptions(dtype="bf16", heads=True, engine=engine, device="cpu"))
+    loaded = TextEncoder(
+        EncoderArguments(encoder=str(tiny_heads_dir), dtype="bf16", heads=True, engine=engine, device="cpu")
+    )
     rows = [torch.randint(4, 90, (n,)).tolist() for n in (30, 21, 9, 9, 3, 2)]
     tokens = TokenBatch.from_lists(rows)
     assert len(tokens.ids) % FILL

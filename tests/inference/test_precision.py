@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from FlagEmbedding.inference import precision
+from FlagEmbedding.utils import hardware
 from FlagEmbedding.utils.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -22,19 +23,19 @@ def test_names_are_honoured_on_a_cpu() -> None:
 def test_auto_follows_the_processor_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="FlagEmbedding"):
         dtype = precision.resolve_dtype("auto", CPU)
-    expected = torch.bfloat16 if precision.cpu_has_bf16() else torch.float32
+    expected = torch.bfloat16 if hardware.cpu_has_bf16() else torch.float32
     assert dtype is expected
     assert f"dtype auto: {precision.dtype_name(expected)}" in caplog.text
 
 
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 32)
-    assert precision.tokenizer_workers("cpu") == 0
-    assert precision.tokenizer_workers("cuda") == 8
+    assert hardware.tokenizer_workers("cpu") == 0
+    assert hardware.tokenizer_workers("cuda") == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert precision.tokenizer_workers("cuda") == 3
+    assert hardware.tokenizer_workers("cuda") == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
-    assert precision.tokenizer_workers("cuda") == 1
+    assert hardware.tokenizer_workers("cuda") == 1
 
 
 def test_fp16_on_a_cpu_is_auto_with_a_word(caplog: pytest.LogCaptureFixture) -> None:

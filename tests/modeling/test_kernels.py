@@ -21,6 +21,7 @@ from FlagEmbedding.modeling.attention import packed_attention
 from FlagEmbedding.modeling.attention_rows import RowAttention, takes
 from FlagEmbedding.modeling.pointwise import activate, add_norm
 from FlagEmbedding.modeling.slabs import Layout
+from FlagEmbedding.utils.hardware import cpu_has_avx512
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ compiled = pytest.mark.skipif(
 
 
 def test_the_kernels_are_compiled_where_they_can_be() -> None:
-    if not (sys.platform == "linux" and platform.machine() == "x86_64" and torch.cpu._is_avx512_supported()):
+    if not (sys.platform == "linux" and platform.machine() == "x86_64" and cpu_has_avx512()):
         pytest.skip("another processor")
     if shutil.which("g++") is None or "FLAGEMBEDDING_KERNELS" in os.environ:
         pytest.skip("no compiler, or switched off")

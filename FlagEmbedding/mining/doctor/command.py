@@ -72,12 +72,18 @@ def _default_folder(path: str) -> Path:
 
 
 def _encoder(a: argparse.Namespace) -> Any:
-    from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+    from FlagEmbedding.inference.arguments import EncoderArguments
+    from FlagEmbedding.inference.text_encoder import TextEncoder
 
-    options = EncoderOptions(
-        pooling=a.pooling_method, dtype=a.dtype, cache_dir=a.cache_dir, trust_remote_code=a.trust_remote_code
+    options = EncoderArguments(
+        encoder=a.model,
+        pooling_method=a.pooling_method,
+        dtype=a.dtype,
+        batch_size=a.batch_size,
+        cache_dir=a.cache_dir,
+        trust_remote_code=a.trust_remote_code,
     )
-    return TextEncoder(a.model, options)
+    return TextEncoder(options)
 
 
 def _tokenizer(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +18,14 @@ from typing import Any, Protocol
 from FlagEmbedding.collections import miracl
 from FlagEmbedding.collections.corpus import fingerprints
 from FlagEmbedding.indexing.encoding import WORK, EncodingConfig, build_index
-from FlagEmbedding.inference.precision import choose_device, half_precision
-from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+from FlagEmbedding.indexing.retriever import Retriever
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, index_label, passages_of_rows
 from FlagEmbedding.mining.common.queries import Item, JudgedTopics, TrainingRows
 from FlagEmbedding.mining.hard_negatives.arguments import MiningArguments, parse_mining_arguments
-from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, Retriever, check_index, chunks, training_row
+from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, check_index, chunks, training_row
 from FlagEmbedding.mining.hard_negatives.report import markdown, summarize, write_report
 from FlagEmbedding.mining.hard_negatives.reranker import CrossEncoder
 from FlagEmbedding.retrieval.index import DOCID, INDEX, FlatIndex, index_folder
@@ -113,19 +114,9 @@ def prepare_index(
 def load_encoder(a: MiningArguments) -> TextEncoder:
     """The checkpoint that the flags describe."""
     assert a.encoder is not None
-    device = choose_device()
-    options = EncoderOptions(
-        pooling=a.pooling_method,
-        normalize=a.normalize_embeddings,
-        dtype=a.dtype or (half_precision(device) if a.fp16 else "fp32"),
-        device=str(device),
-        engine=a.engine,  # type: ignore[arg-type]
-        moe=a.moe,
-        workers=a.workers,
-        cache_dir=a.cache_dir,
-        trust_remote_code=a.trust_remote_code,
+    return TextEncoder(
+        EncoderArguments(**{f.name: getattr(a, f.name) for f in fields(EncoderArguments) if hasattr(a, f.name)})
     )
-    return TextEncoder(a.encoder, options)
 
 
 def mine_hard_negatives(a: MiningArguments) -> dict[str, Any]:
@@ -215,7 +206,6 @@ def _retriever(
         passage_length=settings.max_length,
         query_instruction=a.query_instruction_for_retrieval,
         passage_instruction=settings.instruction,
-        batch_size=a.batch_size,
         threads=a.threads,
     )
 
@@ -234,7 +224,7 @@ def describe_miner(miner: Miner) -> dict[str, Any]:
             "passage_max_length": r.passage_length,
             "query_instruction": r.query_instruction,
             "passage_instruction": r.passage_instruction,
-            "batch_size": r.batch_size,
+            "batch_size": r.encoder.options.batch_size,
         }
     return described
 

@@ -16,33 +16,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
+from FlagEmbedding.indexing.retriever import Retriever, inner_products
+from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.alignment import realign, written
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.queries import Item
 from FlagEmbedding.mining.hard_negatives.filters import Candidate, Sampling, Sieve, choose
 from FlagEmbedding.mining.hard_negatives.reranker import CrossEncoder
 from FlagEmbedding.retrieval.index import DOCID, FlatIndex
-from FlagEmbedding.retrieval.searcher import Hit, search
+from FlagEmbedding.retrieval.searcher import Hit
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import sha256_file
 
 T = TypeVar("T")
-_WINDOW = 2_048
 _RANDOM_TRIES = 16
-
-
-def embed(
-    encoder: TextEncoder, texts: Sequence[str], max_length: int, instruction: str | None, batch_size: int
-) -> np.ndarray:
-    """``[N, dimension]`` float32, each text after the instruction."""
-    prefixed = [(instruction or "") + text for text in texts]
-    windows = ((prefixed[i : i + _WINDOW], None) for i in range(0, len(prefixed), _WINDOW))
-    parts = []
-    for found, _ in encoder.encode(windows, encoder.max_length(max_length), DENSE, batch_size):
-        assert found.dense is not None
-        parts.append(found.dense.float().cpu().numpy())
-    return np.concatenate(parts)
 
 
 def check_index(index: FlatIndex, encoder: TextEncoder, store: PassageStore) -> None:
@@ -54,71 +41,7 @@ def check_index(index: FlatIndex, encoder: TextEncoder, store: PassageStore) -> 
             f"{index.folder} holds {index.rows} passages, and not those of this corpus ({store.rows}): give the corpus "
             "that it was made from, or another --index_dir"
         )
-    if index.manifest is None:
-        return
-    here = encoder.describe()
-    differing = [
-        f"{key}: {index.manifest['identity'].get(key)} there, {here[key]} here"
-        for key in ("model", "pooling", "normalize_embeddings", "dimension")
-        if index.manifest["identity"].get(key) != here[key]
-    ]
-    if differing:
-        raise UsageError(
-            f"{index.folder} was made by another encoder ({'; '.join(differing)}): give the encoder and flags it was "
-            "made with, or another --index_dir"
-        )
-
-
-@dataclass(frozen=True)
-class Retriever:
-    """An encoder and the index it made.
-
-    Attributes:
-        query_length, passage_length: tokens; the rest is cut off.
-        query_instruction, passage_instruction: put before every text.
-        batch_size: texts of full length at a time.
-        threads: of the search.
-    """
-
-    encoder: TextEncoder
-    index: FlatIndex
-    query_length: int = 512
-    passage_length: int = 512
-    query_instruction: str | None = None
-    passage_instruction: str | None = None
-    batch_size: int = 256
-    threads: int = 1
-
-    def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """``[Q, dimension]`` float32."""
-        return embed(self.encoder, texts, self.query_length, self.query_instruction, self.batch_size)
-
-    def search(self, vectors: np.ndarray, depth: int) -> list[list[Hit]]:
-        """The ``depth`` best passages of each query."""
-        return search(self.index, vectors, depth, threads=self.threads, device=self.encoder.device)
-
-    def positive_scores(self, items: Sequence[Item], vectors: np.ndarray) -> list[list[float]]:
-        """The score of each item's positives: from the index where their rows are known, else embedded here."""
-        rows = [row for item in items for row in item.positive_rows]
-        texts = [text for item in items if not item.positive_rows for text in item.positives]
-        stored = iter(self.index.read_rows(rows))
-        embedded: Iterator[np.ndarray] = iter(())
-        if texts:
-            embedded = iter(embed(self.encoder, texts, self.passage_length, self.passage_instruction, self.batch_size))
-        found = []
-        for item, vector in zip(items, vectors, strict=True):
-            source = stored if item.positive_rows else embedded
-            found.append(inner_products(np.stack(list(islice(source, len(item.positives)))), vector))
-        return found
-
-    def row_scores(self, rows: Sequence[int], vector: np.ndarray) -> list[float]:
-        """The score of some passages for one query."""
-        return inner_products(self.index.read_rows(rows), vector)
-
-
-def inner_products(vectors: np.ndarray, query: np.ndarray) -> list[float]:
-    """``vectors [N, D]`` times ``query [D]`` in double precision, 6 decimals, as the searcher gives scores."""
-    return [round(score, 6) for score in (vectors.astype(np.float64) @ query.astype(np.float64)).tolist()]
+    index.check_encoder(encoder.describe(), "give the encoder and flags it was made with, or another --index_dir")
 
 
 @dataclass
@@ -156,11 +79,24 @@ class Miner:
         if self.retriever is None:
             yield from map(self._draw, items[skip:])
             return
-        vectors = self.retriever.queries([item.query for item in items])
+        vectors = self.retriever.embed_queries([item.query for item in items])
         hits = self.retriever.search(vectors, self.sampling.depth)
-        positives = self.retriever.positive_scores(items, vectors)
+        positives = self._positive_scores(items, vectors)
         for found in islice(zip(items, vectors, hits, positives, strict=True), skip, None):
             yield self._mine_one(*found)
+
+    def _positive_scores(self, items: Sequence[Item], vectors: np.ndarray) -> list[list[float]]:
+        """The score of each item's positives: from the index where their rows are known, else embedded here."""
+        assert self.retriever is not None
+        rows = [row for item in items for row in item.positive_rows]
+        texts = [text for item in items if not item.positive_rows for text in item.positives]
+        stored = iter(self.retriever.index.read_rows(rows))
+        embedded = iter(self.retriever.embed_passages(texts))
+        found = []
+        for item, vector in zip(items, vectors, strict=True):
+            source = stored if item.positive_rows else embedded
+            found.append(inner_products(np.stack(list(islice(source, len(item.positives)))), vector))
+        return found
 
     def _mine_one(self, item: Item, vector: np.ndarray, hits: list[Hit], positives: list[float]) -> Mined:
         sampling, generator = self.sampling, self.sampling.generator(item.key)

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
-from FlagEmbedding.inference.text_encoder import EncoderOptions, TextEncoder
+from FlagEmbedding.indexing.retriever import Retriever
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.alignment import realign, text_keys, written
 from FlagEmbedding.mining.common.jobs import Job
 from FlagEmbedding.mining.common.negative_table import NegativeTable, negative_table
@@ -30,7 +32,7 @@ from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, pas
 from FlagEmbedding.mining.common.queries import TrainingRows
 from FlagEmbedding.mining.hard_negatives.command import describe_miner, mine_into
 from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters, parse_range
-from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, Retriever, training_row
+from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
 from FlagEmbedding.mining.hard_negatives.report import summarize
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.schema import read_records
@@ -85,7 +87,12 @@ def refresh_negatives(
     The record's ``files`` (names in ``folder``) run parallel to ``train_files``. Raises ``UserError``.
     """
     encoder = TextEncoder(
-        str(checkpoint), EncoderOptions(pooling=settings.pooling, normalize=settings.normalize, dtype=settings.dtype)
+        EncoderArguments(
+            encoder=str(checkpoint),
+            pooling_method=settings.pooling,  # type: ignore[arg-type]
+            normalize_embeddings=settings.normalize,
+            dtype=settings.dtype,  # type: ignore[arg-type]
+        )
     )
     identity = {
         "model": encoder.describe()["model"],

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from FlagEmbedding.inference.precision import choose_device, resolve_dtype
+from FlagEmbedding.inference.precision import resolve_dtype
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hardware import choose_device
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from FlagEmbedding.inference.precision import choose_device, resolve_dtype
+from FlagEmbedding.inference.precision import resolve_dtype
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task, digest
 from FlagEmbedding.mining.query_generation.endpoint import Save
 from FlagEmbedding.modeling.files import resolve_folder
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hardware import choose_device
 
 
 @dataclass(frozen=True)

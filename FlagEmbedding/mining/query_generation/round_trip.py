@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.jobs import Progress
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, index_label, passages_of_rows
 from FlagEmbedding.mining.hard_negatives.command import index_settings, load_encoder, prepare_index
-from FlagEmbedding.mining.hard_negatives.miner import Retriever, check_index, chunks
+from FlagEmbedding.mining.hard_negatives.miner import check_index, chunks
 from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache, digest
 from FlagEmbedding.utils.io import PathLike, sha256_file
 
@@ -65,7 +66,7 @@ class RoundTrip:
 
     def _search(self, items: Sequence[Waiting]) -> list[int]:
         """Rank of each item's passage, from 1; 0 where it is not among the first ``top_k``."""
-        vectors = self.retriever.queries([item.query for item in items])
+        vectors = self.retriever.embed_queries([item.query for item in items])
         ranks = []
         for item, hits in zip(items, self.retriever.search(vectors, self.top_k), strict=True):
             wanted = text_key(item.passage)
@@ -95,7 +96,6 @@ def open_round_trip(a: Any, files: Sequence[PathLike], work: Path, cache: Answer
         passage_length=settings.max_length,
         query_instruction=a.query_instruction_for_retrieval,
         passage_instruction=settings.instruction,
-        batch_size=a.batch_size,
         threads=a.threads,
     )
     return RoundTrip(retriever, store, cache, a.round_trip_top_k)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from FlagEmbedding.utils.hardware import cpu_has_amx, cpu_has_avx512
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -43,7 +44,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are missing, switched off, or the processor cannot run them."""
     if os.environ.get("FLAGEMBEDDING_KERNELS", "1").lower() in ("0", "n", "no", "false", "off"):
         return None
-    if not torch.cpu._is_avx512_supported():
+    if not cpu_has_avx512():
         return None
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
@@ -65,12 +66,6 @@ def _open(path: Path) -> ctypes.CDLL | None:
         logger.warning("%s was compiled from other sources or for another machine: install again to use it", path.name)
         return None
     return found
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 tiles and the system lets this process use them."""
-    return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
 
 
 def dropout_threshold(probability: float) -> tuple[int, float]:
@@ -167,7 +162,7 @@ def attention(direction: str, dtype: torch.dtype, call: AttentionCall, lengths: 
         call: everything but ``first`` and ``last``.
         lengths: tokens of each row, by which the rows are shared out.
     """
-    tiles = dtype == torch.bfloat16 and call.width % 32 == 0 and has_amx()
+    tiles = dtype == torch.bfloat16 and call.width % 32 == 0 and cpu_has_amx()
     function = _function(f"attention_{direction}_{SUFFIXES[dtype]}{'_amx' * tiles}")
 
     def run(share: tuple[int, int]) -> None:

@@ -1,0 +1,62 @@
+"""What this machine's processor and devices can do: asked in this one place, by training and encoding alike.
+
+Everything is asked of the library that will compute, not of the processor's flags, so that the switches by which a
+machine stands in for a lesser one (``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2``) hold here too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+
+import torch
+
+from FlagEmbedding.utils.distributed import local_rank
+
+
+@functools.cache
+def onednn_takes_bf16() -> bool:
+    """Whether oneDNN's products take bfloat16 on this processor; where it does not, calling them raises."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and asked is not None and bool(asked())
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether bfloat16 products are faster than float32 ones: AVX512-BF16 or AMX, or Arm's bf16 instructions.
+
+    oneDNN takes bfloat16 on any AVX-512 processor, and computes it more slowly than float32 where these are missing.
+    """
+    if not onednn_takes_bf16():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def cpu_has_avx512() -> bool:
+    """Whether code for AVX-512 may run: the processor has it, and torch was not told to do with less."""
+    return bool(torch.cpu._is_avx512_supported()) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@functools.cache
+def cpu_has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 tiles and the system lets this process use them."""
+    return cpu_has_bf16() and bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+
+
+def choose_device() -> torch.device:
+    """The GPU of this process (LOCAL_RANK under torchrun), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def tokenizer_workers(device_type: str) -> int:
+    """Processes that tokenize ahead: a thread (0) keeps up with a CPU; a GPU wants the process's share of the cores."""
+    if device_type != "cuda":
+        return 0
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, share - 1))
