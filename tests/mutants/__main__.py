@@ -27,7 +27,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +60,6 @@ class Outcome:
     fault: Fault
     status: str
     detail: str = ""
-    seconds: float = 0.0
 
 
 class Runner:
@@ -99,14 +97,13 @@ class Runner:
 
     def plant(self, fault: Fault) -> Outcome:
         """Put the fault into a copy, run its tests, take it out again."""
-        started = time.monotonic()
         with self.copy() as folder:
             path = folder / fault.file
             original = path.read_text(encoding="utf-8")
             path.write_text(original.replace(fault.old, fault.new), encoding="utf-8")
             code, last = self.pytest(folder, fault.tests)
             path.write_text(original, encoding="utf-8")
-        return Outcome(fault, "killed" if code else "survived", last, round(time.monotonic() - started, 1))
+        return Outcome(fault, "killed" if code else "survived", last)
 
 
 def execute(command: list[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -128,6 +125,8 @@ def copy_tree(root: Path, folder: Path) -> Path:
 def read_faults(root: Path, room: str) -> list[Fault]:
     """The entries of one room, or of all."""
     paths = sorted((root / "tests" / "mutants").glob("*.yaml" if room == "all" else f"{room}.yaml"))
+    if not paths:
+        raise SystemExit(f"no tests/mutants/{room}.yaml in {root}")
     entries = [(p.stem, entry) for p in paths for entry in yaml.safe_load(p.read_text(encoding="utf-8"))]
     return [Fault(room=stem, **{**entry, "tests": tuple(entry["tests"])}) for stem, entry in entries]
 
