@@ -33,20 +33,41 @@ def test_cross_device_gradient_is_the_one_process_gradient(options: dict, tiny_m
 
 
 def test_run_under_torchrun_equals_one_process_with_the_whole_batch(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Same rows a step, no neg_q for some: with cross-device negatives the losses are those of one big batch."""
+    """Same rows a step: with cross-device negatives the losses are those of one big batch."""
     write_rows(tmp_path / "data" / "rows.jsonl", rows(16))
-    options = {
-        "max_steps": 3, "save_strategy": "steps", "save_steps": 3, "train_group_size": 5, "moe": "intermediate",
-        "num_experts": 2,
-    }  # fmt: skip
-    two = tmp_path / "two"
+    options = {"max_steps": 3, "train_group_size": 5, "moe": "intermediate", "num_experts": 2}
+    two, one = tmp_path / "two", tmp_path / "one"
     run_training(
         train_words(tiny_model_dir, tmp_path / "data", two, negatives_cross_device=True, **options), launcher=TORCHRUN
     )
-    again = tmp_path / "again"  # a second run on the same host must find no port taken
-    run_training(
-        train_words(tiny_model_dir, tmp_path / "data", again, negatives_cross_device=True, **options), launcher=TORCHRUN
-    )
-    first, second = log_lines(two), log_lines(again)
-    assert [line["loss"] for line in first] == [line["loss"] for line in second]
-    assert all(line["grad_norm"] > 0 for line in first)
+    run_training(train_words(tiny_model_dir, tmp_path / "data", one, per_device_train_batch_size=4, **options))
+    for both, alone in zip(log_lines(two), log_lines(one), strict=True):
+        for name in ("loss", "contrastive_loss", "penalty", "grad_norm"):
+            assert both[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_logged_terms_are_means_over_processes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Each process has its own row, and often only one of them a penalty. Weights do not move, so steps compare.
+
+    Also a second start on the same host, which must find no port taken.
+    """
+    records = rows(16)
+    for record in records[::2]:
+        del record["neg_q"]
+    write_rows(tmp_path / "data" / "rows.jsonl", records)
+    options = {"max_steps": 7, "learning_rate": 0.0}
+    two, one = tmp_path / "two", tmp_path / "one"
+    words = train_words(tiny_model_dir, tmp_path / "data", two, per_device_train_batch_size=1, **options)
+    run_training(words, launcher=TORCHRUN)
+    run_training(train_words(tiny_model_dir, tmp_path / "data", one, per_device_train_batch_size=2, **options))
+    plain, penalized = 0, 0
+    for both, alone in zip(log_lines(two), log_lines(one), strict=True):
+        # The penalty knows no other rows of the batch: the same in one process that holds both rows.
+        assert ("penalty" in both) == ("penalty" in alone)
+        if "penalty" in both:
+            assert both["penalty"] == pytest.approx(alone["penalty"], rel=1e-4)
+            penalized += 1
+        else:  # then the contrastive loss is all there is, and the Trainer itself averages the loss
+            assert both["contrastive_loss"] == pytest.approx(both["loss"], rel=1e-4)
+            plain += 1
+    assert plain >= 1 and penalized >= 3
