@@ -32,8 +32,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from FlagEmbedding.retrieval.shards import clear_disk_errors, differences
+from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.identity import differences
 from FlagEmbedding.utils.io import PathLike, atomic_open
 from FlagEmbedding.utils.logging import get_logger
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.collections.corpus import fingerprints, passage_text, read_file
+from FlagEmbedding.collections.corpus import passage_text, read_file
 from FlagEmbedding.mining.common.jobs import json_line
 from FlagEmbedding.retrieval.index import DocIds
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problem, Problems, read_rows
 from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.io import PathLike, atomic_open, sha256_file, write_json_atomic
 
 TEXTS, OFFSETS, DOCID, RECORD = "texts", "offsets", "docid", "passages.json"

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.collections.miracl import read_topics
+from FlagEmbedding.collections.trec import read_qrels, read_topics, relevant
 from FlagEmbedding.mining.common.alignment import text_key, text_keys
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.schema import Problems, TrainRecord, parse_record, read_rows
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import PathLike, open_text
+from FlagEmbedding.utils.io import PathLike
 
 _OURS = ("query", "pos", "neg", "neg_q", "pos_scores", "neg_scores")
 
@@ -88,21 +88,6 @@ def parse_pairs(row: dict[str, Any], path: str, line: int, problems: Problems) -
     return None if record is None else replace(record, neg=[])
 
 
-def read_judgements(path: Path) -> dict[str, list[str]]:
-    """``qid -> docids`` of grade above 0, in file order. Raises ``DataError`` with file and line."""
-    positives: dict[str, list[str]] = {}
-    with open_text(path) as stream:
-        for number, line in enumerate(stream, 1):
-            words = line.split()
-            if not words:
-                continue
-            if len(words) != 4 or not words[3].lstrip("-").isdigit():
-                raise DataError(f"{path}:{number}: expected 'qid Q0 docid grade', found {line.strip()[:60]!r}")
-            if int(words[3]) > 0 and words[2] not in positives.setdefault(words[0], []):
-                positives[words[0]].append(words[2])
-    return positives
-
-
 class JudgedTopics:
     """MIRACL's topics with their relevant passages as items.
 
@@ -113,7 +98,7 @@ class JudgedTopics:
 
     def __init__(self, topics: Path, qrels: Path, store: PassageStore) -> None:
         self._store = store
-        positives = read_judgements(qrels)
+        positives = {qid: relevant(judged) for qid, judged in read_qrels(qrels).items()}
         rows = store.rows_of({docid for docids in positives.values() for docid in docids})
         self._topics: list[tuple[str, str, tuple[int, ...]]] = []
         self.unanswered = self.missing = 0

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from FlagEmbedding.collections import miracl
-from FlagEmbedding.collections.corpus import fingerprints
 from FlagEmbedding.indexing.encoding import WORK, EncodingConfig, build_index
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.arguments import EncoderArguments
@@ -34,9 +33,9 @@ from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.cli import entry_point
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.io import sha256_file
+from FlagEmbedding.utils.identity import fingerprints, model_fingerprint
 from FlagEmbedding.utils.logging import get_logger
-from FlagEmbedding.utils.provenance import model_fingerprint, provenance
+from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
 
@@ -219,7 +218,7 @@ def describe_miner(miner: Miner) -> dict[str, Any]:
         r = miner.retriever
         described |= {
             **{f"encoder {key}": value for key, value in r.encoder.describe().items()},
-            "index": _index_digest(r.index),
+            "index": r.index.checksum(),
             "query_max_length": r.query_length,
             "passage_max_length": r.passage_length,
             "query_instruction": r.query_instruction,
@@ -227,11 +226,6 @@ def describe_miner(miner: Miner) -> dict[str, Any]:
             "batch_size": r.encoder.options.batch_size,
         }
     return described
-
-
-def _index_digest(index: FlatIndex) -> str:
-    files = (index.manifest or {}).get("files", {})
-    return files["index"]["sha256"] if "index" in files else sha256_file(index.path)
 
 
 def _identity(a: MiningArguments, rows: TrainingRows | None, miner: Miner, with_title: bool) -> dict[str, Any]:
