@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -77,3 +78,9 @@ class TokenBatch:
         ids = self.ids.new_full(mask.shape, pad_id)
         ids[mask] = self.ids
         return ids, mask.long()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that mean nothing by themselves (cls, eos, pad, unk), sorted; lexical scores leave them out."""
+    ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return sorted({token for token in ids if isinstance(token, int)})
