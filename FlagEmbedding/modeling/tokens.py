@@ -53,6 +53,14 @@ class TokenBatch:
             padded_length=max((batch.padded_length for batch in batches), default=0),
         )
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
+        """The same on ``device``. (This method is how accelerate places the batches of a data loader.)"""
+        return TokenBatch(self.ids.to(device, non_blocking=non_blocking), self.lengths, self.padded_length)
+
+    def pin_memory(self) -> TokenBatch:
+        """The same in page-locked memory. (This method is how a data loader with ``pin_memory`` does it.)"""
+        return TokenBatch(self.ids.pin_memory(), self.lengths, self.padded_length)
+
     def starts(self) -> list[int]:
         """Where each row begins, and T at the end: ``N + 1`` numbers."""
         ends = [0]
