@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.check_data import main as check_data
-from FlagEmbedding.finetune.dataset import TrainDataConfig, TrainDataset
+from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.schema import Problems, TrainRecord, check_files, read_records
 from FlagEmbedding.utils.errors import DataError
 
@@ -163,7 +164,7 @@ def test_bad_file_is_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pyte
 def test_training_gives_the_same_lines_before_any_model(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", changed(), changed(neg=[], neg_scores=..., neg_q=...))
     with pytest.raises(DataError) as error:
-        TrainDataset([path], TrainDataConfig(cache_path=str(tmp_path / "cache")))
+        TrainDataset(DataArguments([str(path)], cache_path=str(tmp_path / "cache")))
     assert str(error.value) == f"{path}:2: neg is an empty list; {PASSAGES}"
     assert not list((tmp_path / "cache").rglob("*.arrow")), "nothing of a broken file is cached"
 

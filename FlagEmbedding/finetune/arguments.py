@@ -1,185 +1,141 @@
-"""The arguments of ``run.py``, in groups, with every published flag and the right spellings beside them.
+"""The options of ``run.py``, grouped by who reads them, with every published flag and the right spellings beside them.
 
-Five dataclasses: which model and experts, which data, which objective, how it is computed, and Hugging Face's own
-``TrainingArguments`` with three defaults of ours. Contradictions are refused in ``checks.py``.
+``MoEConfig`` and ``EngineConfig`` are the encoder's own (``modeling.options``), ``ObjectiveArguments`` the objective's
+(``losses.objective``); the groups here are the bi-encoder's, the dataset's, and Hugging Face's ``TrainingArguments``
+with some defaults of ours. Each travels whole to its reader. What a group cannot hold is refused where it is made, what
+two groups contradict each other in by ``checks.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from FlagEmbedding.losses.objective import ObjectiveArguments
+from FlagEmbedding.modeling.options import EngineConfig, MoEConfig
+from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-FFN_PART = Literal["intermediate", "output"]
+Pooling = Literal["cls", "mean"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
-    """Which checkpoint is trained, which of its layers become experts, and which parameters train."""
+    """Model: which checkpoint is trained, how its vectors are made, and what is frozen."""
 
-    _argument_group_name: ClassVar[str] = "model and experts"
+    model_name_or_path: str = option(help="Hub id or folder of the model; a MoE checkpoint continues as it is.")
+    config_name: str | None = option(None, "Another configuration than the model's.")
+    tokenizer_name: str | None = option(None, "Another tokenizer than the model's.")
+    cache_dir: str | None = option(None, "Where models from the hub are kept.")
+    fix_position_embedding: bool = switch(False, "Freeze the position embeddings.")
+    fix_encoder: bool = switch(False, "Train the sparse and colbert heads alone.")
+    sentence_pooling_method: Pooling = choice(Pooling, "cls", "Which hidden states become the dense vector.")
+    normalize_embeddings: bool = switch(
+        True,
+        "L2-normalize dense (and colbert) vectors. Published spelling: --normlized.",
+        "--normlized",
+        "--normalized",
+    )
+    colbert_dim: int = option(-1, "Width of the colbert vectors; -1: the hidden size.")
 
-    model_name_or_path: str = field(
-        metadata={"help": "Hub id or folder of the model to train; a MoE checkpoint continues as it is."}
-    )
-    config_name: str | None = field(default=None, metadata={"help": "Another configuration than the model's."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Another tokenizer than the model's."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where models from the hub are kept."})
-    moe: FFN_PART | None = field(
-        default=None,
-        metadata={
-            "help": "Which linear of every feed-forward becomes experts: intermediate (H to I) or output (I to H)."
-        },
-    )
-    only_train: FFN_PART | None = field(
-        default=None, metadata={"help": "Train only encoder.layer.*.{this}.dense.* (experts and router included)."}
-    )
-    num_experts: int = field(default=1, metadata={"help": "Copies of each linear (N)."})
-    num_experts_per_tok: int = field(default=1, metadata={"help": "Experts a token is sent to (k)."})
-    router_gradient: Literal["none", "straight_through"] = field(
-        default="none",
-        metadata={
-            "help": "none: as published (with k = 1 the router gets no gradient at all); straight_through: the same "
-            "forward to the bit, and the gradient of the full softmax reaches the router."
-        },
-    )
-    router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the Switch load balance loss."})
-    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
-    router_jitter: float = field(
-        default=0.0, metadata={"help": "The router's input is multiplied by uniform noise in 1 ± this while training."}
-    )
-    fix_position_embedding: bool = field(default=False, metadata={"help": "Freeze the position embeddings."})
-    fix_encoder: bool = field(default=False, metadata={"help": "Train the sparse and colbert heads alone."})
-    sentence_pooling_method: Literal["cls", "mean"] = field(
-        default="cls", metadata={"help": "Which hidden states become the dense vector."}
-    )
-    normalize_embeddings: bool = field(
-        default=True,
-        metadata={
-            "aliases": ["--normlized", "--normalized"],
-            "help": "L2-normalise dense (and colbert) vectors. Published spelling: --normlized.",
-        },
-    )
-    colbert_dim: int = field(default=-1, metadata={"help": "Width of the colbert vectors; -1: the hidden size."})
+    def __post_init__(self) -> None:
+        if self.colbert_dim == 0 or self.colbert_dim < -1:
+            raise UsageError(f"--colbert_dim must be -1 (the hidden size) or at least 1, got {self.colbert_dim}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
-    """Which rows are trained on and how they become batches."""
+    """Training data: which rows are trained on and how they become batches."""
 
-    _argument_group_name: ClassVar[str] = "training data"
-
-    train_data: list[str] = field(metadata={"help": "One or more folders of .json/.jsonl files, or such files."})
-    knowledge_distillation: bool = field(
-        default=False, metadata={"help": "Use pos_scores and neg_scores of the rows as the teacher."}
+    train_data: list[str] = option(help="One or more folders of .json/.jsonl files, or such files.")
+    knowledge_distillation: bool = switch(False, "Use pos_scores and neg_scores of the rows as the teacher.")
+    cache_path: str | None = option(None, "Where the prepared rows are kept.")
+    train_group_size: int = option(8, "Passages per query: 1 positive, the rest negatives.")
+    query_max_len: int = option(32, "Tokens of a query; longer ones are cut.")
+    passage_max_len: int = option(128, "Tokens of a passage or neg_q; longer ones are cut.")
+    max_example_num_per_dataset: int | None = option(None, "Sample at most this many rows of each file.")
+    query_instruction_for_retrieval: str | None = option(None, "Text put before queries.")
+    passage_instruction_for_retrieval: str | None = option(None, "Text put before passages.")
+    same_task_within_batch: bool = switch(False, "Draw each batch from one file.")
+    shuffle_ratio: float = option(
+        0.0, "Chance that a passage of over 100 characters is cut into 3 chunks that are shuffled."
     )
-    cache_path: str | None = field(default=None, metadata={"help": "Where the prepared rows are kept."})
-    train_group_size: int = field(default=8, metadata={"help": "Passages a query: 1 positive, the rest negatives."})
-    query_max_len: int = field(default=32, metadata={"help": "Tokens of a query; longer ones are cut."})
-    passage_max_len: int = field(default=128, metadata={"help": "Tokens of a passage or neg_q; longer ones are cut."})
-    max_example_num_per_dataset: int | None = field(
-        default=None, metadata={"help": "Sample at most this many rows of each file."}
-    )
-    query_instruction_for_retrieval: str | None = field(default=None, metadata={"help": "Text put before queries."})
-    passage_instruction_for_retrieval: str | None = field(default=None, metadata={"help": "Text put before passages."})
-    same_task_within_batch: bool = field(default=False, metadata={"help": "Draw each batch from one file."})
-    shuffle_ratio: float = field(
-        default=0.0,
-        metadata={"help": "Chance that a passage of over 100 characters is cut into 3 chunks that are shuffled."},
-    )
-    small_threshold: int = field(
-        default=0, metadata={"help": "Files of fewer rows than this are merged, folder by folder."}
-    )
-    drop_threshold: int = field(default=0, metadata={"help": "A merged set of fewer rows than this is dropped."})
-    batch_size_by_length: bool = field(
-        default=False,
-        metadata={
-            "help": "For files named …len-0-500.jsonl to …len-7000-inf.jsonl and group size 8 or 1: take the batch "
-            "size from upstream's table for 80 GB cards. Upstream did this silently; here only when asked."
-        },
-    )
-    refresh_negatives_every_n_epochs: int = field(
-        default=0, metadata={"help": "Mine negatives again with the current weights every N epochs (ANCE); 0: never."}
-    )
-    refresh_corpus: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Where they come from: JSON lines with text; default: the passages of the training rows."},
-    )
-    refresh_range_for_sampling: str = field(
-        default="10-210", metadata={"help": "Which ranks, as in mining: A-B are places A+1 to B of the search."}
-    )
-    refresh_relative_margin: float | None = field(
-        default=None, metadata={"help": "Leave out what scores above the positive's score less this share of it."}
+    small_threshold: int = option(0, "Files of fewer rows than this are merged, folder by folder.")
+    drop_threshold: int = option(0, "A merged set of fewer rows than this is dropped.")
+    batch_size_by_length: bool = switch(
+        False,
+        "For files named …len-0-500.jsonl to …len-7000-inf.jsonl and group size 8 or 1: take the batch size from "
+        "upstream's table for 80 GB cards. Upstream did this silently; here only when asked.",
     )
 
-
-@dataclass
-class LossArguments:
-    """What is minimised."""
-
-    _argument_group_name: ClassVar[str] = "objective"
-
-    penalty_weight: float = field(
-        default=0.1,
-        metadata={"help": "λ of the contrastive learning penalty: loss × (1 − λ) + λ × penalty. 0 switches it off."},
-    )
-    temperature: float = field(default=0.02, metadata={"help": "τ; 1 when embeddings are not normalised."})
-    negatives_cross_device: bool = field(
-        default=False, metadata={"help": "Passages of all processes serve as in-batch negatives."}
-    )
-    unified_finetuning: bool = field(
-        default=False, metadata={"help": "Train dense, sparse and colbert representations together."}
-    )
-    use_self_distill: bool = field(
-        default=False, metadata={"help": "With unified fine-tuning: their sum teaches each of the three."}
-    )
-    self_distill_start_step: int = field(
-        default=-1, metadata={"help": "Forward passes (not optimiser steps) after which self-distillation counts."}
-    )
+    def __post_init__(self) -> None:
+        for name in ("train_group_size", "query_max_len", "passage_max_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_example_num_per_dataset is not None and self.max_example_num_per_dataset < 1:
+            raise UsageError(
+                f"--max_example_num_per_dataset must be at least 1, got {self.max_example_num_per_dataset}"
+            )
+        if not 0 <= self.shuffle_ratio <= 1:
+            raise UsageError(f"--shuffle_ratio is a chance in [0, 1], got {self.shuffle_ratio}")
+        if self.knowledge_distillation and self.train_group_size == 1:
+            raise UsageError(
+                "--knowledge_distillation with --train_group_size 1 leaves the teacher nothing to rank: raise the size"
+            )
+        if self.batch_size_by_length and self.train_group_size not in (1, 8):
+            raise UsageError(
+                f"--batch_size_by_length has a table for --train_group_size 8 and 1 only, got {self.train_group_size}"
+            )
+        if self.batch_size_by_length and not self.same_task_within_batch:
+            raise UsageError("--batch_size_by_length goes by file, so it needs --same_task_within_batch True")
 
 
-@dataclass
-class EngineArguments:
-    """How the encoder is computed; the loss does not depend on it."""
+@dataclass(frozen=True)
+class RefreshArguments:
+    """Negatives mined again while training."""
 
-    _argument_group_name: ClassVar[str] = "engine"
+    refresh_negatives_every_n_epochs: int = option(
+        0, "Mine negatives again with the current weights every N epochs (ANCE); 0: never."
+    )
+    refresh_corpus: list[str] = option(
+        [], "Where they come from: JSON lines with text; default: the passages of the training rows."
+    )
+    refresh_range_for_sampling: str = option(
+        "10-210", "Which ranks, as in mining: A-B are places A+1 to B of the search."
+    )
+    refresh_relative_margin: float | None = option(
+        None, "Leave out what scores above the positive's score less this share of it."
+    )
 
-    engine: Literal["packed", "padded"] = field(
-        default="packed", metadata={"help": "packed computes no padding; padded is the plain reference path."}
-    )
-    slab_tokens: int = field(
-        default=2048, metadata={"help": "Packed engine: at most this many tokens at a time; 0: the batch as one."}
-    )
-    grad_cache: bool = field(
-        default=False,
-        metadata={
-            "help": "Gradient caching: keep one slab's activations at a time and compute each slab twice, so that "
-            "memory does not grow with the batch (same gradients)."
-        },
-    )
-    enable_sub_batch: bool = field(
-        default=True, metadata={"help": "Padded engine: encode in slices chosen by length, as published."}
-    )
+    def __post_init__(self) -> None:
+        every, given = self.refresh_negatives_every_n_epochs, "--refresh_negatives_every_n_epochs"
+        if every < 0:
+            raise UsageError(f"{given} must be 0 (never) or more, got {every}")
+        if every == 0:
+            untouched = {name: f.default for name, f in type(self).__dataclass_fields__.items()} | {
+                "refresh_corpus": []
+            }
+            for name, value in vars(self).items():
+                if value != untouched[name]:
+                    raise UsageError(f"--{name} has no effect without {given}")
+        if (self.refresh_relative_margin or 0.0) < 0:
+            raise UsageError(f"--refresh_relative_margin must not be negative, got {self.refresh_relative_margin}")
 
 
 @dataclass
 class RetrieverTrainingArguments(TrainingArguments):
-    """Hugging Face's training arguments; see their documentation for the rest.
+    """Hugging Face TrainingArguments; see their documentation for the rest.
 
     Changed defaults: rows keep all their columns, a non-finite loss stops the run instead of being averaged away, and
     DDP does not search for unused parameters.
     """
-
-    _argument_group_name: ClassVar[str] = "Hugging Face TrainingArguments"
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collator needs every key."})
     logging_nan_inf_filter: bool = field(
@@ -205,6 +161,10 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.warmup_steps = self.warmup_ratio
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other: give one of them")
+        if self.per_device_train_batch_size < 1:
+            raise UsageError(
+                f"--per_device_train_batch_size must be at least 1, got {self.per_device_train_batch_size}"
+            )
         # Without any accelerator say so to the Trainer: it refuses bf16 otherwise.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.fp16 and self.use_cpu:
@@ -217,7 +177,48 @@ class RetrieverTrainingArguments(TrainingArguments):
                 "--bf16: this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
             )
         super().__post_init__()
-        for name in self.report_to or []:
-            if name not in INTEGRATION_TO_CALLBACK:
-                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-                raise UsageError(f"--report_to {name}: expected none, all or one of {known}")
+        if self.report_to:
+            _check_reporters(self.report_to)
+
+    @property
+    def sampling_seed(self) -> int:
+        """What rows and batches are drawn by: ``data_seed``, or the seed of everything else."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def sharded(self) -> bool:
+        """True when FSDP or DeepSpeed divides the model."""
+        return bool(self.fsdp or self.deepspeed)
+
+    @property
+    def dtype_name(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What the model computes in."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+def _check_reporters(names: str | list[str]) -> None:
+    # Imported here: it takes seconds, and the default is no reporter.
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [names] if isinstance(names, str) else names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UsageError(f"--report_to {name}: expected none, all or one of {known}")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All groups of ``run.py``, in the order of ``--help``."""
+
+    model: ModelArguments
+    experts: MoEConfig
+    data: DataArguments
+    objective: ObjectiveArguments
+    engine: EngineConfig
+    refresh: RefreshArguments
+    training: RetrieverTrainingArguments
+
+    def record(self) -> dict[str, Any]:
+        """Everything the command line said, as JSON values; no tokens or keys."""
+        groups = {name: asdict(group) for name, group in vars(self).items() if name != "training"}
+        return {**groups, "training": self.training.to_sanitized_dict()}

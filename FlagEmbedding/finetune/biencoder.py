@@ -1,4 +1,4 @@
-"""BGEM3Model: one encoder for queries, passages and the negatives' own queries, and the objective over them.
+"""BiEncoder: one encoder for queries, passages and the negatives' own queries, and the objective over them.
 
 One ``forward`` encodes every role, so that distributed hooks fire once a step; the encoding itself (packed or padded
 engine, gradient caching) is ``modeling.encoder``'s, and every loss is a pure function of ``losses``.
@@ -10,25 +10,32 @@ K negative queries, D dimensions. With ``negatives_cross_device`` all of them ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import ModelOutput
 
+from FlagEmbedding.finetune.arguments import ModelArguments, Pooling
 from FlagEmbedding.finetune.gather import gather_owners, gather_representations
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
-from FlagEmbedding.losses.objective import retrieval_objective
-from FlagEmbedding.losses.penalty import apply_penalty, clp_penalty
-from FlagEmbedding.losses.router import load_balance_loss, z_loss
+from FlagEmbedding.losses.objective import (
+    ObjectiveArguments,
+    Terms,
+    add_penalty,
+    add_router_losses,
+    retrieval_objective,
+)
+from FlagEmbedding.losses.penalty import clp_penalty
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
-from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
+from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
-from FlagEmbedding.modeling.moe import MoEConfig, Routing, record_routing
-from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.modeling.moe import Routing, record_routing
+from FlagEmbedding.modeling.options import EngineConfig, FfnPart, MoEConfig, RouterGradient
+from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.distributed import all_gather_rows, world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hub import resolve_folder
@@ -36,7 +43,8 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-Features = Mapping[str, Tensor]
+# One role's sequences: flat as the collator hands them over, or padded as published.
+Features = TokenBatch | Mapping[str, Tensor]
 
 
 @dataclass
@@ -59,26 +67,15 @@ class EncoderOutput(ModelOutput):
     routing: list[list[Routing]] | None = None
 
 
-class BGEM3Model(M3Encoder):
-    """The model that ``run.py`` trains. Constructor keywords and ``forward`` are the published ones.
+class BiEncoder(M3Encoder):
+    """The model that is trained.
 
     Args:
-        model_name: hub id or folder; a MoE checkpoint describes itself.
-        normlized: L2-normalise dense and colbert vectors (published spelling); False sets the temperature to 1.
-        sentence_pooling_method: ``cls`` or ``mean``.
-        negatives_cross_device: compute the loss over all processes' batches.
-        temperature: τ.
-        enable_sub_batch: padded engine only: slices chosen by length.
-        unified_finetuning: dense, sparse and colbert together.
-        use_self_distill: with unified fine-tuning, their sum teaches each.
-        colbert_dim: width of colbert vectors; -1 is the hidden size.
-        self_distill_start_step: forwards after which self-distillation counts.
-        moe, only_train, num_experts, num_experts_per_tok: see ``modeling.moe.MoEConfig``.
-        config: another configuration than the checkpoint's.
-        penalty_weight: λ of the contrastive learning penalty.
-        router_*: gradient, noise and auxiliary losses of the router.
+        model: which checkpoint, how its vectors are made, what is frozen.
+        experts: which layers become experts, what trains alone, how the router learns.
+        objective: what is minimized. Without normalized vectors the temperature is 1.
         engine: how the encoder is computed.
-        fix_encoder, fix_position_embedding: freeze these.
+        config: another configuration than ``model`` names.
 
     Raises:
         UsageError: options that contradict each other or the checkpoint.
@@ -89,77 +86,34 @@ class BGEM3Model(M3Encoder):
 
     def __init__(
         self,
-        model_name: str,
-        normlized: bool = True,
-        sentence_pooling_method: str = "cls",
-        negatives_cross_device: bool = False,
-        temperature: float = 1.0,
-        enable_sub_batch: bool = True,
-        unified_finetuning: bool = True,
-        use_self_distill: bool = False,
-        colbert_dim: int = -1,
-        self_distill_start_step: int = -1,
-        moe: str | None = None,
-        only_train: str | None = None,
-        num_experts: int = 1,
-        num_experts_per_tok: int = 1,
-        config: Any = None,
-        *,
-        penalty_weight: float = 0.1,
-        router_gradient: str = "none",
-        router_aux_loss_coef: float = 0.0,
-        router_z_loss_coef: float = 0.0,
-        router_jitter: float = 0.0,
+        model: ModelArguments,
+        experts: MoEConfig,
+        objective: ObjectiveArguments,
         engine: EngineConfig | None = None,
-        fix_encoder: bool = False,
-        fix_position_embedding: bool = False,
-        tokenizer_name: str | None = None,
-        cache_dir: str | None = None,
+        config: PreTrainedConfig | None = None,
     ) -> None:
-        experts = MoEConfig(
-            moe=moe,
-            only_train=only_train,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            router_gradient=router_gradient,
-            router_jitter=router_jitter,
-        )
-        backbone = load_backbone(model_name, moe=experts, config=config, cache_dir=cache_dir)
+        source, cache = model.model_name_or_path, model.cache_dir
+        backbone = load_backbone(source, moe=experts, config=config or model.config_name, cache_dir=cache)
         colbert_linear = sparse_linear = None
-        if unified_finetuning:
-            folder = resolve_folder(model_name, cache_dir=cache_dir)
-            colbert_linear, sparse_linear, found = load_heads(folder, backbone.config.hidden_size, colbert_dim)
-            logger.info("sparse and colbert heads: %s", f"from {model_name}" if found else "new, to be trained")
+        if objective.unified_finetuning:
+            folder = resolve_folder(source, cache_dir=cache)
+            colbert_linear, sparse_linear, found = load_heads(folder, backbone.config.hidden_size, model.colbert_dim)
+            logger.info("sparse and colbert heads: %s", f"from {source}" if found else "new, to be trained")
         super().__init__(
             backbone,
             colbert_linear=colbert_linear,
             sparse_linear=sparse_linear,
-            pooling=sentence_pooling_method,
-            normalize=normlized,
+            pooling=model.sentence_pooling_method,
+            normalize=model.normalize_embeddings,
             engine=engine,
-            enable_sub_batch=enable_sub_batch,
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name, cache_dir=cache_dir)
-        self.negatives_cross_device = negatives_cross_device
-        self.temperature = temperature if normlized else 1.0
-        self.unified_finetuning = unified_finetuning
-        self.use_self_distill = use_self_distill and unified_finetuning
-        self.self_distill_start_step = self_distill_start_step
-        self.penalty_weight = penalty_weight
-        self.router_aux_loss_coef = router_aux_loss_coef
-        self.router_z_loss_coef = router_z_loss_coef
-        self.all_rows = router_aux_loss_coef > 0 or router_z_loss_coef > 0
+        self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_name or source, cache_dir=cache)
+        self.skip_ids = special_ids(self.tokenizer)
+        self.objective = objective
+        self.temperature = objective.temperature if model.normalize_embeddings else 1.0
+        self.all_rows = objective.has_router_loss
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
-        select_trainable(self, only_train, fix_encoder=fix_encoder, fix_position_embedding=fix_position_embedding)
-
-    # The published names of two attributes.
-    @property
-    def normlized(self) -> bool:
-        return self.normalize
-
-    @property
-    def sentence_pooling_method(self) -> str:
-        return self.pooling
+        select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -180,22 +134,24 @@ class BGEM3Model(M3Encoder):
         query: Features | None = None,
         passage: Features | None = None,
         teacher_scores: Tensor | None = None,
-        bi_directions: Any = None,
         neg_q: Features | None = None,
+        owner: Tensor | None = None,
     ) -> EncoderOutput:
         """Encode the roles that are given and, with queries and passages, compute the objective.
 
         Args:
-            query: ``input_ids`` and ``attention_mask``, ``[B, Lq]``.
-            passage: the same, ``[B·G, Lp]``, every query's positive first, then its negatives.
+            query: B sequences, flat; or as published ``input_ids`` and ``attention_mask``, ``[B, Lq]``.
+            passage: the same, B·G of them, every query's positive first, then its negatives.
             teacher_scores: ``[B, G]`` for knowledge distillation, or None.
-            bi_directions: accepted as published; nothing depends on it there either.
-            neg_q: ``input_ids`` and ``attention_mask``, ``[K, Ln]``, and ``owner`` ``[K]``: the passage row that
-                each answers. Without ``owner``, K must be B·(G − 1), one for every negative in order.
+            neg_q: K queries that negatives answer.
+            owner: ``[K]`` int64, the passage that each answers (may also be ``neg_q["owner"]``). Without it K must be
+                B·(G − 1), one for every negative in order.
         """
-        roles = {"query": query, "passage": passage, "neg_q": neg_q if self.penalty_weight > 0 else None}
-        batches = {name: TokenBatch.from_padded(features) for name, features in roles.items() if features is not None}
-        full = {"dense", "sparse", "colbert"} if self.unified_finetuning else {"dense"}
+        if isinstance(neg_q, Mapping) and owner is None:
+            owner = neg_q.get("owner")
+        roles = {"query": query, "passage": passage, "neg_q": neg_q if self.objective.penalty_weight > 0 else None}
+        batches = {name: _flat(features) for name, features in roles.items() if features is not None}
+        full = {"dense", "sparse", "colbert"} if self.objective.unified_finetuning else {"dense"}
         wants = [{"dense"} if name == "neg_q" else full for name in batches]
         with record_routing(self.model) as tape:
             encoded = dict(zip(batches, self.encode(list(batches.values()), wants), strict=True))
@@ -206,70 +162,62 @@ class BGEM3Model(M3Encoder):
         if query is None or passage is None:
             return output
 
-        owner = None if neg_q is None or "neg_q" not in encoded else self._owners(neg_q, encoded)
-        output.scores, output.terms = self._objective(encoded, teacher_scores, owner)
-        output.loss = output.terms["loss"]
+        owner = self._owners(owner, encoded) if "neg_q" in encoded else None
+        output.scores, terms = self._objective(encoded, teacher_scores, owner)
         if tape.layers:
-            output.loss = self._add_router_terms(output.loss, output.terms, tape.layers)
+            layers = [(_cat(calls, "logits"), _cat(calls, "experts")) for calls in tape.layers]
+            terms = add_router_losses(terms, layers, self.objective)
+        output.terms, output.loss = terms, terms["loss"]
         if self.training:
             self.step += 1
         return output
 
-    def _owners(self, neg_q: Features, encoded: dict[str, Representations]) -> Tensor:
-        if "owner" in neg_q:
-            return neg_q["owner"]
-        rows, queries = _dense(encoded["passage"]).shape[0], _dense(encoded["query"]).shape[0]
-        expected = rows - queries
+    def _owners(self, owner: Tensor | None, encoded: dict[str, Representations]) -> Tensor:
+        if owner is not None:
+            return owner
+        passages, queries = _dense(encoded["passage"]).shape[0], _dense(encoded["query"]).shape[0]
         given = _dense(encoded["neg_q"]).shape[0]
-        if given != expected:
-            raise UsageError(f"neg_q without 'owner' needs one row for each of the {expected} negatives, got {given}")
-        group = rows // queries
-        return torch.tensor([i for i in range(rows) if i % group], device=_dense(encoded["passage"]).device)
+        if given != passages - queries:
+            raise UsageError(
+                f"neg_q without 'owner' needs one query for each of the {passages - queries} negatives, got {given}"
+            )
+        group = passages // queries
+        return torch.tensor([i for i in range(passages) if i % group], device=_dense(encoded["passage"]).device)
 
     def _objective(
         self, encoded: dict[str, Representations], teacher_scores: Tensor | None, owner: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The retrieval objective and the penalty: dense scores and the named terms, ``loss`` their sum."""
-        queries, passages, negative_queries = encoded["query"], encoded["passage"], encoded.get("neg_q")
-        if self.negatives_cross_device and world_size() > 1:
-            if self.penalty_weight > 0:
-                # A process without any neg_q still takes part in the gathering, with no rows.
-                reference = _dense(passages)
-                owner = gather_owners(owner, _dense(passages).shape[0], reference.device)
-                rows = reference[:0] if negative_queries is None else _dense(negative_queries)
-                negative_reps: Tensor | None = all_gather_rows(rows)
-            else:
-                negative_reps = None
+    ) -> tuple[Tensor, Terms]:
+        """The retrieval objective and the penalty: dense scores and the named terms."""
+        queries, passages = encoded["query"], encoded["passage"]
+        negative_reps = _dense(encoded["neg_q"]) if "neg_q" in encoded else None
+        if self.objective.negatives_cross_device and world_size() > 1:
+            if self.objective.penalty_weight > 0:
+                # A process without any neg_q still takes part in the gathering, with no vectors.
+                own = _dense(passages)
+                owner = gather_owners(owner, own.shape[0], own.device)
+                negative_reps = all_gather_rows(own[:0] if negative_reps is None else negative_reps)
             queries, passages = gather_representations(queries), gather_representations(passages)
             teacher_scores = None if teacher_scores is None else all_gather_rows(teacher_scores)
-        else:
-            negative_reps = None if negative_queries is None else _dense(negative_queries)
 
         q_reps, p_reps = _dense(queries), _dense(passages)
-        group_size = p_reps.shape[0] // q_reps.shape[0]
         dense = dense_scores(q_reps, p_reps, self.temperature)
         sparse = colbert = None
-        if self.unified_finetuning:
+        if self.objective.unified_finetuning:
             sparse, colbert = self._sparse_scores(queries, passages), self._colbert_scores(queries, passages)
+        distill = self.objective.use_self_distill and self.step > self.objective.self_distill_start_step
         terms = retrieval_objective(
             dense,
             sparse,
             colbert,
-            group_size=group_size,
+            group_size=p_reps.shape[0] // q_reps.shape[0],
             teacher_targets=None if teacher_scores is None else torch.softmax(teacher_scores, dim=-1),
-            self_distill=self.use_self_distill and self.step > self.self_distill_start_step,
+            self_distill=distill,
         )
-        loss = terms.pop("total")
-        terms = {name if name != "contrastive" else "contrastive_loss": value for name, value in terms.items()}
         if negative_reps is not None and owner is not None and len(owner):
-            terms["penalty"] = clp_penalty(p_reps, negative_reps, owner)
-            loss = apply_penalty(loss, terms["penalty"], self.penalty_weight)
-        terms["loss"] = loss
+            terms = add_penalty(terms, clp_penalty(p_reps, negative_reps, owner), self.objective.penalty_weight)
         return dense, terms
 
     def _sparse_scores(self, queries: Representations, passages: Representations) -> Tensor:
-        tokenizer = self.tokenizer
-        skipped = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
         return sparse_scores(
             queries.tokens.ids,
             _present(queries.token_weights),
@@ -277,7 +225,7 @@ class BGEM3Model(M3Encoder):
             passages.tokens.ids,
             _present(passages.token_weights),
             passages.tokens.lengths,
-            sorted(token for token in skipped if token is not None),
+            self.skip_ids,
             self.temperature,
         )
 
@@ -286,34 +234,105 @@ class BGEM3Model(M3Encoder):
         p_vectors, _ = passages.colbert_padded()
         return colbert_scores(q_vectors, q_mask, p_vectors, self.temperature)
 
-    def _add_router_terms(self, loss: Tensor, terms: dict[str, Tensor], layers: list[list[Routing]]) -> Tensor:
-        """Balance and z-loss, averaged over layers; logged unscaled and scaled, added only where weighted."""
-        logits = [torch.cat([routing.logits for routing in calls]) for calls in layers]
-        experts = [torch.cat([routing.experts for routing in calls]) for calls in layers]
-        parts = (
-            (
-                "router_aux_loss",
-                self.router_aux_loss_coef,
-                [load_balance_loss(*x) for x in zip(logits, experts, strict=True)],
-            ),
-            ("router_z_loss", self.router_z_loss_coef, [z_loss(x) for x in logits]),
-        )
-        for name, weight, per_layer in parts:
-            terms[name] = torch.stack(per_layer).mean()
-            if weight > 0:
-                terms[f"{name}_scaled"] = weight * terms[name]
-                loss = loss + terms[f"{name}_scaled"]
-        terms["loss"] = loss
-        return loss
-
     @property
     def has_experts(self) -> bool:
         """True for a mixture of experts, whether made here or loaded."""
         return bool(moe_layers(self.model))
 
+    @property
+    def num_experts_per_tok(self) -> int | None:
+        """Experts a token is sent to; None for a dense model."""
+        return int(self.model.config.num_experts_per_tok) if self.has_experts else None
+
     def save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the checkpoint: backbone, heads, tokenizer and what other libraries need to load it."""
         save_checkpoint(self, Path(output_dir), tokenizer=self.tokenizer, state_dict=state_dict)
+
+
+class BGEM3Model(BiEncoder):
+    """``BiEncoder`` under the published constructor keywords; each is explained in the group it belongs to.
+
+    Args:
+        model_name, config, tokenizer_name, cache_dir, normlized, sentence_pooling_method, colbert_dim, fix_encoder,
+            fix_position_embedding: see ``ModelArguments`` (``normlized`` is the published spelling).
+        moe, only_train, num_experts, num_experts_per_tok, router_gradient, router_jitter: see ``MoEConfig``.
+        temperature, penalty_weight, negatives_cross_device, unified_finetuning, use_self_distill,
+            self_distill_start_step, router_aux_loss_coef, router_z_loss_coef: see ``ObjectiveArguments``.
+        engine: see ``EngineConfig``; ``enable_sub_batch`` False takes effect whatever ``engine`` says.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        normlized: bool = True,
+        sentence_pooling_method: Pooling = "cls",
+        negatives_cross_device: bool = False,
+        temperature: float = 1.0,
+        enable_sub_batch: bool = True,
+        unified_finetuning: bool = True,
+        use_self_distill: bool = False,
+        colbert_dim: int = -1,
+        self_distill_start_step: int = -1,
+        moe: FfnPart | None = None,
+        only_train: FfnPart | None = None,
+        num_experts: int = 1,
+        num_experts_per_tok: int = 1,
+        config: PreTrainedConfig | str | None = None,
+        *,
+        penalty_weight: float = 0.1,
+        router_gradient: RouterGradient = "none",
+        router_aux_loss_coef: float = 0.0,
+        router_z_loss_coef: float = 0.0,
+        router_jitter: float = 0.0,
+        engine: EngineConfig | None = None,
+        fix_encoder: bool = False,
+        fix_position_embedding: bool = False,
+        tokenizer_name: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        given = config if isinstance(config, PreTrainedConfig) else None
+        model = ModelArguments(
+            model_name_or_path=model_name,
+            config_name=None if given is not None else config,  # type: ignore[arg-type]
+            tokenizer_name=tokenizer_name,
+            cache_dir=cache_dir,
+            fix_position_embedding=fix_position_embedding,
+            fix_encoder=fix_encoder,
+            sentence_pooling_method=sentence_pooling_method,
+            normalize_embeddings=normlized,
+            colbert_dim=colbert_dim,
+        )
+        experts = MoEConfig(moe, only_train, num_experts, num_experts_per_tok, router_gradient, router_jitter)
+        objective = ObjectiveArguments(
+            penalty_weight=penalty_weight,
+            temperature=temperature,
+            negatives_cross_device=negatives_cross_device,
+            unified_finetuning=unified_finetuning,
+            use_self_distill=use_self_distill and unified_finetuning,
+            self_distill_start_step=self_distill_start_step,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_z_loss_coef=router_z_loss_coef,
+        )
+        engine = engine or EngineConfig()
+        engine = replace(engine, enable_sub_batch=engine.enable_sub_batch and enable_sub_batch)
+        super().__init__(model, experts, objective, engine, given)
+
+    # The published names of two attributes.
+    @property
+    def normlized(self) -> bool:
+        return self.normalize
+
+    @property
+    def sentence_pooling_method(self) -> str:
+        return self.pooling
+
+
+def _flat(features: Features) -> TokenBatch:
+    return features if isinstance(features, TokenBatch) else TokenBatch.from_padded(features)
+
+
+def _cat(calls: list[Routing], part: str) -> Tensor:
+    return torch.cat([getattr(call, part) for call in calls])
 
 
 def _dense(representations: Representations) -> Tensor:

@@ -1,16 +1,18 @@
-"""Turns drawn rows into padded tensors: two calls of the tokenizer a batch, one for queries, one for the rest."""
+"""Turns drawn rows into flat token batches: two calls of the tokenizer per batch, one for queries, one for the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.dataset import TrainExample
+from FlagEmbedding.modeling.tokens import TokenBatch
 
 
 @dataclass
@@ -21,40 +23,35 @@ class TrainCollator:
 
     Args:
         tokenizer: of the model.
-        query_max_len: tokens of a query, special tokens included; longer ones are cut.
-        passage_max_len: the same for passages and for the queries of negatives.
-        with_neg_q: False leaves ``neg_q`` out (where the penalty is off, tokenising it is for nothing).
+        options: ``query_max_len`` tokens of a query, special tokens included, ``passage_max_len`` of a passage and of a
+            negative's query; longer ones are cut.
+        with_neg_q: False leaves ``neg_q`` out (where the penalty is off, tokenizing it is for nothing).
     """
 
     tokenizer: PreTrainedTokenizerBase
-    query_max_len: int = 32
-    passage_max_len: int = 128
+    options: DataArguments
     with_neg_q: bool = True
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
         """A batch.
 
         Returns:
-            ``query``: ``input_ids`` and ``attention_mask``, int64 ``[B, Lq]``;
-            ``passage``: the same, ``[B·G, Lp]``;
+            ``query``: B sequences; ``passage``: B·G sequences;
             ``teacher_scores``: float32 ``[B, G]``, or None;
-            ``neg_q``: ``input_ids`` and ``attention_mask`` ``[K, Ln]`` and ``owner`` int64 ``[K]``, the passage row
-            (i·G + j) that each answers, or None when the batch has none (a negative may have 0 to n);
-            ``bi_directions``: True for a batch of a parallel corpus, as published;
+            ``neg_q``: K sequences and ``owner``: int64 ``[K]``, the passage (i·G + j) that each answers, both None when
+            the batch has none (a negative may have 0 to n);
             ``rows``: ``file:line`` of each query, for messages.
         """
         passages = [text for example in examples for text in example.passages]
         questions, owner = self._negative_queries(examples)
-        encoded = self._encode(passages + questions, self.passage_max_len)
-        neg_q = None
-        if questions:
-            neg_q = {**self._pad(encoded[len(passages) :]), "owner": torch.tensor(owner, dtype=torch.int64)}
+        encoded = self._encode(passages + questions, self.options.passage_max_len)
+        queries = self._encode([example.query for example in examples], self.options.query_max_len)
         return {
-            "query": self._pad(self._encode([example.query for example in examples], self.query_max_len)),
-            "passage": self._pad(encoded[: len(passages)]),
+            "query": TokenBatch.from_lists(queries),
+            "passage": TokenBatch.from_lists(encoded[: len(passages)]),
             "teacher_scores": _teacher_scores(examples),
-            "neg_q": neg_q,
-            "bi_directions": all(example.parallel for example in examples),
+            "neg_q": TokenBatch.from_lists(encoded[len(passages) :]) if questions else None,
+            "owner": torch.tensor(owner, dtype=torch.int64) if questions else None,
             "rows": [example.row for example in examples],
         }
 
@@ -69,22 +66,10 @@ class TrainCollator:
         return texts, owner
 
     def _encode(self, texts: list[str], max_length: int) -> list[list[int]]:
-        return self.tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-
-    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        encoded = self.tokenizer(
+            texts, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
+        )
+        return cast(list[list[int]], encoded["input_ids"])
 
 
 def _teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:

@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.store import StoredFile, cache_folder, record_of, report_missing_scores, store_file
 from FlagEmbedding.finetune.tasks import Task, make_tasks
 from FlagEmbedding.schema import DataFile, Problems, TrainRecord, find_files
-from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import PathLike
 from FlagEmbedding.utils.logging import get_logger
 
@@ -37,24 +38,6 @@ logger = get_logger(__name__)
 Key = tuple[int, int]
 
 SHUFFLED_FROM = 100  # a passage of at most this many characters is never cut
-
-
-@dataclass(frozen=True)
-class TrainDataConfig:
-    """Which rows are used and what is drawn from each; the names are ``run.py``'s, and explained there."""
-
-    train_group_size: int = 8
-    seed: int = 42
-    knowledge_distillation: bool = False
-    same_task_within_batch: bool = False
-    max_example_num_per_dataset: int | None = None
-    small_threshold: int = 0
-    drop_threshold: int = 0
-    batch_size_by_length: bool = False
-    shuffle_ratio: float = 0.0
-    query_instruction_for_retrieval: str | None = None
-    passage_instruction_for_retrieval: str | None = None
-    cache_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,6 @@ class TrainExample:
         neg_q: for each of the G − 1 negatives the queries it answers (0 to n, without instruction), or None.
         teacher_scores: G scores in the order of ``passages``, or None.
         row: ``file:line``.
-        parallel: the row comes from a parallel corpus (a folder named ``parallel_…``).
     """
 
     query: str
@@ -75,15 +57,14 @@ class TrainExample:
     neg_q: list[list[str]] | None
     teacher_scores: list[float] | None
     row: str
-    parallel: bool
 
 
 class TrainDataset(Dataset[TrainExample]):
-    """All rows that ``train_data`` names, checked, on disk, drawn by key.
+    """All rows that ``--train_data`` names, checked, on disk, drawn by key.
 
     Args:
-        train_data: folders (their .json and .jsonl files) and files.
-        config: what to draw.
+        options: which rows, and what is drawn from each.
+        seed: of what is drawn.
 
     Attributes:
         tasks: the sets that batches are drawn from; a sampler's affair.
@@ -95,18 +76,15 @@ class TrainDataset(Dataset[TrainExample]):
         UsageError: options that do not fit together.
     """
 
-    def __init__(self, train_data: Sequence[PathLike], config: TrainDataConfig | None = None) -> None:
-        self.config = config or TrainDataConfig()
+    def __init__(self, options: DataArguments, seed: int = 42) -> None:
+        self.options, self.seed = options, seed
         self.epoch = 0
-        _check(self.config)
-        self.files = _open_files(train_data, self.config)
+        self.files = _open_files(options)
         counts = [stored.statistics.rows for stored in self.files]
         self._starts = [0, *np.cumsum(counts).tolist()]
-        self.tasks: list[Task] = make_tasks(self.files, self._starts, self.config)
+        self.tasks: list[Task] = make_tasks(self.files, self._starts, options, seed)
         if not self.tasks:
-            raise DataError(
-                f"--drop_threshold {self.config.drop_threshold} drops every row of the training data: lower it"
-            )
+            raise DataError(f"--drop_threshold {options.drop_threshold} drops every row of the training data: lower it")
         for task in self.tasks:
             logger.info("training data: %s: %d rows", task.name, len(task.rows))
 
@@ -122,7 +100,7 @@ class TrainDataset(Dataset[TrainExample]):
 
         For negatives that were mined again; call it between epochs. Raises ``DataError``.
         """
-        problems, folder, files = Problems(), cache_folder(self.config.cache_path), []
+        problems, folder, files = Problems(), cache_folder(self.options.cache_path), []
         for stored, path in zip(self.files, paths, strict=True):
             new = store_file(DataFile(str(path), stored.file.folder), folder, problems)
             problems.raise_if_any()
@@ -143,26 +121,25 @@ class TrainDataset(Dataset[TrainExample]):
     def __getitem__(self, key: Key) -> TrainExample:
         epoch, row = key
         stored, record = self.record(row)
-        config = self.config
+        options = self.options
         # Seeding by text goes through SHA-512 and is the same on every platform and Python.
-        generator = random.Random(f"{config.seed}/{epoch}/{row}")
+        generator = random.Random(f"{self.seed}/{epoch}/{row}")
         positive = generator.randrange(len(record.pos))
-        negatives = draw_negatives(len(record.neg), config.train_group_size - 1, generator)
+        negatives = draw_negatives(len(record.neg), options.train_group_size - 1, generator)
         scores = None
-        if config.knowledge_distillation and record.pos_scores is not None and record.neg_scores is not None:
+        if options.knowledge_distillation and record.pos_scores is not None and record.neg_scores is not None:
             negatives.sort(key=record.neg_scores.__getitem__, reverse=True)
             scores = [record.pos_scores[positive], *(record.neg_scores[i] for i in negatives)]
         texts = [record.pos[positive], *(record.neg[i] for i in negatives)]
-        if config.shuffle_ratio > 0:
-            texts = [shuffle_text(text, config.shuffle_ratio, generator) for text in texts]
-        prefix = config.passage_instruction_for_retrieval or ""
+        if options.shuffle_ratio > 0:
+            texts = [shuffle_text(text, options.shuffle_ratio, generator) for text in texts]
+        prefix = options.passage_instruction_for_retrieval or ""
         return TrainExample(
-            query=(config.query_instruction_for_retrieval or "") + record.query,
+            query=(options.query_instruction_for_retrieval or "") + record.query,
             passages=[prefix + text for text in texts],
             neg_q=None if record.neg_q is None else [record.neg_q[i] for i in negatives],
             teacher_scores=scores,
             row=f"{stored.file.path}:{record.line}",
-            parallel=is_parallel(stored.file.folder),
         )
 
 
@@ -186,36 +163,20 @@ def shuffle_text(text: str, ratio: float, generator: random.Random) -> str:
     return " ".join(chunks)
 
 
-def is_parallel(folder: str) -> bool:
-    """True for a folder that marks a parallel corpus by its name."""
-    return "parallel_" in Path(folder).name
-
-
-def _check(config: TrainDataConfig) -> None:
-    if config.train_group_size < 1:
-        raise UsageError(f"--train_group_size must be at least 1, got {config.train_group_size}")
-    if config.batch_size_by_length and config.train_group_size not in (1, 8):
-        raise UsageError(
-            f"--batch_size_by_length has a table for --train_group_size 8 and 1 only, got {config.train_group_size}"
-        )
-    if config.batch_size_by_length and not config.same_task_within_batch:
-        raise UsageError("--batch_size_by_length goes by file, so it needs --same_task_within_batch True")
-
-
-def _open_files(train_data: Sequence[PathLike], config: TrainDataConfig) -> list[StoredFile]:
+def _open_files(options: DataArguments) -> list[StoredFile]:
     problems = Problems()
-    folder = cache_folder(config.cache_path)
+    folder = cache_folder(options.cache_path)
     files = []
-    for file in find_files(train_data, problems):
+    for file in find_files(options.train_data, problems):
         stored = store_file(file, folder, problems)
         if stored is not None:
             files.append(stored)
-            if config.knowledge_distillation:
+            if options.knowledge_distillation:
                 report_missing_scores(file, stored.statistics, problems)
     problems.raise_if_any()
     if not files:
         raise DataError("--train_data names no path: give at least one folder or file")
-    if config.knowledge_distillation and not any(stored.statistics.scored for stored in files):
+    if options.knowledge_distillation and not any(stored.statistics.scored for stored in files):
         raise DataError(
             f"{Path(files[0].file.path)}: --knowledge_distillation needs pos_scores and neg_scores, and no row of the "
             "training data has them; add them, or leave the flag out"

@@ -7,37 +7,35 @@ set of rules; words after the file override it (``run.py recipe.yaml --learning_
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from FlagEmbedding.finetune.arguments import (
-    DataArguments,
-    EngineArguments,
-    LossArguments,
-    ModelArguments,
-    RetrieverTrainingArguments,
-)
+from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.utils.errors import UsageError
 
 
-@dataclass
-class Arguments:
-    """All groups of ``run.py``."""
-
-    model: ModelArguments
-    data: DataArguments
-    loss: LossArguments
-    engine: EngineArguments
-    training: RetrieverTrainingArguments
-
-
 class _Parser(HfArgumentParser):
-    """Refuses in one line, without printing several hundred lines of usage first."""
+    """Reads our field makers beside Hugging Face's, and refuses in one line instead of a screen of usage."""
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        group = self.add_argument_group((dtype.__doc__ or "").partition("\n")[0].rstrip(".").split(";")[0])
+        hints = get_type_hints(dtype)
+        for original in fields(dtype):
+            if not original.init:
+                continue
+            field = copy.copy(original)
+            field.type = hints[field.name]
+            ours = field.metadata.get("custom_args")
+            if ours is not None:  # made by utils.cli
+                aliases = field.metadata.get("alias", [])
+                field.metadata = {"help": ours["help"], "aliases": aliases}  # type: ignore[assignment]
+            self._parse_dataclass_field(group, field)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists all options)")
@@ -72,9 +70,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> HfArgumentParser:
     """The parser of ``run.py``."""
-    groups = [ModelArguments, DataArguments, LossArguments, EngineArguments, RetrieverTrainingArguments]
     return _Parser(
-        groups,  # type: ignore[arg-type]
+        get_type_hints(Arguments).values(),
         prog="run.py",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -93,7 +90,7 @@ def parse_arguments(words: list[str]) -> Arguments:
         raise UsageError(" ".join(str(error).split())) from error
     if parts[-1]:
         raise UsageError(f"unknown option {parts[-1][0]} (--help lists all options)")
-    return Arguments(*parts[:5])
+    return Arguments(*parts[:-1])
 
 
 def config_words(path: Path) -> list[str]:

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from FlagEmbedding.finetune.biencoder import BGEM3Model
+from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.mining.hard_negatives.refresh import RefreshSettings, check_passages, read_refresh, refresh_negatives
 from FlagEmbedding.utils.distributed import barrier, is_main
 from FlagEmbedding.utils.errors import UsageError
@@ -46,13 +47,13 @@ class RefreshNegatives(TrainerCallback):
     Args:
         trainer: whose model mines.
         dataset: whose rows are exchanged.
-        every: epochs between two refreshes.
-        settings: how negatives are mined.
+        arguments: of the run; negatives are mined by the model as it trains.
     """
 
-    def __init__(self, trainer: Trainer, dataset: TrainDataset, every: int, settings: RefreshSettings) -> None:
+    def __init__(self, trainer: BiEncoderTrainer, dataset: TrainDataset, arguments: Arguments) -> None:
         self.trainer, self.dataset = trainer, dataset
-        self.every, self.settings = every, settings
+        self.every = arguments.refresh.refresh_negatives_every_n_epochs
+        self.settings = refresh_settings(arguments)
         self.originals = [Path(stored.file.path) for stored in dataset.files]
         self.drawn_from = 0  # the epoch whose refresh the dataset draws from; 0: the user's own files
 
@@ -83,12 +84,11 @@ class RefreshNegatives(TrainerCallback):
         self.drawn_from = due
 
     def _mine(self, folder: Path) -> dict[str, Any]:
-        model: BGEM3Model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         checkpoint = folder / "checkpoint"
         logger.info("%s: mining negatives again with the current weights", folder)
         with untouched_randomness():
             if is_main():
-                model.save(str(checkpoint))
+                self.trainer.bare_model.save(str(checkpoint))
             barrier()
             record = refresh_negatives(checkpoint, self.originals, folder, self.settings)
             barrier()
@@ -118,13 +118,31 @@ class RefreshNegatives(TrainerCallback):
         line[DIGEST] = digest_of(record)
 
 
+def refresh_settings(arguments: Arguments) -> RefreshSettings:
+    """A run's options in mining's words."""
+    data, refresh = arguments.data, arguments.refresh
+    return RefreshSettings(
+        corpus=tuple(refresh.refresh_corpus),
+        range_for_sampling=refresh.refresh_range_for_sampling,
+        relative_margin=refresh.refresh_relative_margin,
+        seed=arguments.training.sampling_seed,
+        query_length=data.query_max_len,
+        passage_length=data.passage_max_len,
+        query_instruction=data.query_instruction_for_retrieval,
+        passage_instruction=data.passage_instruction_for_retrieval,
+        pooling=arguments.model.sentence_pooling_method,
+        normalize=arguments.model.normalize_embeddings,
+        dtype=arguments.training.dtype_name,
+    )
+
+
 def digest_of(record: dict[str, Any]) -> str:
     """One SHA-256 for all files of a refresh."""
     return hashlib.sha256(json.dumps(record["sha256"]).encode()).hexdigest()
 
 
 def steps_an_epoch(loader: DataLoader[Any], accumulation: int) -> int:
-    """Optimiser steps of an epoch, as the Trainer counts them: a remainder of the accumulation is a step too."""
+    """Optimizer steps of an epoch, as the Trainer counts them: a remainder of the accumulation is a step too."""
     return max(1, -(-len(loader) // accumulation))
 
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from FlagEmbedding.finetune.biencoder import BGEM3Model
+from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.losses.router import routing_statistics
 from FlagEmbedding.modeling.moe import Routing, record_routing
 from FlagEmbedding.modeling.tokens import TokenBatch
 
 PROBE_FILE = "router_probe.safetensors"
-PROBE_ROWS = 16
+PROBE_PASSAGES = 16
 
 
 class RouterMonitor:
@@ -45,14 +45,13 @@ class RouterMonitor:
         else:
             self._load, self._entropy, self._tokens = self._load + load, self._entropy + entropy, self._tokens + tokens
 
-    def start_probe(self, model: BGEM3Model, query: dict[str, Tensor], passage: dict[str, Tensor]) -> None:
+    def start_probe(self, model: BiEncoder, passages: TokenBatch) -> None:
         """Choose the probe from the first batch, once, and remember how it is routed now."""
         if self._probe is None:
-            rows = {key: passage[key][:PROBE_ROWS] for key in ("input_ids", "attention_mask")}
-            self._probe = TokenBatch.from_padded(rows)
+            self._probe = passages.select(range(min(PROBE_PASSAGES, len(passages))))
             self._first = self._route_probe(model)
 
-    def summary(self, model: BGEM3Model) -> dict[str, Any]:
+    def summary(self, model: BiEncoder) -> dict[str, Any]:
         """Statistics since the last call, and start anew. Empty when nothing was observed."""
         if self._load is None or self._entropy is None or self._tokens is None:
             return {}
@@ -74,12 +73,11 @@ class RouterMonitor:
         return result
 
     @torch.no_grad()
-    def _route_probe(self, model: BGEM3Model) -> list[Tensor]:
+    def _route_probe(self, model: BiEncoder) -> list[Tensor]:
         assert self._probe is not None
         was_training = model.training
         model.eval()
-        device = next(model.parameters()).device
-        probe = TokenBatch(self._probe.ids.to(device), self._probe.lengths, self._probe.padded_length)
+        probe = self._probe.to(next(model.parameters()).device)
         with record_routing(model.model) as tape:
             model.encode([probe], [{"dense"}])
         model.train(was_training)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from FlagEmbedding.finetune.dataset import Key, TrainDataset
 from FlagEmbedding.finetune.tasks import Task
@@ -68,6 +69,17 @@ class TaskBatchSampler(Sampler[list[Key]]):
                 f"{batch_size} on {num_processes} process(es) needs {needed}; add rows, lower "
                 "--per_device_train_batch_size, or mix the files (--same_task_within_batch False)"
             )
+
+    @classmethod
+    def for_run(cls, dataset: TrainDataset, training: TrainingArguments) -> TaskBatchSampler:
+        """The sampler of a run: its batch size and processes, and the seed that rows are drawn by."""
+        return cls(
+            dataset,
+            batch_size=training.per_device_train_batch_size,
+            seed=dataset.seed,
+            num_processes=training.world_size,
+            drop_last=training.dataloader_drop_last,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration draws."""

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from FlagEmbedding.finetune.arguments import ModelArguments
+
 _TERMS = {
     "loss": "loss (what is minimised)",
     "contrastive_loss": "contrastive loss",
@@ -36,16 +38,16 @@ class TrainingSummary:
         output_dir: the final checkpoint.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimiser steps of the whole run.
-        pooling, normalize, moe: how the checkpoint is to be used.
+        model: how the checkpoint is to be used.
+        remote_code: it has experts, which other libraries need trust for.
     """
 
     output_dir: Path
     history: list[dict[str, Any]]
     seconds: float
     steps: int
-    pooling: str
-    normalize: bool
-    moe: str | None
+    model: ModelArguments
+    remote_code: bool
 
     def show(self, console: Console | None = None) -> None:
         """Print the summary (entry points only)."""
@@ -56,13 +58,13 @@ class TrainingSummary:
         routed = [line for line in lines if "router_load" in line]
         if routed:
             console.print(_router_table(routed[-1]))
-        remote = ", trust_remote_code=True" if self.moe else ""
+        remote = ", trust_remote_code=True" if self.remote_code else ""
         console.print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: [bold]{self.output_dir}[/bold]")
         console.print("Use it:", style="bold")
         console.print(
             f"  from FlagEmbedding import FlagModel\n"
-            f"  model = FlagModel({str(self.output_dir)!r}, pooling_method={self.pooling!r}, "
-            f"normalize_embeddings={self.normalize})\n"
+            f"  model = FlagModel({str(self.output_dir)!r}, pooling_method={self.model.sentence_pooling_method!r}, "
+            f"normalize_embeddings={self.model.normalize_embeddings})\n"
             f"  model.encode_queries(['…']) @ model.encode_corpus(['…', '…']).T\n"
             f"or\n"
             f"  SentenceTransformer({str(self.output_dir)!r}{remote})",

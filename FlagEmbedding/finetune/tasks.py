@@ -6,17 +6,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.store import StoredFile
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.logging import get_logger
-
-if TYPE_CHECKING:
-    from FlagEmbedding.finetune.dataset import TrainDataConfig
 
 logger = get_logger(__name__)
 
@@ -62,52 +59,52 @@ def batch_size_of(path: str, train_group_size: int) -> int | None:
     return None
 
 
-def make_tasks(files: Sequence[StoredFile], starts: Sequence[int], config: TrainDataConfig) -> list[Task]:
-    """Group the rows of ``files`` (file i holds rows ``starts[i]`` to ``starts[i + 1]``) as ``config`` says.
+def make_tasks(files: Sequence[StoredFile], starts: Sequence[int], options: DataArguments, seed: int) -> list[Task]:
+    """Group the rows of ``files`` (file i holds rows ``starts[i]`` to ``starts[i + 1]``) as ``options`` say.
 
     Files of fewer than ``small_threshold`` rows are merged folder by folder, and a merged set of fewer than
     ``drop_threshold`` rows is dropped. Without ``same_task_within_batch`` what remains becomes one task.
     """
     parts: dict[str, list[int]] = {}
     for index, stored in enumerate(files):
-        small = stored.statistics.rows < config.small_threshold
+        small = stored.statistics.rows < options.small_threshold
         # A file can be named twice (to count double), so its place is part of the name of its part.
         parts.setdefault(f"folder {stored.file.folder}" if small else f"file {index}", []).append(index)
     tasks = []
     kept = []
     for name, members in parts.items():
-        rows = np.concatenate([_sample(index, starts, config) for index in members])
-        if name.startswith("folder") and len(rows) < config.drop_threshold:
+        rows = np.concatenate([_sample(index, starts, options, seed) for index in members])
+        if name.startswith("folder") and len(rows) < options.drop_threshold:
             logger.warning("%s: dropped, %d rows in its small files (--drop_threshold)", name, len(rows))
             continue
         kept += members
-        sizes = [batch_size_of(files[i].file.path, config.train_group_size) for i in members]
-        size = min((s for s in sizes if s is not None), default=None) if config.batch_size_by_length else None
+        sizes = [batch_size_of(files[i].file.path, options.train_group_size) for i in members]
+        size = min((s for s in sizes if s is not None), default=None) if options.batch_size_by_length else None
         if size is not None:
             logger.info("%s: %d queries a batch by the length table", files[members[0]].file.path, size)
         title = f"{name} ({len(members)} small files)" if name.startswith("folder") else files[members[0]].file.path
         tasks.append(Task(title, rows, size))
-        _agree_on_scores([files[i] for i in members], config)
-    if config.same_task_within_batch or len(tasks) < 2:
+        _agree_on_scores([files[i] for i in members], options)
+    if options.same_task_within_batch or len(tasks) < 2:
         return tasks
-    _agree_on_scores([files[i] for i in kept], config)
+    _agree_on_scores([files[i] for i in kept], options)
     return [Task(f"{len(kept)} files, mixed", np.concatenate([task.rows for task in tasks]))]
 
 
-def _sample(index: int, starts: Sequence[int], config: TrainDataConfig) -> NDArray[np.int64]:
+def _sample(index: int, starts: Sequence[int], options: DataArguments, seed: int) -> NDArray[np.int64]:
     rows = np.arange(starts[index], starts[index + 1])
-    most = config.max_example_num_per_dataset
+    most = options.max_example_num_per_dataset
     if most is None or len(rows) <= most:
         return rows
     # Seeded by the file's place, so that files of equal size do not lose the same lines.
-    chosen = random.Random(f"{config.seed}/file {index}").sample(range(len(rows)), most)
+    chosen = random.Random(f"{seed}/file {index}").sample(range(len(rows)), most)
     return rows[sorted(chosen)]
 
 
-def _agree_on_scores(files: Sequence[StoredFile], config: TrainDataConfig) -> None:
+def _agree_on_scores(files: Sequence[StoredFile], options: DataArguments) -> None:
     """A batch is distilled as a whole or not at all, so the files it comes from must agree."""
     without = [stored for stored in files if not stored.statistics.scored]
-    if config.knowledge_distillation and 0 < len(without) < len(files):
+    if options.knowledge_distillation and 0 < len(without) < len(files):
         raise DataError(
             f"{without[0].file.path}: no row has pos_scores and neg_scores, and its batches are shared with files that "
             "do; add them, or draw each batch from one file (--same_task_within_batch True, --small_threshold 0)"

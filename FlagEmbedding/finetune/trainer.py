@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
-from FlagEmbedding.finetune.biencoder import BGEM3Model, EncoderOutput
+from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
 from FlagEmbedding.finetune.checkpoints import STATE_FILE, LossWindow
 from FlagEmbedding.finetune.router_monitor import RouterMonitor
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
@@ -43,7 +43,7 @@ class _RestoreWindow(TrainerCallback):
 
 
 class BiEncoderTrainer(Trainer):
-    """Trains a ``BGEM3Model`` on batches of a ``TaskBatchSampler``.
+    """Trains a ``BiEncoder`` on batches of a ``TaskBatchSampler``.
 
     Args:
         batch_sampler: yields lists of (epoch, row) keys for the train dataset.
@@ -93,9 +93,8 @@ class BiEncoderTrainer(Trainer):
     ) -> Any:
         """The model's objective; its terms go to the log, its rows into the message when it breaks."""
         rows = inputs.pop("rows", [])
-        bare = self._bare_model()
-        if bare.has_experts:
-            self.router.start_probe(bare, inputs["query"], inputs["passage"])
+        if self.bare_model.has_experts:
+            self.router.start_probe(self.bare_model, inputs["passage"])
         output: EncoderOutput = model(**inputs)
         assert output.loss is not None and output.terms is not None
         self._watch(output.loss.detach(), rows)
@@ -104,8 +103,12 @@ class BiEncoderTrainer(Trainer):
             self.router.observe(output.routing)
         return (output.loss, output) if return_outputs else output.loss
 
-    def _bare_model(self) -> BGEM3Model:
-        return self.accelerator.unwrap_model(self.model)
+    @property
+    def bare_model(self) -> BiEncoder:
+        """The model without the wrappers of distributed training."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, BiEncoder)
+        return model
 
     def _watch(self, loss: Tensor, rows: list[str]) -> None:
         value = float(loss)
@@ -128,8 +131,8 @@ class BiEncoderTrainer(Trainer):
         details: dict[str, Any] = {}
         if "loss" in logs:
             logs |= self.window.flush(self.accelerator)
-            if self._bare_model().has_experts:
-                summary = self.router.summary(self._bare_model())
+            if self.bare_model.has_experts:
+                summary = self.router.summary(self.bare_model)
                 details = {key: value for key, value in summary.items() if isinstance(value, list)}
                 logs |= {key: value for key, value in summary.items() if key not in details}
         super().log(logs, start_time)
@@ -141,7 +144,7 @@ class BiEncoderTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = str(output_dir or self.args.output_dir)
-        self._bare_model().save(folder, state_dict=state_dict)
+        self.bare_model.save(folder, state_dict=state_dict)
         write_json_atomic(Path(folder) / TRAINING_ARGS_FILE, self.train_arguments)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -152,7 +155,7 @@ class BiEncoderTrainer(Trainer):
             (folder / STATE_FILE).unlink(missing_ok=True)
             self.window.save(
                 folder,
-                forwards=self._bare_model().step,
+                forwards=self.bare_model.step,
                 loss_sum=float(self._tr_loss),
                 last_logged=self._globalstep_last_logged,
             )
@@ -163,7 +166,7 @@ class BiEncoderTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_trained_state(self._bare_model(), Path(resume_from_checkpoint))
+        load_trained_state(self.bare_model, Path(resume_from_checkpoint))
 
     def restore_window(self, folder: Path) -> None:
         """Put back what stood between the last log line and the checkpoint (called when training begins)."""
@@ -171,7 +174,7 @@ class BiEncoderTrainer(Trainer):
         if state is None:
             logger.warning("%s holds no log window: the first logged loss covers the steps since it", folder)
             return
-        self._bare_model().step = state["forwards"]
+        self.bare_model.step = state["forwards"]
         self._tr_loss += state["loss_sum"]
         self._globalstep_last_logged = state["last_logged"]
         self.router.load(folder, self.args.device)

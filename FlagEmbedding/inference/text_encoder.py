@@ -28,6 +28,7 @@ from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representati
 from FlagEmbedding.modeling.files import load_config
 from FlagEmbedding.modeling.heads import load_heads
 from FlagEmbedding.modeling.packed import prepack_weights
+from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers
@@ -216,12 +217,3 @@ def stored_pooling(folder: str) -> str | None:
         if config.get("pooling_mode") == method or config.get(f"pooling_mode_{method}_token{'s' * (method == 'mean')}"):
             return method
     return None
-
-
-def longest_input(config: Any) -> int | None:
-    """Tokens that the position table allows: XLM-R and RoBERTa lose ``pad_token_id + 1`` places to their offset."""
-    places = getattr(config, "max_position_embeddings", None)
-    if places is None:
-        return None
-    offset = config.pad_token_id + 1 if config.model_type in ("xlm-roberta", "roberta", "camembert") else 0
-    return places - offset

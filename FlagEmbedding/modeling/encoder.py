@@ -19,35 +19,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.moe import token_mask
+from FlagEmbedding.modeling.options import EngineConfig
 from FlagEmbedding.modeling.packed import WordTable, packed_forward, plan_slabs
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
+__all__ = ["KINDS", "SUB_BATCH_BY_LENGTH", "EngineConfig", "M3Encoder", "Representations"]
+
 # Published table: rows at a time by padded length, the first line whose length is reached.
 SUB_BATCH_BY_LENGTH = ((6000, 1), (5000, 2), (4000, 3), (3000, 3), (2000, 5), (1000, 9), (512, 16), (0, 32))
 KINDS = frozenset({"dense", "sparse", "colbert"})
-
-
-@dataclass
-class EngineConfig:
-    """How the encoder is computed.
-
-    Attributes:
-        engine: ``packed`` (no padding) or ``padded`` (transformers' forward).
-        slab_tokens: packed: at most this many tokens at a time (a longer row goes alone); 0: all rows in one slab.
-        grad_cache: packed: keep one slab's activations at a time and compute each slab again in the backward.
-    """
-
-    engine: str = "packed"
-    slab_tokens: int = 2048
-    grad_cache: bool = False
-
-    def __post_init__(self) -> None:
-        if self.engine not in ("packed", "padded"):
-            raise UsageError(f"engine must be packed or padded, got {self.engine!r}")
-        if self.slab_tokens < 0:
-            raise UsageError(f"slab_tokens must be 0 (all rows in one slab) or more, got {self.slab_tokens}")
 
 
 @dataclass
@@ -86,7 +68,6 @@ class M3Encoder(nn.Module):
         pooling: ``cls`` or ``mean``.
         normalize: L2-normalise dense and colbert vectors.
         engine: how to compute; None for the defaults.
-        enable_sub_batch: padded engine: at most so many rows at a time as the published table says.
     """
 
     def __init__(
@@ -97,7 +78,6 @@ class M3Encoder(nn.Module):
         pooling: str = "cls",
         normalize: bool = True,
         engine: EngineConfig | None = None,
-        enable_sub_batch: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -106,7 +86,6 @@ class M3Encoder(nn.Module):
         self.pooling = check_method(pooling)
         self.normalize = normalize
         self.engine = engine or EngineConfig()
-        self.enable_sub_batch = enable_sub_batch
         # The packed engine computes the last layer for first tokens alone where nothing else is read. A router loss
         # reads the routing of all tokens, and sets this.
         self.all_rows = False
@@ -153,7 +132,7 @@ class M3Encoder(nn.Module):
         """Transformers' forward on padded rows, a slice at a time."""
         rows = len(tokens)
         size = rows
-        if self.enable_sub_batch:
+        if self.engine.enable_sub_batch:
             size = next(size for length, size in SUB_BATCH_BY_LENGTH if tokens.padded_length >= length)
         parts = []
         for start in range(0, rows, max(size, 1)):

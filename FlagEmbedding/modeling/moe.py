@@ -1,4 +1,4 @@
-"""Experts for training: settings, the router's gradient, and a tape of what the routers decided.
+"""Experts for training: the router's gradient, and a tape of what the routers decided.
 
 The layer's forward is the published one and lives in ``remote_code/modeling_moe_encoder.py``, the file that travels
 with a checkpoint; ``MoELinear`` adds what only training needs. None of it changes a bit of the output in evaluation.
@@ -11,72 +11,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from simple_parsing.helpers import Serializable
 from torch import Tensor, nn
 
+from FlagEmbedding.modeling.options import MoEConfig
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import ExpertLinear, Routing
-from FlagEmbedding.utils.errors import UsageError
 
 __all__ = ["ExpertLinear", "MoEConfig", "MoELinear", "Routing", "RoutingTape", "record_routing", "token_mask"]
-
-PLACES = ("intermediate", "output")
-
-
-@dataclass
-class MoEConfig(Serializable):
-    """Which linear layers become experts, how many, and how the router learns.
-
-    Attributes:
-        moe: ``intermediate`` (H to I), ``output`` (I to H), or None: the model as it is.
-        only_train: train only ``encoder.layer.*.{this}.dense.*``; None: everything.
-        num_experts: E, copies of the dense layer.
-        num_experts_per_tok: K.
-        router_gradient: ``none``: as published, so with K = 1 the router gets no gradient; ``straight_through``: the
-            same forward to the bit, and the gradient of the softmax over all E reaches the router.
-        router_jitter: while training, the router's input is multiplied by uniform noise in ``1 ± router_jitter``.
-
-    Raises:
-        UsageError: values that do not fit together.
-    """
-
-    moe: str | None = None
-    only_train: str | None = None
-    num_experts: int = 1
-    num_experts_per_tok: int = 1
-    router_gradient: str = "none"
-    router_jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("moe", "only_train"):
-            value = getattr(self, name)
-            if value is not None and value not in PLACES:
-                raise UsageError(f"{name} must be intermediate, output or left out, got {value!r}")
-        if self.router_gradient not in ("none", "straight_through"):
-            raise UsageError(f"router_gradient must be none or straight_through, got {self.router_gradient!r}")
-        for name in ("num_experts", "num_experts_per_tok"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_experts_per_tok > self.num_experts:
-            raise UsageError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}: a token "
-                "cannot be sent to more experts than there are"
-            )
-        if self.moe is None and self.num_experts > 1:
-            raise UsageError(
-                f"num_experts {self.num_experts} has no effect without moe: give moe intermediate or moe output"
-            )
-        if self.moe and self.only_train and self.moe != self.only_train:
-            raise UsageError(
-                f"moe {self.moe} with only_train {self.only_train} would leave every expert frozen: use only_train "
-                f"{self.moe} or leave only_train out"
-            )
-        if not 0 <= self.router_jitter < 1:
-            raise UsageError(f"router_jitter must be in [0, 1), got {self.router_jitter}")
 
 
 class _PreciseLinear(torch.autograd.Function):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -52,6 +53,14 @@ class TokenBatch:
             padded_length=max((batch.padded_length for batch in batches), default=0),
         )
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
+        """The same on ``device``. (This method is how accelerate places the batches of a data loader.)"""
+        return TokenBatch(self.ids.to(device, non_blocking=non_blocking), self.lengths, self.padded_length)
+
+    def pin_memory(self) -> TokenBatch:
+        """The same in page-locked memory. (This method is how a data loader with ``pin_memory`` does it.)"""
+        return TokenBatch(self.ids.pin_memory(), self.lengths, self.padded_length)
+
     def starts(self) -> list[int]:
         """Where each row begins, and T at the end: ``N + 1`` numbers."""
         ends = [0]
@@ -77,3 +86,9 @@ class TokenBatch:
         ids = self.ids.new_full(mask.shape, pad_id)
         ids[mask] = self.ids
         return ids, mask.long()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that mean nothing by themselves (cls, eos, pad, unk), sorted; lexical scores leave them out."""
+    ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return sorted({token for token in ids if isinstance(token, int)})

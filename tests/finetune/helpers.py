@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from commands import REPOSITORY, run_script
+
+from FlagEmbedding.finetune.arguments import DataArguments
+from FlagEmbedding.finetune.dataset import TrainDataset
 
 NOUNS = [
     "river",
@@ -54,6 +59,11 @@ def write_rows(path: Path, records: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     return path
+
+
+def opened(paths: Sequence[Path], options: DataArguments, seed: int = 7) -> TrainDataset:
+    """The rows of ``paths``, drawn as ``options`` say."""
+    return TrainDataset(replace(options, train_data=[str(path) for path in paths]), seed)
 
 
 def train_words(model: Path, data: Path, output: Path, **options: Any) -> list[str]:

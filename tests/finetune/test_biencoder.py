@@ -98,7 +98,7 @@ def test_loss_and_gradients_equal_the_loops(case, engine, tiny_model_dir: Path) 
     )  # fmt: skip
     batch = batch_for(tiny_model_dir, batch_size, group, owners, teacher)
     query, passage, neg_q, scores = batch
-    output = model(query, passage, scores, None, neg_q)
+    output = model(query, passage, scores, neg_q)
     output.loss.backward()
 
     heads = {name: p.grad for name, p in model.named_parameters() if name.startswith(("colbert", "sparse"))}
@@ -115,7 +115,7 @@ def test_loss_and_gradients_equal_the_loops(case, engine, tiny_model_dir: Path) 
         tiny_model_dir, engine, normlized=normalize, sentence_pooling_method=pooling, unified_finetuning=unified,
         use_self_distill=self_distill,
     )  # fmt: skip
-    again(query, passage, scores, None, neg_q).loss.backward()
+    again(query, passage, scores, neg_q).loss.backward()
     ours = {name.removeprefix("model."): p.grad for name, p in again.named_parameters() if name.startswith("model.")}
     moved = 0
     for name, parameter in backbone.named_parameters():
@@ -130,7 +130,7 @@ def test_loss_and_gradients_equal_the_loops(case, engine, tiny_model_dir: Path) 
 def test_float32_agrees_with_the_loops(engine: str, tiny_model_dir: Path) -> None:
     model = make(tiny_model_dir, engine).float()
     batch = batch_for(tiny_model_dir, 3, 3, [1, 2, 4, 5, 7], False)
-    output = model(batch[0], batch[1], None, None, batch[2])
+    output = model(batch[0], batch[1], None, batch[2])
     expected, _ = reference_for(tiny_model_dir, model.double(), batch, "cls", True, False, False, 0.1)
     assert abs(float(output.loss) - float(expected)) < 1e-5
 
@@ -150,18 +150,18 @@ def test_self_distillation_waits_for_its_start(tiny_model_dir: Path) -> None:
 def test_neg_q_without_owner_pairs_in_order(tiny_model_dir: Path) -> None:
     query, passage, neg_q, _ = batch_for(tiny_model_dir, 2, 3, [1, 2, 4, 5], False)
     model = make(tiny_model_dir)
-    with_owner = model(query, passage, None, None, neg_q).loss
-    without = model(query, passage, None, None, {k: v for k, v in neg_q.items() if k != "owner"}).loss
+    with_owner = model(query, passage, None, neg_q).loss
+    without = model(query, passage, None, {k: v for k, v in neg_q.items() if k != "owner"}).loss
     assert float(with_owner) == float(without)
     short = {key: value[:3] for key, value in neg_q.items() if key != "owner"}
     with pytest.raises(UsageError, match="4 negatives, got 3"):
-        model(query, passage, None, None, short)
+        model(query, passage, None, short)
 
 
 def test_penalty_weight_zero_is_plain_contrastive(tiny_model_dir: Path) -> None:
     query, passage, neg_q, _ = batch_for(tiny_model_dir, 2, 3, [1, 2, 4, 5], False)
     plain = make(tiny_model_dir)(query, passage).loss
-    off = make(tiny_model_dir, penalty_weight=0.0)(query, passage, None, None, neg_q)
+    off = make(tiny_model_dir, penalty_weight=0.0)(query, passage, None, neg_q)
     assert float(plain) == float(off.loss)
     assert "penalty" not in off.terms
 
@@ -185,7 +185,7 @@ def test_router_learns_with_straight_through_and_not_without(place: str, tiny_mo
             if parameter.requires_grad:  # experts apart, so that the choice matters
                 with torch.no_grad():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-        output = model(query, passage, None, None, neg_q)
+        output = model(query, passage, None, neg_q)
         output.loss.backward()
         gates = [p.grad for n, p in model.named_parameters() if n.endswith("gate.weight")]
         outputs[gradient] = float(output.loss)
@@ -218,8 +218,8 @@ def test_padding_changes_neither_loss_nor_router_terms(tiny_moe_dir: Path) -> No
                 "input_ids": torch.cat([features["input_ids"], extra], 1),
                 "attention_mask": torch.cat([features["attention_mask"], torch.zeros_like(extra)], 1),
             }
-        narrow = model(query, passage, None, None, neg_q)
-        padded = model(wide["query"], wide["passage"], None, None, neg_q)
+        narrow = model(query, passage, None, neg_q)
+        padded = model(wide["query"], wide["passage"], None, neg_q)
         assert float(narrow.loss) == pytest.approx(float(padded.loss), abs=1e-10)
         for name in ("router_aux_loss", "router_z_loss"):
             assert float(narrow.terms[name]) == pytest.approx(float(padded.terms[name]), abs=1e-6)
@@ -228,7 +228,7 @@ def test_padding_changes_neither_loss_nor_router_terms(tiny_moe_dir: Path) -> No
 def test_router_terms_do_not_depend_on_the_engine(tiny_moe_dir: Path) -> None:
     query, passage, neg_q, _ = batch_for(tiny_moe_dir, 2, 3, [1, 2, 4, 5], False)
     outputs = [
-        make(tiny_moe_dir, engine, router_aux_loss_coef=0.5, router_z_loss_coef=0.5)(query, passage, None, None, neg_q)
+        make(tiny_moe_dir, engine, router_aux_loss_coef=0.5, router_z_loss_coef=0.5)(query, passage, None, neg_q)
         for engine in ("packed", "padded")
     ]
     assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), abs=1e-9)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finetune.helpers import opened
 from scipy import stats
 
-from FlagEmbedding.finetune.dataset import TrainDataConfig, TrainDataset, draw_negatives, shuffle_text
+from FlagEmbedding.finetune.arguments import DataArguments
+from FlagEmbedding.finetune.dataset import TrainDataset, draw_negatives, shuffle_text
 from FlagEmbedding.finetune.tasks import batch_size_of
 from FlagEmbedding.utils.errors import DataError, UsageError
 
@@ -41,8 +43,8 @@ def write_rivers(path: Path, rows: int, negatives: int = 6, positives: int = 2, 
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> TrainDataConfig:
-    return TrainDataConfig(train_group_size=4, seed=7, same_task_within_batch=True, cache_path=str(tmp_path / "cache"))
+def settings(tmp_path: Path) -> DataArguments:
+    return DataArguments([], train_group_size=4, same_task_within_batch=True, cache_path=str(tmp_path / "cache"))
 
 
 def assert_distribution(observed: Iterable[Hashable], expected: dict[Hashable, float]) -> None:
@@ -71,10 +73,10 @@ def test_a_single_negative_fills_the_group() -> None:
     assert draw_negatives(1, 4, random.Random(0)) == [0, 0, 0, 0]
 
 
-def test_items_over_epochs_follow_the_same_statistics(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_items_over_epochs_follow_the_same_statistics(tmp_path: Path, settings: DataArguments) -> None:
     """The seeding by (seed, epoch, row) must not bend the distribution."""
     write_rivers(tmp_path / "train/rivers.jsonl", rows=5, negatives=5, positives=3)
-    dataset = TrainDataset([tmp_path / "train"], replace(settings, train_group_size=3))
+    dataset = opened([tmp_path / "train"], replace(settings, train_group_size=3))
     items = [dataset[epoch, row] for epoch in range(1500) for row in range(5)]
     positives = [int(item.passages[0].split("answer ")[1][0]) for item in items]
     negatives = [tuple(int(text.split("negative ")[1][0]) for text in item.passages[1:]) for item in items]
@@ -84,9 +86,9 @@ def test_items_over_epochs_follow_the_same_statistics(tmp_path: Path, settings: 
     assert_distribution(zip(positives, negatives, strict=True), independent)
 
 
-def test_an_item_holds_its_own_row(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_an_item_holds_its_own_row(tmp_path: Path, settings: DataArguments) -> None:
     path = write_rivers(tmp_path / "train/rivers.jsonl", rows=9)
-    dataset = TrainDataset([path], settings)
+    dataset = opened([path], settings)
     for row in range(9):
         item = dataset[2, row]
         assert item.row == f"{path}:{row + 1}"
@@ -99,12 +101,11 @@ def test_an_item_holds_its_own_row(tmp_path: Path, settings: TrainDataConfig) ->
             assert passage.startswith(f"rivers {row} negative")
             assert queries == [passage.split(":")[0] + ": what does it have?"], "neg_q follows its negative"
         assert item.teacher_scores is None
-        assert not item.parallel
 
 
-def test_an_item_is_a_function_of_seed_epoch_and_row(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_an_item_is_a_function_of_seed_epoch_and_row(tmp_path: Path, settings: DataArguments) -> None:
     write_rivers(tmp_path / "train/rivers.jsonl", rows=30)
-    one, two = (TrainDataset([tmp_path / "train"], settings) for _ in range(2))
+    one, two = (opened([tmp_path / "train"], settings) for _ in range(2))
     keys = [(epoch, row) for epoch in range(3) for row in range(30)]
     drawn = {key: one[key] for key in keys}
     random.seed(99)
@@ -112,7 +113,7 @@ def test_an_item_is_a_function_of_seed_epoch_and_row(tmp_path: Path, settings: T
     random.Random(5).shuffle(keys)
     assert all(two[key] == drawn[key] for key in keys), "neither order nor global generators matter"
     assert pickle.loads(pickle.dumps(one))[2, 29] == drawn[2, 29]
-    other = TrainDataset([tmp_path / "train"], replace(settings, seed=8))
+    other = opened([tmp_path / "train"], settings, seed=8)
     for same in (
         sum(other[key].passages == drawn[key].passages for key in keys),
         sum(drawn[0, row].passages == drawn[1, row].passages for row in range(30)),
@@ -120,27 +121,27 @@ def test_an_item_is_a_function_of_seed_epoch_and_row(tmp_path: Path, settings: T
         assert same < 5, "another seed or epoch draws other passages (chance 1/240 each)"
 
 
-def test_the_draw_is_pinned(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_the_draw_is_pinned(tmp_path: Path, settings: DataArguments) -> None:
     """A run started today must be resumable tomorrow: what a key draws may never change."""
     write_rivers(tmp_path / "rivers.jsonl", rows=27)
-    item = TrainDataset([tmp_path / "rivers.jsonl"], replace(settings, seed=42))[3, 26]
+    item = opened([tmp_path / "rivers.jsonl"], settings, seed=42)[3, 26]
     assert item.passages[0].startswith("rivers 26 answer 0:")
     assert [int(text.split("negative ")[1][0]) for text in item.passages[1:]] == [5, 4, 1]
 
 
-def test_without_neg_q_and_with_group_size_1(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_without_neg_q_and_with_group_size_1(tmp_path: Path, settings: DataArguments) -> None:
     write_rivers(tmp_path / "plain.jsonl", rows=3, neg_q=None)
-    assert TrainDataset([tmp_path / "plain.jsonl"], settings)[0, 0].neg_q is None
+    assert opened([tmp_path / "plain.jsonl"], settings)[0, 0].neg_q is None
     write_rivers(tmp_path / "rivers.jsonl", rows=3)
-    item = TrainDataset([tmp_path / "rivers.jsonl"], replace(settings, train_group_size=1))[0, 0]
+    item = opened([tmp_path / "rivers.jsonl"], replace(settings, train_group_size=1))[0, 0]
     assert (len(item.passages), item.neg_q) == (1, [])
 
 
-def test_instructions_stand_before_queries_and_passages_only(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_instructions_stand_before_queries_and_passages_only(tmp_path: Path, settings: DataArguments) -> None:
     path = write_rivers(tmp_path / "rivers.jsonl", rows=3)
-    plain = TrainDataset([path], settings)[1, 2]
+    plain = opened([path], settings)[1, 2]
     told = replace(settings, query_instruction_for_retrieval="Q: ", passage_instruction_for_retrieval="P: ")
-    item = TrainDataset([path], told)[1, 2]
+    item = opened([path], told)[1, 2]
     assert item.query == "Q: " + plain.query
     assert item.passages == ["P: " + text for text in plain.passages]
     assert item.neg_q == plain.neg_q
@@ -160,11 +161,11 @@ def test_shuffled_text_is_three_chunks_in_every_order() -> None:
     assert shuffle_text(text[:100], 1.0, generator) == text[:100], "100 characters are not over 100"
 
 
-def test_shuffle_ratio_reaches_passages_and_nothing_else(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_shuffle_ratio_reaches_passages_and_nothing_else(tmp_path: Path, settings: DataArguments) -> None:
     long = ["The Geum rises in Jangsu and flows north before it turns west. " * 3 + f"({i})" for i in range(6)]
     extra = {"pos": [long[0]], "neg": long, "neg_q": long}
     path = write_rivers(tmp_path / "rivers.jsonl", rows=4, **extra)
-    item = TrainDataset([path], replace(settings, shuffle_ratio=1.0))[0, 0]
+    item = opened([path], replace(settings, shuffle_ratio=1.0))[0, 0]
     for text in item.passages:
         assert any(sorted(text.replace(" ", "")) == sorted(whole.replace(" ", "")) for whole in long)
     assert any(text not in long for text in item.passages[1:])
@@ -175,10 +176,10 @@ def test_shuffle_ratio_reaches_passages_and_nothing_else(tmp_path: Path, setting
 # ---- teacher scores ----
 
 
-def test_scores_order_the_negatives_and_follow_their_passages(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_scores_order_the_negatives_and_follow_their_passages(tmp_path: Path, settings: DataArguments) -> None:
     scores = {"pos_scores": [0.5, 0.6], "neg_scores": [0.1, 0.9, -2.0, 0.4, 7.5, 0.3]}
     path = write_rivers(tmp_path / "rivers.jsonl", rows=5, **scores)
-    dataset = TrainDataset([path], replace(settings, knowledge_distillation=True))
+    dataset = opened([path], replace(settings, knowledge_distillation=True))
     for key in itertools.product(range(20), range(5)):
         item = dataset[key]
         assert item.teacher_scores is not None
@@ -188,29 +189,29 @@ def test_scores_order_the_negatives_and_follow_their_passages(tmp_path: Path, se
         numbers = [int(text.split("negative ")[1][0]) for text in item.passages[1:]]
         assert negatives == [scores["neg_scores"][number] for number in numbers]
         assert item.neg_q == [[f"rivers {key[1]} negative {k}: what does it have?"] for k in numbers]
-    undistilled = TrainDataset([path], settings)
+    undistilled = opened([path], settings)
     assert undistilled[0, 0].teacher_scores is None
     assert [*undistilled[0, 0].passages] != [*dataset[0, 0].passages] or [*undistilled[1, 0].passages] != [
         *dataset[1, 0].passages
     ], "scores that are not used do not order"
 
 
-def test_missing_scores_are_refused_where_a_batch_would_need_them(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_missing_scores_are_refused_where_a_batch_would_need_them(tmp_path: Path, settings: DataArguments) -> None:
     distil = replace(settings, knowledge_distillation=True)
     scores = {"pos_scores": [1, 2], "neg_scores": [1, 2, 3, 4, 5, 6]}
     scored = write_rivers(tmp_path / "train/scored.jsonl", rows=4, **scores)
     bare = write_rivers(tmp_path / "train/unscored.jsonl", rows=4)
     with pytest.raises(DataError, match=r"needs pos_scores and neg_scores, and no row"):
-        TrainDataset([bare], distil)
-    both = TrainDataset([tmp_path / "train"], distil)
+        opened([bare], distil)
+    both = opened([tmp_path / "train"], distil)
     assert (both[0, 0].teacher_scores is None, both[0, 4].teacher_scores is None) == (False, True)
     for mixing in (replace(distil, same_task_within_batch=False), replace(distil, small_threshold=10)):
         with pytest.raises(DataError, match=r"unscored\.jsonl: no row has pos_scores and neg_scores, and its batches"):
-            TrainDataset([tmp_path / "train"], mixing)
+            opened([tmp_path / "train"], mixing)
     partly = tmp_path / "partly.jsonl"
     partly.write_text(scored.read_text() + bare.read_text())
     with pytest.raises(DataError) as error:
-        TrainDataset([partly], distil)
+        opened([partly], distil)
     lines = str(error.value).splitlines()
     assert lines[0] == "4 problems in the data, all:"
     assert lines[1].startswith(f"  {partly}:5: pos_scores, neg_scores are missing; 4 of 8 rows here have both")
@@ -224,7 +225,7 @@ def names(dataset: TrainDataset) -> list[set[str]]:
     return [{Path(dataset.record(int(row))[0].file.path).stem for row in task.rows} for task in dataset.tasks]
 
 
-def test_files_become_tasks(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_files_become_tasks(tmp_path: Path, settings: DataArguments) -> None:
     for name, rows in (("b", 12), ("a", 3), ("c", 4), ("d", 20)):
         write_rivers(tmp_path / f"one/{name}.jsonl", rows)
     write_rivers(tmp_path / "two/e.json", 5)
@@ -232,39 +233,32 @@ def test_files_become_tasks(tmp_path: Path, settings: TrainDataConfig) -> None:
     (tmp_path / "one/deeper").mkdir()
     write_rivers(tmp_path / "one/deeper/z.jsonl", 50)
     folders = [tmp_path / "one", tmp_path / "two"]
-    assert names(TrainDataset(folders, settings)) == [{"a"}, {"b"}, {"c"}, {"d"}, {"e"}]
+    assert names(opened(folders, settings)) == [{"a"}, {"b"}, {"c"}, {"d"}, {"e"}]
     merged = replace(settings, small_threshold=12)
-    assert names(TrainDataset(folders, merged)) == [{"a", "c"}, {"b"}, {"d"}, {"e"}]
-    assert names(TrainDataset(folders, replace(merged, drop_threshold=6))) == [{"a", "c"}, {"b"}, {"d"}]
-    assert names(TrainDataset(folders, replace(merged, drop_threshold=8))) == [{"b"}, {"d"}]
-    mixed = TrainDataset(folders, replace(merged, drop_threshold=8, same_task_within_batch=False))
+    assert names(opened(folders, merged)) == [{"a", "c"}, {"b"}, {"d"}, {"e"}]
+    assert names(opened(folders, replace(merged, drop_threshold=6))) == [{"a", "c"}, {"b"}, {"d"}]
+    assert names(opened(folders, replace(merged, drop_threshold=8))) == [{"b"}, {"d"}]
+    mixed = opened(folders, replace(merged, drop_threshold=8, same_task_within_batch=False))
     assert names(mixed) == [{"b", "d"}]
     assert len(mixed) == 32
     with pytest.raises(DataError, match="--drop_threshold 99 drops every row"):
-        TrainDataset([tmp_path / "two"], replace(settings, small_threshold=10, drop_threshold=99))
+        opened([tmp_path / "two"], replace(settings, small_threshold=10, drop_threshold=99))
     listed = [tmp_path / "one/a.jsonl", tmp_path / "one/c.jsonl"]
-    assert names(TrainDataset(listed, merged)) == [{"a", "c"}], "files named one by one merge like their folder"
+    assert names(opened(listed, merged)) == [{"a", "c"}], "files named one by one merge like their folder"
 
 
-def test_rows_keep_their_number_and_draw_when_others_go(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_rows_keep_their_number_and_draw_when_others_go(tmp_path: Path, settings: DataArguments) -> None:
     path = write_rivers(tmp_path / "train/rivers.jsonl", rows=40)
     write_rivers(tmp_path / "train/small.jsonl", rows=9)
-    whole = TrainDataset([tmp_path / "train"], settings)
-    sampled = TrainDataset([tmp_path / "train"], replace(settings, max_example_num_per_dataset=10))
+    whole = opened([tmp_path / "train"], settings)
+    sampled = opened([tmp_path / "train"], replace(settings, max_example_num_per_dataset=10))
     assert [len(task.rows) for task in sampled.tasks] == [10, 9]
     assert sampled.tasks[0].rows.tolist() != list(range(10))
     assert all(sampled[1, int(row)] == whole[1, int(row)] for task in sampled.tasks for row in task.rows)
-    again = TrainDataset([tmp_path / "train"], replace(settings, max_example_num_per_dataset=10))
+    again = opened([tmp_path / "train"], replace(settings, max_example_num_per_dataset=10))
     assert again.tasks[0].rows.tolist() == sampled.tasks[0].rows.tolist()
-    other = TrainDataset([path], replace(settings, max_example_num_per_dataset=10, seed=8))
+    other = opened([path], replace(settings, max_example_num_per_dataset=10), seed=8)
     assert other.tasks[0].rows.tolist() != sampled.tasks[0].rows.tolist()
-
-
-def test_parallel_folders_are_marked(tmp_path: Path, settings: TrainDataConfig) -> None:
-    write_rivers(tmp_path / "parallel_ko-en/a.jsonl", 2)
-    write_rivers(tmp_path / "plain/parallel_.jsonl", 2)
-    dataset = TrainDataset([tmp_path / "parallel_ko-en", tmp_path / "plain"], settings)
-    assert [dataset[0, row].parallel for row in range(4)] == [True, True, False, False]
 
 
 LENGTH_TABLE = [  # group size, file, batch size (FlagEmbedding 1.2.10)
@@ -296,49 +290,49 @@ def test_length_table(group: int, name: str, size: int | None) -> None:
     assert batch_size_of(f"train/{name}", group) == size
 
 
-def test_length_table_only_when_asked(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_length_table_only_when_asked(tmp_path: Path, settings: DataArguments) -> None:
     for name in ("ko_len-0-500", "ko_len-1000-2000", "rest"):
         write_rivers(tmp_path / f"train/{name}.jsonl", 3)
     eight = replace(settings, train_group_size=8)
-    silent = TrainDataset([tmp_path / "train"], eight)
+    silent = opened([tmp_path / "train"], eight)
     assert [task.batch_size for task in silent.tasks] == [None, None, None]
     asked = replace(eight, batch_size_by_length=True)
-    assert [task.batch_size for task in TrainDataset([tmp_path / "train"], asked).tasks] == [48, 20, None]
+    assert [task.batch_size for task in opened([tmp_path / "train"], asked).tasks] == [48, 20, None]
     merged = replace(asked, small_threshold=10)
-    assert [task.batch_size for task in TrainDataset([tmp_path / "train"], merged).tasks] == [20]
+    assert [task.batch_size for task in opened([tmp_path / "train"], merged).tasks] == [20]
     with pytest.raises(UsageError, match="--train_group_size 8 and 1 only, got 4"):
-        TrainDataset([tmp_path / "train"], replace(asked, train_group_size=4))
+        opened([tmp_path / "train"], replace(asked, train_group_size=4))
     with pytest.raises(UsageError, match="needs --same_task_within_batch True"):
-        TrainDataset([tmp_path / "train"], replace(asked, same_task_within_batch=False))
+        opened([tmp_path / "train"], replace(asked, same_task_within_batch=False))
 
 
 # ---- the cache ----
 
 
-def test_rows_lie_in_the_cache_and_follow_the_file(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_rows_lie_in_the_cache_and_follow_the_file(tmp_path: Path, settings: DataArguments) -> None:
     path = write_rivers(tmp_path / "train/rivers.jsonl", rows=300)
-    dataset = TrainDataset([path], settings)
+    dataset = opened([path], settings)
     (table,) = Path(str(settings.cache_path)).rglob("*.arrow")
     assert dataset.files[0].table.cache_files == [{"filename": str(table)}], "memory mapped from there"
     assert [p.name for p in path.parent.iterdir()] == ["rivers.jsonl"], "nothing is written beside the user's data"
     before = table.stat().st_mtime_ns
-    TrainDataset([path], settings)
+    opened([path], settings)
     assert table.stat().st_mtime_ns == before, "an unchanged file is not converted again"
 
     stat = path.stat()
     path.write_text(path.read_text().replace("bridges", "ferries"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert "ferries" in TrainDataset([path], settings)[0, 299].passages[1], "content decides, not the file's date"
+    assert "ferries" in opened([path], settings)[0, 299].passages[1], "content decides, not the file's date"
 
 
-def test_unwritable_cache_is_one_line(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_unwritable_cache_is_one_line(tmp_path: Path, settings: DataArguments) -> None:
     path = write_rivers(tmp_path / "rivers.jsonl", rows=3)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be kept there .*--cache_path"):
-        TrainDataset([path], replace(settings, cache_path=str(tmp_path / "file")))
+        opened([path], replace(settings, cache_path=str(tmp_path / "file")))
 
 
-def test_columns_of_all_kinds_survive_the_table(tmp_path: Path, settings: TrainDataConfig) -> None:
+def test_columns_of_all_kinds_survive_the_table(tmp_path: Path, settings: DataArguments) -> None:
     """Types that differ from row to row broke the published loader."""
     rows = [
         {"query": "q0", "pos": "p", "neg": "n", "id": 1},
@@ -347,7 +341,7 @@ def test_columns_of_all_kinds_survive_the_table(tmp_path: Path, settings: TrainD
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    dataset = TrainDataset([path], settings)
+    dataset = opened([path], settings)
     records = [dataset.record(row)[1] for row in range(3)]
     assert [r.pos for r in records] == [["p"]] * 3
     assert [r.neg_q for r in records] == [None, [["a"], ["b", "c"]], [[], []]]

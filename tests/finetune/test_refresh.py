@@ -18,6 +18,7 @@ import torch
 from finetune.helpers import REPOSITORY, environment, log_lines, rows, run_training, train_words, write_rows
 from safetensors.torch import load_file
 
+from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.checks import check_arguments
 from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.finetune.parsing import parse_arguments
@@ -158,7 +159,7 @@ def test_a_refresh_takes_no_random_number_from_training() -> None:
 
 
 def test_replaced_files_must_have_as_many_rows(tmp_path: Path) -> None:
-    dataset = TrainDataset([write_rows(tmp_path / "a.jsonl", rows(4))])
+    dataset = TrainDataset(DataArguments([str(write_rows(tmp_path / "a.jsonl", rows(4)))]))
     fewer = write_rows(tmp_path / "b.jsonl", rows(3))
     with pytest.raises(DataError, match="3 rows in place of 4"):
         dataset.replace_files([fewer])

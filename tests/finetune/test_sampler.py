@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from finetune.helpers import opened
 from torch.utils.data import DataLoader
 
-from FlagEmbedding.finetune.dataset import Key, TrainDataConfig, TrainDataset, TrainExample
+from FlagEmbedding.finetune.arguments import DataArguments
+from FlagEmbedding.finetune.dataset import Key, TrainDataset, TrainExample
 from FlagEmbedding.finetune.sampler import TaskBatchSampler, plan_steps
 from FlagEmbedding.utils.errors import DataError
 
@@ -28,12 +30,12 @@ def write_rows(path: Path, rows: int) -> None:
 def dataset(tmp_path: Path) -> TrainDataset:
     for name, rows in COUNTS.items():
         write_rows(tmp_path / f"train/{name}.jsonl", rows)
-    config = TrainDataConfig(train_group_size=2, same_task_within_batch=True, cache_path=str(tmp_path / "cache"))
-    return TrainDataset([tmp_path / "train"], config)
+    config = DataArguments([], train_group_size=2, same_task_within_batch=True, cache_path=str(tmp_path / "cache"))
+    return opened([tmp_path / "train"], config)
 
 
 def mixed(dataset: TrainDataset, tmp_path: Path) -> TrainDataset:
-    return TrainDataset([tmp_path / "train"], replace(dataset.config, same_task_within_batch=False))
+    return opened([tmp_path / "train"], replace(dataset.options, same_task_within_batch=False))
 
 
 def file_of(dataset: TrainDataset, key: Key) -> str:
@@ -183,7 +185,7 @@ def test_resuming_inside_a_later_epoch(dataset: TrainDataset, processes: int) ->
 
 
 def test_too_few_rows_are_one_line(tmp_path: Path, dataset: TrainDataset) -> None:
-    single = TrainDataset([tmp_path / "train/c.jsonl"], dataset.config)
+    single = opened([tmp_path / "train/c.jsonl"], dataset.options)
     with pytest.raises(DataError) as error:
         TaskBatchSampler(single, batch_size=4, seed=1, num_processes=3)
     assert str(error.value) == (
@@ -204,8 +206,6 @@ def test_a_file_too_small_is_named(dataset: TrainDataset, caplog: pytest.LogCapt
 def test_the_length_table_sets_the_batch_size_of_its_file(tmp_path: Path, dataset: TrainDataset) -> None:
     write_rows(tmp_path / "split/ko_len-0-500.jsonl", 100)
     write_rows(tmp_path / "split/other.jsonl", 10)
-    asked = replace(dataset.config, train_group_size=8, batch_size_by_length=True)
-    sizes = sorted(
-        len(one) for one in TaskBatchSampler(TrainDataset([tmp_path / "split"], asked), batch_size=5, seed=1)
-    )
+    asked = replace(dataset.options, train_group_size=8, batch_size_by_length=True)
+    sizes = sorted(len(one) for one in TaskBatchSampler(opened([tmp_path / "split"], asked), batch_size=5, seed=1))
     assert sizes == [4, 5, 5, 48, 48]

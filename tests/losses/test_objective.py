@@ -27,7 +27,7 @@ def test_unified(shape: tuple[int, int], teacher: bool, self_distill: bool) -> N
     check(
         lambda d, s, c: retrieval_objective(
             d, s, c, group_size=group, teacher_targets=targets, self_distill=self_distill
-        )["total"],
+        )["loss"],
         lambda d, s, c: reference.objective(rows(d), rows(s), rows(c), group, targets, self_distill),
         *(random(batch, batch * group, seed=seed) * 5 for seed in (1, 2, 3)),
     )
@@ -38,7 +38,7 @@ def test_dense_alone(shape: tuple[int, int], teacher: bool) -> None:
     batch, group = shape
     targets = torch.softmax(random(batch, group, seed=9), dim=-1) if teacher else None
     check(
-        lambda d: retrieval_objective(d, group_size=group, teacher_targets=targets, self_distill=True)["total"],
+        lambda d: retrieval_objective(d, group_size=group, teacher_targets=targets, self_distill=True)["loss"],
         lambda d: reference.objective(rows(d), None, None, group, targets, True),
         random(batch, batch * group, seed=1) * 5,
     )
@@ -46,12 +46,12 @@ def test_dense_alone(shape: tuple[int, int], teacher: bool) -> None:
 
 def test_terms_are_named_and_add_up() -> None:
     d, s, c = (random(2, 6, seed=seed) for seed in (1, 2, 3))
-    assert set(retrieval_objective(d, group_size=3)) == {"contrastive", "total"}
+    assert set(retrieval_objective(d, group_size=3)) == {"contrastive_loss", "loss"}
     assert "distillation" in retrieval_objective(d, group_size=3, teacher_targets=torch.full((2, 3), 1 / 3))
     terms = retrieval_objective(d, s, c, group_size=3, self_distill=True)
-    unified = (terms["contrastive"] + terms["ensemble"] + 0.1 * terms["sparse"] + terms["colbert"]) / 4
+    unified = (terms["contrastive_loss"] + terms["ensemble"] + 0.1 * terms["sparse"] + terms["colbert"]) / 4
     soft = (terms["self_dense"] + 0.1 * terms["self_sparse"] + terms["self_colbert"]) / 3
-    torch.testing.assert_close(terms["total"], (unified + soft) / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(terms["loss"], (unified + soft) / 2, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

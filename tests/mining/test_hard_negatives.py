@@ -11,6 +11,7 @@ import pytest
 from mining.corpora import QUERIES, TEXTS, brute_force, positives, read_rows, write_collection, write_rows
 
 from FlagEmbedding.evaluation.steps import generate_embedding
+from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.mining.common.alignment import normalize_text
 from FlagEmbedding.mining.hard_negatives.command import main
@@ -237,7 +238,7 @@ def test_mining_again_keeps_neg_q_where_the_negative_stays(tiny_model_dir: Path,
         new += sum(text not in known for text in after["neg"])
     assert stayed > 5 and new > 5
     assert all(r.neg_q is not None and len(r.neg_q) == len(r.neg) for r in read_records(tmp_path / "o.jsonl"))
-    assert len(TrainDataset([tmp_path / "o.jsonl"])) == 9
+    assert len(TrainDataset(DataArguments([str(tmp_path / "o.jsonl")]))) == 9
 
 
 def test_rows_without_negatives_and_positives_of_the_same_query_elsewhere(tiny_model_dir: Path, tmp_path: Path) -> None:

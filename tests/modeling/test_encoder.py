@@ -99,7 +99,8 @@ def test_sub_batches_change_nothing(tiny_model_dir: Path) -> None:
     seen: list[int] = []
     results = []
     for enabled in (True, False):
-        model = encoder(tiny_model_dir, "padded", enable_sub_batch=enabled).eval()
+        model = encoder(tiny_model_dir, "padded").eval()
+        model.engine = EngineConfig("padded", enable_sub_batch=enabled)
         model.model.embeddings.register_forward_hook(lambda _, __, output: seen.append(output.shape[0]))
         with torch.no_grad():
             results += model.encode([padded(rows)], [EVERYTHING])
