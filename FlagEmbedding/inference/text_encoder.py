@@ -25,14 +25,15 @@ from FlagEmbedding.inference.slabs import encode_in_slabs, plan
 from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
 from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
-from FlagEmbedding.modeling.files import load_config, resolve_folder
+from FlagEmbedding.modeling.files import load_config
 from FlagEmbedding.modeling.heads import load_heads
 from FlagEmbedding.modeling.packed import prepack_weights
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers
+from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.identity import model_fingerprint
 from FlagEmbedding.utils.logging import get_logger
-from FlagEmbedding.utils.provenance import model_fingerprint
 
 logger = get_logger(__name__)
 

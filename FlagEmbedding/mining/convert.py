@@ -15,13 +15,12 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import miracl
-from FlagEmbedding.collections.corpus import fingerprints
+from FlagEmbedding.collections.trec import Qrels, Topics, read_qrels, read_topics, relevant
 from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files
@@ -29,60 +28,28 @@ from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
 from FlagEmbedding.schema import Problem, Problems, read_rows
 from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.io import open_text
+from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-@dataclass
-class Grades:
-    """The judged passages of one query by docid, in the order of the file."""
-
-    relevant: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-
-
-def read_grades(path: Path) -> dict[str, Grades]:
-    """Judgements by qid, from TREC's four columns or BEIR's three (with a header).
-
-    Raises ``DataError`` with file and line.
-    """
-    found: dict[str, Grades] = {}
-    try:
-        with open_text(path) as stream:
-            for number, line in enumerate(stream, 1):
-                words = line.split()
-                if not words or (number == 1 and words[-1].lower() in ("score", "grade", "relevance")):
-                    continue
-                if len(words) not in (3, 4) or not words[-1].lstrip("-").isdigit():
-                    expected = "'qid Q0 docid grade' or 'qid docid grade'"
-                    raise DataError(f"{path}:{number}: expected {expected}, found {line.strip()[:60]!r}")
-                grades = found.setdefault(words[0], Grades())
-                listed = grades.relevant if int(words[-1]) > 0 else grades.others
-                if words[-2] not in listed:
-                    listed.append(words[-2])
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    return found
-
-
-def judged_rows(
-    queries: dict[str, str], grades: dict[str, Grades], store: PassageStore, negatives: str
-) -> Iterator[dict[str, Any] | None]:
+def judged_rows(queries: Topics, qrels: Qrels, store: PassageStore, negatives: str) -> Iterator[dict[str, Any] | None]:
     """A row for each query in order; None for one without a relevant passage in the corpus.
 
     :param negatives: 'judged' takes those of grade 0 along, 'none' leaves them out.
     """
-    rows = store.rows_of({docid for judged in grades.values() for docid in (*judged.relevant, *judged.others)})
+    rows = store.rows_of({docid for judged in qrels.values() for docid in judged})
     for qid, query in queries.items():
-        judged = grades.get(qid, Grades())
-        positives = _texts(judged.relevant, rows, store, ())
+        judged = qrels.get(qid, {})
+        good = relevant(judged)
+        positives = _texts(good, rows, store, ())
         if not positives:
             yield None
             continue
         row: dict[str, Any] = {"query": query, "pos": positives}
-        others = _texts(judged.others, rows, store, positives) if negatives == "judged" else []
+        bad = [docid for docid in judged if docid not in good]
+        others = _texts(bad, rows, store, positives) if negatives == "judged" else []
         yield {**row, "neg": others} if others else row
 
 
@@ -150,13 +117,15 @@ def _open(a: argparse.Namespace, work: Path) -> tuple[list[Path], Iterable[dict[
         place = (a.language, a.split, a.data_dir, a.cache_dir)
         topics, qrels = miracl.topics_file(*place), miracl.qrels_file(*place)
         corpus = miracl.corpus_files(a.language, a.data_dir, a.cache_dir)
-        queries = miracl.read_topics(topics)
+        queries = read_topics(topics)
     else:
         folder = Path(a.input[0])
         topics, qrels, passages = _beir_files(folder, a.split)
         queries, corpus = read_beir_queries(topics), corpus_files([passages], work)
     store = PassageStore.prepare(corpus, work, a.with_title)
-    return [topics, qrels, *corpus], judged_rows(queries, read_grades(qrels), store, a.negatives)
+    return [topics, qrels, *corpus], judged_rows(
+        queries, read_qrels(qrels, beir=a.format == "beir"), store, a.negatives
+    )
 
 
 def _check_triples(files: Sequence[Path]) -> None:

@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.collections.corpus import fingerprints
 from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.common.queries import parse_pairs
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, read_rows
 from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
+from FlagEmbedding.utils.identity import fingerprints
 
 
 class KeySet:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from FlagEmbedding.collections.corpus import fingerprints
 from FlagEmbedding.mining.common.jobs import Job, Progress, check_output
 from FlagEmbedding.mining.merge import checked_files, valid_rows
 from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.identity import fingerprints
 
 
 def draw(total: int, number: int, seed: int) -> list[int]:

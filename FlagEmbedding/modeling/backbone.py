@@ -29,11 +29,12 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from FlagEmbedding.modeling import interchange
-from FlagEmbedding.modeling.files import first_line, load_config, resolve_folder, weight_files, weight_keys
+from FlagEmbedding.modeling.files import first_line, load_config, weight_files, weight_keys
 from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, encoder_with_experts, expert_places
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.io import PathLike, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 

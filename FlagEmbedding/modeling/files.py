@@ -1,4 +1,4 @@
-"""Finding a checkpoint's files: a folder, or a hub repository's snapshot; its configuration and tensor names.
+"""A checkpoint folder's files: its configuration and the names of its tensors.
 
 Loading never runs code out of a checkpoint, and pickles are read with ``weights_only``.
 """
@@ -7,52 +7,15 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.io import PathLike
-
-# What a hub snapshot needs; the rest of a repository (ONNX, images) may be gigabytes.
-_SNAPSHOT = ["*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "1_Pooling/*"]
-
-
-def resolve_folder(name_or_path: PathLike, *, cache_dir: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: the path itself, or the snapshot of a hub id (downloaded where needed).
-
-    Raises:
-        UsageError: neither a folder nor a repository that can be reached.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder} is no checkpoint: it holds no config.json")
-        return folder
-    name = str(name_or_path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UsageError(f"{name} is neither a checkpoint folder nor a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        found = Path(snapshot_download(name, cache_dir=cache_dir, revision=revision, allow_patterns=_SNAPSHOT))
-        if not list(found.glob("*.safetensors")):
-            # Older repositories, BAAI/bge-m3 among them, hold a pickle alone; it is read with weights_only.
-            found = Path(
-                snapshot_download(
-                    name, cache_dir=cache_dir, revision=revision, allow_patterns=[*_SNAPSHOT, "pytorch_model*.bin"]
-                )
-            )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise UsageError(
-            f"{name} is not a folder here, and the hub did not give a repository of that name "
-            f"({type(error).__name__}): check the name, or download it first and give the folder"
-        ) from error
-    return found
 
 
 def load_config(

@@ -1,7 +1,7 @@
 """Approximate search by any faiss ``index_factory`` string (HNSW32, IVF1024,Flat, IVF256,PQ16, SQ8 …).
 
 Built from the flat index block by block, kept beside it as ``index.{type}`` with the flat file's checksum, and
-built anew when that changes. Training vectors are a seeded sample, so building repeats. Such an index lives in
+built again when that changes. Training vectors are a seeded sample, so building repeats. Such an index lives in
 memory while it is searched; the exact search in ``searcher.py`` does not.
 """
 
@@ -18,7 +18,8 @@ from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.retrieval.searcher import Hit, check_queries, rank
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.io import atomic_open, sha256_file, write_json_atomic
+from FlagEmbedding.utils.identity import made_by
+from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -68,20 +69,15 @@ def load_or_build(index: FlatIndex, index_type: str) -> Any:
     import faiss
 
     path = index.folder / f"index.{index_type.replace('/', '_')}"
-    record_path = path.with_name(f"{path.name}.json")
-    checksum = _flat_checksum(index)
-    if path.exists() and record_path.exists() and checksum in record_path.read_text(encoding="utf-8"):
+    record, identity = path.with_name(f"{path.name}.json"), {"index_type": index_type, "index_sha256": index.checksum()}
+    if path.exists() and made_by(record, identity):
         return faiss.read_index(str(path))
+    record.unlink(missing_ok=True)
     approximate = build(index, index_type)
     with clear_disk_errors(f"writing {path}"), atomic_open(path, "wb") as stream:
         faiss.write_index(approximate, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
-    write_json_atomic(record_path, {"index_type": index_type, "index_sha256": checksum})
+    write_json_atomic(record, identity)
     return approximate
-
-
-def _flat_checksum(index: FlatIndex) -> str:
-    files = (index.manifest or {}).get("files", {})
-    return files["index"]["sha256"] if "index" in files else sha256_file(index.path)
 
 
 def build(index: FlatIndex, index_type: str) -> Any:
@@ -126,5 +122,5 @@ def recall(found: list[list[Hit]], exact: list[list[Hit]]) -> float:
 
 
 def index_paths(folder: Path) -> list[Path]:
-    """Files that approximate searches left in an index folder (removed when it is encoded anew)."""
+    """Files that approximate searches left in an index folder (removed when it is encoded again)."""
     return sorted(folder.glob("index.*"))

@@ -1,7 +1,7 @@
 """The index folder ``{index_save_dir}/{name}/{lang}``: a faiss file, its docids, and a manifest that says what it is.
 
     index          a faiss IndexFlatIP, byte for byte what ``faiss.write_index`` writes
-    docid          one id a line, in row order; with ``index`` this is what pyserini's FaissSearcher opens
+    docid          one id per line, in the vectors' order; with ``index`` this is what pyserini's FaissSearcher opens
     manifest.json  identity (model hash, arguments, corpus), counts, checksums, provenance
 
 The faiss file is written straight from the shards, a mebibyte at a time, so neither writing nor searching ever
@@ -23,7 +23,8 @@ import numpy as np
 
 from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.identity import differences
+from FlagEmbedding.utils.io import atomic_open, sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -122,7 +123,7 @@ def _ask_faiss(path: Path, rows: int, dimension: int) -> None:
 
 
 class DocIds(Sequence[str]):
-    """The ids of a ``docid`` file by row number. Keeps one offset (8 bytes) a row in memory, the text on disk."""
+    """The ids of a ``docid`` file by row number. Keeps one offset (8 bytes) per id in memory, the text on disk."""
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
@@ -194,18 +195,19 @@ class FlatIndex:
         if self.manifest is None:
             logger.warning("%s has no manifest: taken on trust that this encoder made it", self.folder)
             return
-        made_by = self.manifest["identity"]
         keys = ("model", "pooling", "normalize_embeddings", "dimension")
-        differing = [
-            f"{key}: {made_by.get(key)} there, {description[key]} here"
-            for key in keys
-            if made_by.get(key) != description[key]
-        ]
+        there, here = ({key: each.get(key) for key in keys} for each in (self.manifest["identity"], description))
+        differing = differences(there, here)
         if differing:
             raise UsageError(f"{self.folder} was made by another encoder ({'; '.join(differing)}): {hint}")
 
+    def checksum(self) -> str:
+        """SHA-256 of the vectors' file, from the manifest where there is one."""
+        files = (self.manifest or {}).get("files", {})
+        return str(files[INDEX]["sha256"]) if INDEX in files else sha256_file(self.path)
+
     def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """``(first row, vectors [n, dimension])`` through the file; each array is fresh and may be kept."""
+        """``(first row, vectors [n, dimension])`` through the file; each array is a new one and may be kept."""
         with open(self.path, "rb", buffering=0) as stream:
             stream.seek(_HEADER.size)
             for start in range(0, self.rows, block_rows):

@@ -2,10 +2,10 @@
 
 The working folder holds
 
-    manifest.json          what is being encoded and how (its identity), how many rows, rows a shard
-    shard-000007.f32       the rows of shard 7: float32, little endian, row after row
-    shard-000007.docid     their docids, one a line
-    shard-000007.json      row count and SHA-256 of both files; written last, so a shard without it does not exist
+    manifest.json          what is being encoded and how (its identity), how many vectors, and how many per shard
+    shard-000007.f32       the vectors of shard 7: float32, little endian, one after the other
+    shard-000007.docid     their docids, one per line
+    shard-000007.json      their number and SHA-256 of both files; written last, so a shard without it does not exist
 
 Shard i always holds passages ``i * shard_size`` to ``(i + 1) * shard_size``, whoever encodes it: that makes the
 bytes independent of kills and of the number of processes. Every file appears by renaming a finished one.
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.identity import check_identity
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 
 MANIFEST = "manifest.json"
@@ -48,20 +49,6 @@ def clear_disk_errors(doing: str) -> Iterator[None]:
         raise
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """``key: there … , here …`` for every key whose value differs between two identities."""
-    return [
-        f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
-
-
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest at ``path``; None where there is none. Raises ``DataError`` when it cannot be read."""
     if not path.exists():
@@ -70,20 +57,18 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         with open(path, encoding="utf-8") as stream:
             manifest = json.load(stream)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable manifest ({error}); pass --overwrite True to start anew") from error
+        raise DataError(f"{path}: not a readable manifest ({error}); pass --overwrite True to start again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
-        raise DataError(f"{path}: expected a manifest with an 'identity'; pass --overwrite True to start anew")
+        raise DataError(f"{path}: expected a manifest with an 'identity'; pass --overwrite True to start again")
     return manifest
 
 
-def check_identity(manifest: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
-    """Refuse a manifest made by other arguments, naming each difference."""
-    found = differences(manifest["identity"], identity)
-    if found:
-        raise UsageError(
-            f"{path} does not fit this command: {'; '.join(found)}. Give the same arguments as before, pass "
-            "--overwrite True to encode anew, or choose another --index_save_dir"
-        )
+def check_manifest(manifest: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+    """Refuse (``UsageError``) a manifest of other arguments, naming each difference."""
+    hint = (
+        "Give the same arguments as before, pass --overwrite True to encode again, or choose another --index_save_dir"
+    )
+    check_identity(manifest["identity"], identity, path, hint)
 
 
 class ShardStore:
@@ -120,7 +105,7 @@ class ShardStore:
         manifest = read_manifest(folder / MANIFEST)
         if manifest is None:
             return None
-        check_identity(manifest, identity, folder / MANIFEST)
+        check_manifest(manifest, identity, folder / MANIFEST)
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -173,12 +158,12 @@ class ShardStore:
             raise self.damaged(shard, "its record cannot be read") from error
 
     def damaged(self, shard: int, what: str) -> DataError:
-        """Forget a damaged shard and say so; the next run encodes it anew."""
+        """Forget a damaged shard and say so; the next run encodes it again."""
         for suffix in ("json", "f32", "docid"):
             self.path(shard, suffix).unlink(missing_ok=True)
         return DataError(
             f"shard {shard} of {self.folder} is damaged ({what}); it was removed, run the same command again to "
-            "encode it anew"
+            "encode it again"
         )
 
     def remove(self) -> None:

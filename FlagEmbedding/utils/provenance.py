@@ -1,21 +1,16 @@
-"""Where a result came from: commit, versions, command, and a fingerprint of the model's files."""
+"""Where a result came from: commit, versions, command."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.utils.io import PathLike, sha256_file
-
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "faiss-cpu", "faiss-gpu", "ir_measures", "numpy")
-_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model")
 
 
 def package_versions() -> dict[str, str]:
@@ -58,19 +53,3 @@ def provenance() -> dict[str, Any]:
         "argv": list(sys.argv),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def model_fingerprint(folder: PathLike) -> str:
-    """SHA-256 over a checkpoint's configuration, weight, head and tokenizer files (names and bytes)."""
-    files = sorted({path for pattern in _MODEL_FILES for path in Path(folder).glob(pattern)})
-    digest = hashlib.sha256()
-    for path in files:
-        stat = path.stat()
-        digest.update(path.name.encode())
-        digest.update(_file_digest(str(path), stat.st_mtime_ns, stat.st_size).encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _file_digest(path: str, _mtime_ns: int, _size: int) -> str:
-    return sha256_file(path)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.collections.corpus import Passage, fingerprints, passage_text, stream, survey
+from FlagEmbedding.collections.corpus import Passage, passage_text, stream, survey
 from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.identity import fingerprints
 
 
 def write(path: Path, rows: list[object]) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.trec import read_topics
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 
@@ -56,7 +57,7 @@ def test_what_is_neither_on_disk_nor_on_the_hub_is_one_line(tmp_path: Path) -> N
 
 def test_topics_of_the_sample(sample_dir: Path) -> None:
     for lang in ("ko", "fa", "hi"):
-        topics = miracl.read_topics(miracl.topics_file(lang, "dev", sample_dir))
+        topics = read_topics(miracl.topics_file(lang, "dev", sample_dir))
         assert len(topics) > 10
         assert all(query.strip() == query and query for query in topics.values())
 
@@ -75,4 +76,4 @@ def test_broken_topics_name_file_and_line(tmp_path: Path, content: str, message:
     path = tmp_path / "topics.tsv"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        miracl.read_topics(path)
+        read_topics(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from FlagEmbedding.collections.corpus import read_file
-from FlagEmbedding.collections.miracl import read_topics
+from FlagEmbedding.collections.trec import read_topics
 from FlagEmbedding.mining import convert, merge, sample
 from FlagEmbedding.mining.common.jobs import journal_path
 
@@ -171,7 +171,7 @@ def test_broken_judgements_are_named_by_line(tmp_path: Path, capsys: pytest.Capt
     folder = beir(tmp_path / "beir")
     (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\tyes\n")
     assert run(convert, "--format", "beir", "--input", folder, "--output_file", tmp_path / "out.jsonl") == 2
-    assert "train.tsv:2: expected 'qid Q0 docid grade' or 'qid docid grade'" in capsys.readouterr().err
+    assert "train.tsv:2: expected a whole number as grade (column 3), found 'yes'" in capsys.readouterr().err
     assert run(convert, "--format", "beir", "--input", tmp_path, "--output_file", tmp_path / "out.jsonl") == 2
     assert "expected a BEIR folder" in capsys.readouterr().err
 

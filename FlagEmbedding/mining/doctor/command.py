@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.collections.corpus import fingerprints
 from FlagEmbedding.mining.doctor.plots import plot_lengths, plot_scores
 from FlagEmbedding.mining.doctor.report import length_figures, markdown
 from FlagEmbedding.mining.doctor.scan import Scan, lengths, scan
@@ -23,6 +22,7 @@ from FlagEmbedding.mining.doctor.scores import Scores, ScoreSettings, VectorFile
 from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import provenance

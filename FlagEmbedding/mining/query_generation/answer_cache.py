@@ -7,12 +7,10 @@ temperature. Ranks found by the round trip and the requests sent by a job that i
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,6 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS ranks (key TEXT PRIMARY KEY, rank INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spent (job TEXT PRIMARY KEY, requests INTEGER NOT NULL) WITHOUT ROWID;
 """
-
-
-def digest(*parts: Any) -> str:
-    """A name for JSON values that is the same on every machine."""
-    return sha256(json.dumps(parts, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

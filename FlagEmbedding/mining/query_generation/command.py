@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from FlagEmbedding.mining.common.alignment import written
 from FlagEmbedding.mining.common.jobs import Progress, check_output, json_line
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting, fill, kept_queries, negative_table
-from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache, Task, digest
+from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache, Task
 from FlagEmbedding.mining.query_generation.arguments import QueryArguments, parse_query_arguments
 from FlagEmbedding.mining.query_generation.checks import QueryChecks
 from FlagEmbedding.mining.query_generation.endpoint import ChatEndpoint, EndpointConfig, Save
@@ -33,6 +33,7 @@ from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problems, find_files, parse_record, read_rows
 from FlagEmbedding.utils.cli import entry_point
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.identity import digest
 from FlagEmbedding.utils.io import atomic_open, sha256_file
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import provenance

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from FlagEmbedding.inference.precision import resolve_dtype
-from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task, digest
+from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
 from FlagEmbedding.mining.query_generation.endpoint import Save
-from FlagEmbedding.modeling.files import resolve_folder
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device
+from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.identity import digest
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, index_label, passages_of_rows
 from FlagEmbedding.mining.hard_negatives.command import index_settings, load_encoder, prepare_index
 from FlagEmbedding.mining.hard_negatives.miner import check_index, chunks
-from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache, digest
-from FlagEmbedding.utils.io import PathLike, sha256_file
+from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache
+from FlagEmbedding.utils.identity import digest
+from FlagEmbedding.utils.io import PathLike
 
 _CHUNK = 2_048
 
@@ -35,12 +36,11 @@ class RoundTrip:
 
     def __init__(self, retriever: Retriever, store: PassageStore, cache: AnswerCache, top_k: int) -> None:
         self.retriever, self.store, self.cache, self.top_k = retriever, store, cache, top_k
-        files = (retriever.index.manifest or {}).get("files", {})
         self._identity = digest(
             retriever.encoder.describe(),
             retriever.query_length,
             retriever.query_instruction,
-            files["index"]["sha256"] if "index" in files else sha256_file(retriever.index.path),
+            retriever.index.checksum(),
             top_k,
         )
 

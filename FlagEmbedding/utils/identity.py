@@ -1,0 +1,97 @@
+"""Made by the same inputs? One answer for indexes, jobs, caches and the paper's table.
+
+An identity is what decides a result, as JSON values: options, and fingerprints of the files that are read. It is kept
+beside the result; what is there may be used or continued only where its identity is the present one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import PathLike, sha256_file
+
+Identity = Mapping[str, Any]
+_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model")
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as it reads after being written: tuples are lists, keys are texts."""
+    return json.loads(json.dumps(value))
+
+
+def digest(*parts: Any) -> str:
+    """A SHA-256 for JSON values that is the same on every machine; for keys and names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def differences(there: Identity, here: Identity) -> list[str]:
+    """``key: there … , here …`` for every key whose value differs between two identities."""
+    there, here = as_json(there), as_json(here)
+    return [
+        f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+
+
+def check_identity(there: Identity, here: Identity, what: PathLike, hint: str) -> None:
+    """Refuse ``what`` where it was made by other inputs, naming each difference.
+
+    Raises:
+        UsageError: they differ; ``hint`` says what to do.
+    """
+    found = differences(there, here)
+    if found:
+        raise UsageError(f"{what} does not fit this command: {'; '.join(found)}. {hint}")
+
+
+def made_by(record: PathLike, identity: Identity) -> bool:
+    """True where the JSON file ``record`` holds ``identity``, by itself or as its key ``identity``.
+
+    False where it is not there, cannot be read or holds another one: then the result is to be made again.
+    """
+    try:
+        found = json.loads(Path(record).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    there = found.get("identity", found) if isinstance(found, dict) else None
+    return bool(there == as_json(identity))
+
+
+def fingerprints(files: Sequence[Path]) -> list[dict[str, str]]:
+    """Name and SHA-256 of each file (as stored, not unpacked).
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    try:
+        return [{"name": path.name, "sha256": sha256_file(path)} for path in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def model_fingerprint(folder: PathLike) -> str:
+    """SHA-256 over a checkpoint's configuration, weight, head and tokenizer files (names and bytes)."""
+    files = sorted({path for pattern in _MODEL_FILES for path in Path(folder).glob(pattern)})
+    whole = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        whole.update(path.name.encode())
+        whole.update(_file_digest(str(path), stat.st_mtime_ns, stat.st_size).encode())
+    return whole.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: str, _mtime_ns: int, _size: int) -> str:
+    return sha256_file(path)
