@@ -29,6 +29,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
@@ -55,6 +56,13 @@ def progress(what: str, items: Iterable[T] = (), *, total: int | None = None, do
         items, what, total, initial=done, mininterval=seconds, delay=seconds, leave=False, dynamic_ncols=True,
         unit_scale=True,
     )  # fmt: skip
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """``items`` in lists of ``size``."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 def json_line(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from FlagEmbedding.mining.hard_negatives.filters import Candidate, NegativeFilte
 from FlagEmbedding.mining.hard_negatives.reranker import Reranker
 from FlagEmbedding.retrieval.searcher import Hit
 
-T = TypeVar("T")
 _RANDOM_TRIES = 16
 
 
@@ -184,10 +183,3 @@ def training_row(mined: Mined, with_scores: bool = False) -> dict[str, Any] | No
         row["pos_scores"] = mined.positive_scores
         row["neg_scores"] = [candidate.score for candidate in mined.negatives]
     return {**row, **item.others}
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """``items`` in lists of ``size``."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
