@@ -14,16 +14,18 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], numbers: Seq
 
     Args:
         headers: one per column.
-        rows: cells; integers get thousands separators.
+        rows: cells; numbers get thousands separators.
         numbers: columns that are aligned to the right.
     """
     align = ["right" if column in numbers else "left" for column in range(len(headers))]
     cells = [[_cell(value) for value in row] for row in rows]
-    return tabulate(cells, map(_cell, headers), tablefmt="pipe", colalign=align if cells else None, disable_numparse=True)
+    return tabulate(
+        cells, map(_cell, headers), tablefmt="pipe", colalign=align if cells else None, disable_numparse=True
+    )
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, int):
+    if isinstance(value, int | float):
         return f"{value:,}"
     return str(value).replace("|", "\\|").replace("\n", " ")
 
@@ -48,7 +50,7 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 — Markdown, not HTML
+        autoescape=False,
     )
     environment.globals.update(table=table, percent=percent, of=of)
     environment.filters["number"] = "{:,}".format

@@ -37,6 +37,7 @@ from typing import IO, Any, TypeVar
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from FlagEmbedding.mining.common.rows import json_line
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import as_json, differences
@@ -63,16 +64,6 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-def json_line(value: Any) -> str:
-    """``value`` as one line of JSON with its line end; text as it is, escaped only where UTF-8 cannot hold it."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, in a column that is not ours
-        text = json.dumps(value)
-    return text + "\n"
 
 
 @contextmanager
@@ -124,7 +115,7 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 
 def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write ``rows`` as they come; the file appears at the end, or, after an error, not at all. Returns their number."""
+    """Write ``rows`` as they come; returns their number. The file appears at the end, or, after an error, not at all."""
     count = 0
     with exclusive(output.with_name(f".{output.name}.lock"), output):
         for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a kill

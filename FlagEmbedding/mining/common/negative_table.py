@@ -1,8 +1,8 @@
 """The different negatives of training files, and the queries found for them, in a scratch file on disk.
 
 Memory stays flat: which texts answer which query, the texts that wait for a query, and what was decided about them lie
-in one SQLite file, which is made again by every run and deleted at its end. It is a function of the input and the cached
-answers, so a killed run needs nothing of it.
+in one SQLite file, which is made again by every run and deleted at its end. It is a function of the input and the
+cached answers, so a killed run needs nothing of it.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ class ReportedOutput(OutputArguments):
 class MiningEncoder(EncoderArguments):
     """Encoder."""
 
-    encoder: str = option(
-        "", "hub id or folder of the checkpoint", "--model_name_or_path", "--embedder_name_or_path"
-    )
+    encoder: str = option("", "hub id or folder of the checkpoint", "--model_name_or_path", "--embedder_name_or_path")
     fp16: bool = switch(False, "half precision: fp16 on a GPU, --dtype auto on a CPU", "--use_fp16")
     workers: int | None = option(0, "processes that tokenize ahead; 0: a thread")
 

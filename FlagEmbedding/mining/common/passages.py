@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from FlagEmbedding.collections.corpus import passage_text, read_file
-from FlagEmbedding.mining.common.jobs import json_line
-from FlagEmbedding.mining.common.rows import KeySet
+from FlagEmbedding.mining.common.rows import KeySet, json_line
 from FlagEmbedding.retrieval.index import DocIds
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problem, Problems, read_rows

@@ -1,7 +1,8 @@
-"""Training rows as mining reads and writes them: checked, counted as the same or not, negatives still missing or not."""
+"""Training rows as mining reads and writes them: checked, told apart, with or without their negatives."""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,17 @@ from typing import Any
 
 from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, parse_record, read_rows
+from FlagEmbedding.utils.errors import UsageError
+
+
+def json_line(value: Any) -> str:
+    """``value`` as one line of JSON with its line end; text as it is, escaped only where UTF-8 cannot hold it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, in a column that is not ours
+        text = json.dumps(value)
+    return text + "\n"
 
 
 class KeySet:
@@ -60,3 +72,18 @@ def data_files(paths: Sequence[str]) -> list[Path]:
     files = [Path(file.path) for file in find_files(paths, problems)]
     problems.raise_if_any()
     return files
+
+
+def load_tokenizer(flag: str, name: str, cache_dir: str | None = None) -> Any:
+    """The tokenizer of a hub id or folder, as ``flag`` named it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{flag} {name}: no tokenizer can be loaded from there ({reason})") from error

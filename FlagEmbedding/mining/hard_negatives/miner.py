@@ -1,4 +1,4 @@
-"""From queries to negatives: embed, search, filter, choose. Used by the command and between the epochs of a training run.
+"""From queries to negatives: embed, search, filter, choose. Used by the command and between epochs of training.
 
 Queries go in chunks: a chunk is embedded as one window and searched in one pass over the index, which is read from
 disk block by block. So memory holds one chunk's candidates whatever the corpus, and a chunk gives the same scores
@@ -8,7 +8,7 @@ whenever it is computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random

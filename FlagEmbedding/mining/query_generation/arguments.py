@@ -52,9 +52,7 @@ class EndpointArguments:
     timeout: float = option(60.0, "seconds that an answer may take")
     max_retries: int = option(8, "repeats of a request after 429, 5xx, timeouts, malformed answers")
     backoff: float = option(1.0, "seconds before the first repeat; doubles with each, up to 60")
-    max_requests: int | None = option(
-        None, "hard limit on requests, repeats and killed runs of this command included"
-    )
+    max_requests: int | None = option(None, "hard limit on requests, repeats and killed runs of this command included")
     longest_retry_after: float = internal(600.0)  # a server that asks for more seconds ends the run
 
     def __post_init__(self) -> None:
@@ -162,9 +160,7 @@ class QueryOptions:
         if self.endpoint.model and self.local.local_model:
             raise UsageError("--model asks an endpoint, --local_model this machine: give one of them")
         if self.writing.dry_run and not self.generates:
-            raise UsageError(
-                "--dry_run has no effect without --model or --local_model: real queries cost nothing"
-            )
+            raise UsageError("--dry_run has no effect without --model or --local_model: real queries cost nothing")
         top_k = self.round_trip.round_trip_top_k
         if bool(self.encoder.encoder) != bool(top_k):
             raise UsageError("the round trip needs both: --encoder and --round_trip_top_k")

@@ -1,8 +1,8 @@
 """Whether what a model wrote can serve as the query of a passage: script and language, one line, length, no copy.
 
 Script is told by Unicode's names of the letters. Half of the query's words must hold a letter of the passage's script,
-so that "HTML5와 XHTML 차이" is Korean and "What is 한강?" is not. Between languages of one script py3langid decides, and
-only where it is sure of both texts.
+so that "HTML5와 XHTML 차이" is Korean and "What is 한강?" is not. Between languages of one script py3langid decides,
+and only where it is sure of both texts.
 """
 
 from __future__ import annotations

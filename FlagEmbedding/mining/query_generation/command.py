@@ -1,4 +1,4 @@
-"""The entry point of ``query_generation``. What the work needs is imported once the command line is known to be right."""
+"""The entry point of ``query_generation``; what the work needs is imported once the command line is right."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from FlagEmbedding.inference.precision import resolve_dtype
 from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.precision import resolve_dtype
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
 from FlagEmbedding.mining.query_generation.arguments import LocalModelArguments, WritingArguments
 from FlagEmbedding.mining.query_generation.endpoint import Save

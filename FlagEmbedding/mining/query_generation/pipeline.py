@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from FlagEmbedding.mining.common.alignment import written
-from FlagEmbedding.mining.common.jobs import check_output, json_line, progress, work_folder
+from FlagEmbedding.mining.common.jobs import check_output, progress, work_folder
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting, fill, kept_queries, negative_table
+from FlagEmbedding.mining.common.rows import data_files, json_line
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache, Task
-from FlagEmbedding.mining.common.rows import data_files
 from FlagEmbedding.mining.query_generation.arguments import CheckArguments, QueryOptions, ReuseArguments
 from FlagEmbedding.mining.query_generation.checks import judge
 from FlagEmbedding.mining.query_generation.endpoint import ChatEndpoint, Save
@@ -267,7 +267,9 @@ def _describe(options: QueryOptions, generation: Generation, requests: int) -> d
     }
 
 
-def _finish(options: QueryOptions, files: Sequence[Path], table: NegativeTable, record: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    options: QueryOptions, files: Sequence[Path], table: NegativeTable, record: dict[str, Any]
+) -> dict[str, Any]:
     """Write the rows and the report; the output is moved into place last."""
     output = options.output.path
     with clear_disk_errors(f"writing {output}"), atomic_open(output) as stream:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.mining.common.jobs import json_line
+from FlagEmbedding.mining.common.rows import json_line
 from FlagEmbedding.mining.query_generation.checks import REASONS
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.pages import percent, render
