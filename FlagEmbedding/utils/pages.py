@@ -20,7 +20,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], numbers: Seq
     align = ["right" if column in numbers else "left" for column in range(len(headers))]
     cells = [[_cell(value) for value in row] for row in rows]
     return tabulate(
-        cells, map(_cell, headers), tablefmt="pipe", colalign=align if cells else None, disable_numparse=True
+        cells,
+        [_cell(name) for name in headers],
+        tablefmt="pipe",
+        colalign=align if cells else None,
+        disable_numparse=True,
     )
 
 

@@ -44,7 +44,9 @@ def ask(server: ChatServer, passages: list[str] = PASSAGES, spend=lambda: True, 
 
 def test_answers_come_back_saved_with_their_usage_and_the_request_is_the_protocols() -> None:
     with ChatServer(key=KEY) as server:
-        saved, problems, endpoint = ask(server, temperature=0.3, max_tokens=99, request_options='{"reasoning_effort": "low"}')
+        saved, problems, endpoint = ask(
+            server, temperature=0.3, max_tokens=99, request_options='{"reasoning_effort": "low"}'
+        )
     assert not problems
     assert saved == {p: Answer(good_query(p), "stop", 10, 5) for p in PASSAGES}
     assert (endpoint.sent, endpoint.repeated) == (40, 0)
@@ -159,7 +161,9 @@ def test_a_missing_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UsageError, match="OPENAI_API_KEY"):
         ChatEndpoint(EndpointArguments("m"), WritingArguments(), lambda: True)
-    ChatEndpoint(EndpointArguments("m", "http://127.0.0.1:9/v1"), WritingArguments(), lambda: True)  # a server of one's own needs none
+    ChatEndpoint(
+        EndpointArguments("m", "http://127.0.0.1:9/v1"), WritingArguments(), lambda: True
+    )  # a server of one's own needs none
 
 
 @pytest.mark.parametrize("limit", [0, 7, 39])

@@ -115,7 +115,10 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 
 def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write ``rows`` as they come; returns their number. The file appears at the end, or, after an error, not at all."""
+    """Write ``rows`` as they come; returns their number.
+
+    The file appears at the end, or, after an error, not at all.
+    """
     count = 0
     with exclusive(output.with_name(f".{output.name}.lock"), output):
         for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a kill
