@@ -68,6 +68,7 @@ setup(
         "FlagEmbedding": [
             "py.typed",
             "mining/query_generation/prompts/*",
+            "mining/*/report.md.j2",
             "modeling/kernels/*.h",
             "modeling/kernels/*.cpp",
         ]

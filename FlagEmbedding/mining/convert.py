@@ -11,34 +11,69 @@ streamed into a scratch file, so memory grows with the queries only.
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from FlagEmbedding.collections import miracl
-from FlagEmbedding.collections.trec import Qrels, Topics, read_qrels, read_topics, relevant
-from FlagEmbedding.mining.common.alignment import text_key
-from FlagEmbedding.mining.common.jobs import Job, Progress, check_output
-from FlagEmbedding.mining.common.passages import PassageStore, corpus_files
-from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
-from FlagEmbedding.schema import Problem, Problems, read_rows
-from FlagEmbedding.utils.cli import Parser, add_bool_flag, entry_point
+from FlagEmbedding.mining.common.options import OutputArguments
+from FlagEmbedding.utils.cli import choice, entry_point, option, parse_whole, switch
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.logging import get_logger
+
+if TYPE_CHECKING:  # brings numpy, and with it a slower --help
+    from FlagEmbedding.collections.trec import Qrels, Topics
+    from FlagEmbedding.mining.common.passages import PassageStore
 
 logger = get_logger(__name__)
 
+Format = Literal["miracl", "beir", "triples"]
+Negatives = Literal["judged", "none"]
 
-def judged_rows(queries: Topics, qrels: Qrels, store: PassageStore, negatives: str) -> Iterator[dict[str, Any] | None]:
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """What is read."""
+
+    format: Format = choice(Format, help="what is read")
+    input: list[str] = option([], "a BEIR folder, or files of triples", metavar="PATH")
+    data_dir: str | None = option(None, "folder in MIRACL's layout, asked before the hub")
+    language: str | None = option(None, "MIRACL language")
+    split: str = option("train", "of MIRACL or BEIR")
+    negatives: Negatives = choice(Negatives, "judged", "what becomes of passages of grade 0")
+    with_title: bool | None = switch(None, "title and text; default: as is usual, so for BEIR only")
+    cache_dir: str | None = option(None, "where the hub's files are kept")
+
+    def __post_init__(self) -> None:
+        if self.format == "miracl" and (not self.language or self.input):
+            raise UsageError("--format miracl needs --language (and perhaps --data_dir), and no --input")
+        if self.format != "miracl" and (not self.input or self.language or self.data_dir):
+            raise UsageError(f"--format {self.format} needs --input, and neither --language nor --data_dir")
+        if self.format == "beir" and len(self.input) > 1:
+            raise UsageError("--format beir reads one folder at a time: merge the results")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Everything that the command line says."""
+
+    source: ConvertArguments
+    output: OutputArguments
+
+
+def judged_rows(
+    queries: Topics, qrels: Qrels, store: PassageStore, negatives: Negatives
+) -> Iterator[dict[str, Any] | None]:
     """A row for each query in order; None for one without a relevant passage in the corpus.
 
-    :param negatives: 'judged' takes those of grade 0 along, 'none' leaves them out.
+    Args:
+        negatives: 'judged' takes those of grade 0 along, 'none' leaves them out.
     """
+    from FlagEmbedding.collections.trec import relevant
+
     rows = store.rows_of({docid for judged in qrels.values() for docid in judged})
     for qid, query in queries.items():
         judged = qrels.get(qid, {})
@@ -55,6 +90,8 @@ def judged_rows(queries: Topics, qrels: Qrels, store: PassageStore, negatives: s
 
 def _texts(docids: Sequence[str], rows: dict[str, int], store: PassageStore, but: Sequence[str]) -> list[str]:
     """The texts of passages that the corpus has, each once, without those that are among ``but``."""
+    from FlagEmbedding.mining.common.alignment import text_key
+
     seen, texts = {text_key(text) for text in but}, []
     for docid in docids:
         text = store[rows[docid]] if docid in rows else ""
@@ -66,6 +103,8 @@ def _texts(docids: Sequence[str], rows: dict[str, int], store: PassageStore, but
 
 def read_beir_queries(path: Path) -> dict[str, str]:
     """``qid -> query`` of a BEIR ``queries.jsonl``. Raises ``DataError``."""
+    from FlagEmbedding.schema import Problem, Problems, read_rows
+
     problems, queries = Problems(), {}
     for line, row in read_rows(path, problems):
         qid, text = row.get("_id"), row.get("text")
@@ -77,64 +116,59 @@ def read_beir_queries(path: Path) -> dict[str, str]:
     return queries
 
 
-def convert(a: argparse.Namespace) -> tuple[int, int]:
-    """Run the command; returns the numbers of rows and of those without ``neg``. Raises ``UserError``."""
-    output = Path(a.output_file)
-    check_output(output, a.overwrite)
-    work = output.with_name(f".{output.name}.work")
-    inputs, rows = _open(a, work)
-    identity = {
-        "format": a.format, "inputs": [file["sha256"] for file in fingerprints(inputs)],
-        "negatives": a.negatives, "with_title": a.with_title,
-    }  # fmt: skip
-    counts = {"rows": 0, "skipped": 0, "bare": 0}
-    with Job(output, identity, overwrite=a.overwrite) as job:
-        progress = Progress("rows", done=job.done)
-        for row in islice(rows, job.done, None):
-            job.add([] if row is None else [row], "skipped" if row is None else "rows" if "neg" in row else "bare")
-            progress.step()
-        for note in job.notes():
-            counts[note] += 1
-        if not counts["rows"] + counts["bare"]:
-            raise DataError(f"{inputs[0]}: no query with a relevant passage in it")
-        job.finish()
-    shutil.rmtree(work, ignore_errors=True)
+def convert(options: ConvertOptions) -> Counter[str]:
+    """Run the command; returns the numbers of ``rows``, of those that are ``bare`` of ``neg``, of queries ``skipped``.
+
+    Raises:
+        UserError: something cannot be read or written.
+    """
+    from FlagEmbedding.mining.common.jobs import check_output, work_folder, write_rows
+
+    output, source, counts = options.output, options.source, Counter[str]()
+    check_output(output.path, output.overwrite)
+    with nullcontext(Path()) if source.format == "triples" else work_folder(output.path) as work:
+        found = _triples(source.input) if source.format == "triples" else _judged(source, work)
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in found:
+                counts.update(["skipped"] if row is None else ["rows"] if "neg" in row else ["rows", "bare"])
+                if row is not None:
+                    yield row
+            if not counts["rows"]:  # before the file appears
+                raise DataError(f"{source.input or source.language}: no query with a relevant passage in it")
+
+        write_rows(output.path, rows())
     if counts["skipped"]:
         logger.info("%d queries have no relevant passage in the corpus and are left out", counts["skipped"])
-    return counts["rows"] + counts["bare"], counts["bare"]
+    return counts
 
 
-def _open(a: argparse.Namespace, work: Path) -> tuple[list[Path], Iterable[dict[str, Any] | None]]:
-    """The files that decide the output, and the rows."""
-    if a.format == "triples":
-        files = [Path(name) for name in a.input]
-        _check_triples(files)
-        problems = Problems()
-        return files, rows_of_triples(triple for path in files for triple in read_triples(path, problems))
-    work.mkdir(parents=True, exist_ok=True)
-    if a.format == "miracl":
-        miracl.check_languages([a.language])
-        place = (a.language, a.split, a.data_dir, a.cache_dir)
-        topics, qrels = miracl.topics_file(*place), miracl.qrels_file(*place)
-        corpus = miracl.corpus_files(a.language, a.data_dir, a.cache_dir)
-        queries = read_topics(topics)
-    else:
-        folder = Path(a.input[0])
-        topics, qrels, passages = _beir_files(folder, a.split)
-        queries, corpus = read_beir_queries(topics), corpus_files([passages], work)
-    store = PassageStore.prepare(corpus, work, a.with_title)
-    return [topics, qrels, *corpus], judged_rows(
-        queries, read_qrels(qrels, beir=a.format == "beir"), store, a.negatives
-    )
+def _triples(names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
+    from FlagEmbedding.schema import Problems
 
-
-def _check_triples(files: Sequence[Path]) -> None:
-    """Read everything once, so that problems are known before anything is written."""
     problems = Problems()
-    for path in files:
-        for _ in read_triples(path, problems):
-            pass
+    yield from rows_of_triples(triple for name in names for triple in read_triples(Path(name), problems))
     problems.raise_if_any()
+
+
+def _judged(source: ConvertArguments, work: Path) -> Iterator[dict[str, Any] | None]:
+    from FlagEmbedding.collections import miracl
+    from FlagEmbedding.collections.trec import read_qrels, read_topics
+    from FlagEmbedding.mining.common.passages import PassageStore, corpus_files
+
+    if source.format == "miracl":
+        assert source.language is not None
+        miracl.check_languages([source.language])
+        place = (source.language, source.split, source.data_dir, source.cache_dir)
+        queries, qrels = read_topics(miracl.topics_file(*place)), miracl.qrels_file(*place)
+        corpus = miracl.corpus_files(source.language, source.data_dir, source.cache_dir)
+    else:
+        topics, qrels, passages = _beir_files(Path(source.input[0]), source.split)
+        queries, corpus = read_beir_queries(topics), corpus_files([passages], work)
+    with_title = source.format == "beir" if source.with_title is None else source.with_title
+    store = PassageStore.prepare(corpus, work, with_title)
+    return judged_rows(queries, read_qrels(qrels, beir=source.format == "beir"), store, source.negatives)
 
 
 def _beir_files(folder: Path, split: str) -> tuple[Path, Path, Path]:
@@ -149,40 +183,15 @@ def _beir_files(folder: Path, split: str) -> tuple[Path, Path, Path]:
     return one("queries.jsonl"), one(f"qrels/{split}.tsv"), one("corpus.jsonl")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check. Raises ``UsageError``."""
-    parser = Parser("MIRACL, BEIR or sentence-transformers triples as training rows.")
-    add = parser.add_argument
-    add("--format", choices=["miracl", "beir", "triples"], required=True, help="what is read")
-    add("--input", nargs="+", default=[], metavar="PATH", help="a BEIR folder, or files of triples")
-    add("--data_dir", help="folder in MIRACL's layout, asked before the hub")
-    add("--language", help="MIRACL language")
-    add("--split", default="train", help="of MIRACL or BEIR")
-    add("--output_file", required=True, metavar="FILE", help="the rows")
-    add("--negatives", choices=["judged", "none"], default="judged", help="what becomes of passages of grade 0")
-    add_bool_flag(parser, "--with_title", default=None, help="title and text; default: as is usual, so for BEIR only")  # type: ignore[arg-type]
-    add("--cache_dir", help="where the hub's files are kept")
-    add_bool_flag(parser, "--overwrite", help="replace an output that is there")
-    a = parser.parse_args(argv)
-    if a.format == "miracl" and (not a.language or a.input):
-        raise UsageError("--format miracl needs --language (and perhaps --data_dir), and no --input")
-    if a.format != "miracl" and (not a.input or a.language or a.data_dir):
-        raise UsageError(f"--format {a.format} needs --input, and neither --language nor --data_dir")
-    if a.format == "beir" and len(a.input) > 1:
-        raise UsageError("--format beir reads one folder at a time: merge the results")
-    a.with_title = a.format == "beir" if a.with_title is None else a.with_title
-    return a
-
-
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and convert."""
-    a = parse(argv)
-    rows, bare = convert(a)
-    print(f"{a.output_file}: {rows:,} rows")
-    if bare:
-        command = f"python -m FlagEmbedding.mining.hard_negatives --input_file {a.output_file} …"
-        print(f"  {bare:,} of them have no neg yet: {command}")
+    options = parse_whole(ConvertOptions, argv, "MIRACL, BEIR or sentence-transformers triples as training rows.")
+    counts, name = convert(options), options.output.output_file
+    print(f"{name}: {counts['rows']:,} rows")
+    if counts["bare"]:
+        command = f"python -m FlagEmbedding.mining.hard_negatives --input_file {name} …"
+        print(f"  {counts['bare']:,} of them have no neg yet: {command}")
     return 0
 
 

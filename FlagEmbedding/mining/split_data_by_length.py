@@ -12,8 +12,6 @@ the hub is kept (nothing else needs a cache here).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import re
@@ -21,20 +19,22 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from FlagEmbedding.mining.common.options import check_least
+from FlagEmbedding.mining.common.rows import json_line, load_tokenizer
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, parse_record, read_rows
-from FlagEmbedding.utils.cli import add_bool_flag, entry_point
+from FlagEmbedding.utils.cli import entry_point, option, parse, switch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-_ROWS_A_BATCH = 64
+_BATCH = 64
 _SPLIT_NAME = re.compile(r"_len-\d+-(\d+|inf)\.jsonl$")
 
 Row = tuple[dict[str, Any], TrainRecord]
@@ -65,6 +65,26 @@ def make_buckets(bounds: Sequence[int]) -> list[Bucket]:
     return [Bucket(low, high) for low, high in zip(ordered, [*ordered[1:], None], strict=True)]
 
 
+@dataclass(frozen=True)
+class SplitArguments:
+    """Split by length."""
+
+    input_path: str = option(help="a training file, or a folder of such files")
+    output_dir: str = option(help="where the parts are written")
+    cache_dir: str | None = option(None, "where a tokenizer from the hub is kept")
+    log_name: str = option(".split_log", "name of the log in the output folder")
+    length_list: list[int] = option(
+        [0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000], "lower ends of the ranges, in tokens"
+    )
+    model_name_or_path: str = option("BAAI/bge-m3", "whose tokenizer counts")
+    num_proc: int = option(16, "threads at most, and no more than there are cores")
+    overwrite: bool = switch(False, "replace output files that exist")
+
+    def __post_init__(self) -> None:
+        check_least(self, num_proc=1)
+        make_buckets(self.length_list)
+
+
 @dataclass
 class SplitByLength:
     """Splits files with one tokenizer.
@@ -79,15 +99,19 @@ class SplitByLength:
     buckets: list[Bucket]
     overwrite: bool = False
 
-    def run(self, input_path: str, output_dir: str, log_name: str = ".split_log") -> list[dict[str, Any]]:
-        """Split a file or the files of a folder, and append what became of each to ``output_dir/log_name``.
+    def run(self, options: SplitArguments) -> list[dict[str, Any]]:
+        """Split a file or the files of a folder, and append what became of each to the log.
 
-        Returns the log's entries. Raises ``DataError`` for problems in the rows, before anything of the file concerned
-        is written, ``UsageError`` for files whose outputs would have the same name.
+        Returns:
+            The log's entries.
+
+        Raises:
+            DataError: problems in the rows, before anything of the file concerned is written.
+            UsageError: the outputs of two files would have the same name.
         """
         problems = Problems()
         # A folder that is split into itself holds the outputs of the last time.
-        files = [f.path for f in find_files([input_path], problems) if not _SPLIT_NAME.search(f.path)]
+        files = [f.path for f in find_files([options.input_path], problems) if not _SPLIT_NAME.search(f.path)]
         problems.raise_if_any()
         stems: dict[str, str] = {}
         for path in files:
@@ -95,13 +119,13 @@ class SplitByLength:
             if stem in stems:
                 raise UsageError(f"{stems[stem]} and {path} would both be written to {stem}_len-…: rename one of them")
             stems[stem] = path
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        entries = []
+        folder, entries = Path(options.output_dir), []
+        folder.mkdir(parents=True, exist_ok=True)
         for stem, path in stems.items():
-            entry = self.split_file(path, Path(output_dir) / stem)
+            entry = self.split_file(path, folder / stem)
             entries.append(entry)
-            with open(Path(output_dir) / log_name, "a", encoding="utf-8") as log:
-                log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            with open(folder / options.log_name, "a", encoding="utf-8") as log:
+                log.write(json_line(entry))
         return entries
 
     def split_file(self, path: str, output: Path) -> dict[str, Any]:
@@ -112,35 +136,33 @@ class SplitByLength:
         for bucket in kept:
             logger.info("%s exists and stays as it is (--overwrite True replaces it)", targets[bucket])
         counts = {bucket: 0 for bucket in self.buckets if bucket not in kept}
-        tally = _Tally()
+        size = tokens = left_out = 0
         problems = Problems()
         with ExitStack() as stack:
             streams: dict[Bucket, IO[str]] = {}
             rows = _rows(path, problems)
-            while chunk := list(islice(rows, _ROWS_A_BATCH)):
+            while chunk := list(islice(rows, _BATCH)):
                 for (row, _), length in zip(chunk, self.row_lengths([record for _, record in chunk]), strict=True):
                     home = next((bucket for bucket in self.buckets if bucket.holds(length)), None)
-                    tally.add(length, left_out=home is None)
+                    size, tokens, left_out = size + 1, tokens + length, left_out + (home is None)
                     if home is None or home in kept:
                         continue
                     if home not in streams:
                         streams[home] = stack.enter_context(atomic_open(targets[home]))
-                    streams[home].write(_json_line(row))
+                    streams[home].write(json_line(row))
                     counts[home] += 1
             # Inside the block: an error throws away what was written.
             problems.raise_if_any()
         for bucket, count in counts.items():
             if not count:
                 targets[bucket].unlink(missing_ok=True)  # of an earlier run, and now without rows
-        if tally.left_out:
-            logger.warning(
-                "%s: %d rows are shorter than %d tokens and left out", path, tally.left_out, self.buckets[0].low
-            )
-        logger.info("%s: %d rows, %s", path, tally.rows, ", ".join(f"{b.name}: {n}" for b, n in counts.items() if n))
+        if left_out:
+            logger.warning("%s: %d rows are shorter than %d tokens and left out", path, left_out, self.buckets[0].low)
+        logger.info("%s: %d rows, %s", path, size, ", ".join(f"{b.name}: {n}" for b, n in counts.items() if n))
         return {
             "file_name": Path(path).name,
-            "size": tally.rows,
-            "avg_length": tally.tokens / tally.rows,
+            "size": size,
+            "avg_length": tokens / size,
             "file_path": path,
             "start_time": start,
             "end_time": _now(),
@@ -160,18 +182,6 @@ class SplitByLength:
         return [max(lengths[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-@dataclass
-class _Tally:
-    rows: int = 0
-    tokens: int = 0
-    left_out: int = field(default=0)
-
-    def add(self, length: int, left_out: bool) -> None:
-        self.rows += 1
-        self.tokens += length
-        self.left_out += left_out
-
-
 def _rows(path: str, problems: Problems) -> Iterator[Row]:
     for line, row in read_rows(path, problems):
         record = parse_record(row, path, line, problems)
@@ -179,62 +189,23 @@ def _rows(path: str, problems: Problems) -> Iterator[Row]:
             yield row, record
 
 
-def _json_line(row: dict[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, in a column that is not ours
-        text = json.dumps(row)
-    return text + "\n"
-
-
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The published flags."""
-    parser = argparse.ArgumentParser(prog="python -m FlagEmbedding.mining.split_data_by_length", description=__doc__)
-    parser.add_argument("--input_path", required=True, help="a training file, or a folder of such files")
-    parser.add_argument("--output_dir", required=True, help="where the parts are written")
-    parser.add_argument("--cache_dir", help="where a tokenizer from the hub is kept")
-    parser.add_argument("--log_name", default=".split_log", help="name of the log in the output folder")
-    bounds = [0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000]
-    parser.add_argument(
-        "--length_list", type=int, nargs="+", default=bounds, help="lower ends of the ranges, in tokens"
-    )
-    parser.add_argument("--model_name_or_path", default="BAAI/bge-m3", help="whose tokenizer counts")
-    parser.add_argument("--num_proc", type=int, default=16, help="threads at most, and no more than there are cores")
-    add_bool_flag(parser, "--overwrite", help="replace output files that exist")
-    return parser
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and split."""
-    options = build_parser().parse_args(argv)
-    buckets = make_buckets(options.length_list)
-    if options.num_proc < 1:
-        raise UsageError(f"--num_proc must be at least 1, got {options.num_proc}")
+    (options,) = parse([SplitArguments], argv, "Split training files by the length of their rows.")
     # Read by the tokenizer's thread pool when it starts.
     os.environ["RAYON_NUM_THREADS"] = str(min(options.num_proc, os.cpu_count() or 1))
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    splitter = SplitByLength(_load_tokenizer(options.model_name_or_path, options.cache_dir), buckets, options.overwrite)
-    for entry in splitter.run(options.input_path, options.output_dir, options.log_name):
+    tokenizer = load_tokenizer("--model_name_or_path", options.model_name_or_path, options.cache_dir)
+    for entry in SplitByLength(tokenizer, make_buckets(options.length_list), options.overwrite).run(options):
         print(f"{entry['file_path']}: {entry['size']} rows, {entry['avg_length']:.1f} tokens on average")
         for name, count in entry["split_info"].items():
             if count:
                 print(f"  {name}: {count}")
-
-
-def _load_tokenizer(name: str, cache_dir: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--model_name_or_path {name}: no tokenizer can be loaded from there ({reason})") from error
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, ParamSpec, get_args
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast, get_args, get_type_hints
 
 import simple_parsing
 from simple_parsing import ArgumentGenerationMode, DashVariant
@@ -24,6 +24,7 @@ from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.logging import configure_logging
 
 P = ParamSpec("P")
+Whole = TypeVar("Whole")
 
 _TRUE = {"y", "yes", "true", "t", "1", "on"}
 _FALSE = {"n", "no", "false", "f", "0", "off"}
@@ -64,6 +65,11 @@ def choice(kind: Any, default: Any = MISSING, help: str = "", *aliases: str) -> 
     return _field(default, help, aliases, {"type": str, "choices": list(get_args(kind))})
 
 
+def positional(help: str = "", metavar: str = "PATH") -> Any:
+    """A ``list[str]`` field whose values stand without a flag, one or more."""
+    return simple_parsing.field(positional=True, nargs="+", help=help, metavar=metavar)
+
+
 def internal(default: Any) -> Any:
     """A field that no flag sets."""
     return simple_parsing.field(default=default, cmd=False)
@@ -83,9 +89,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Defaults are shown where there are any, and examples keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, [], argparse.SUPPRESS) else super()._get_help_string(action)
+        return action.help if action.default in (None, "", [], argparse.SUPPRESS) else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return str(action.metavar or action.dest)
         if action.nargs == 0:
             return ", ".join(action.option_strings)
         name = action.option_strings[0].lstrip("-").upper()
@@ -146,6 +154,12 @@ def parse(groups: Sequence[type[Any]], argv: Sequence[str] | None, description: 
         parser.add_arguments(group, dest=group.__name__)
     found = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     return [getattr(found, group.__name__) for group in groups]
+
+
+def parse_whole(kind: type[Whole], argv: Sequence[str] | None, description: str, epilog: str | None = None) -> Whole:
+    """A command line as ``kind``, a dataclass whose fields are options classes; see :func:`parse`."""
+    hints = get_type_hints(kind)
+    return kind(*parse([hints[field.name] for field in fields(cast(Any, kind))], argv, description, epilog))
 
 
 def add_bool_flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -330,9 +331,9 @@ def test_broken_rows_are_all_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_report_reads_well(mine: Mine) -> None:
     mine(*WINDOW, "--relative_margin", "0.02")
     page = (mine.folder / "reports/out.md").read_text()
-    assert "6 negatives a query, random of ranks 3 to 20 of 63 passages" in page
+    assert "6 negatives per query, random of ranks 3 to 20 of 63 passages" in page
     assert "filters: relative_margin 0.02; fill: random; seed 42" in page
-    assert "| topics left out: no relevant passage | 1 |" in page
+    assert re.search(r"\| topics left out: no relevant passage +\| +1 \|", page)
     result = mine.report()
     assert result["left"] + sum(result["left_out"].values()) == result["candidates"]
     for name in ("positive", "negative"):

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.mining.common.jobs import Job, Journal, journal_path
+from FlagEmbedding.mining.common.jobs import Job, journal_path
 from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.errors import UsageError
 
@@ -120,11 +119,10 @@ def test_training_does_not_take_a_journal_for_data(tmp_path: Path) -> None:
     assert problems.count == 1
 
 
-def test_a_journal_as_a_cache(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "cache.journal", {"model": "m"})
-    journal.append(["key", "half a surrogate \ud83d"])
-    journal.close()
-    again = Journal(tmp_path / "cache.journal", {"model": "m"})
-    assert list(again.read()) == [["key", "half a surrogate \ud83d"]]
-    assert list(islice(again.read(), 1)) and again.entries == 1
-    again.close()
+def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
+    with Job(tmp_path / "out.jsonl", {}) as job:
+        job.add([{"text": "half a surrogate \ud83d"}])
+    with Job(tmp_path / "out.jsonl", {}) as job:
+        assert job.done == 1
+        job.finish()
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"text": "half a surrogate \ud83d"}

@@ -10,9 +10,9 @@ import pytest
 from mining.chat_server import FAILURES, ChatServer, failing, good_query
 
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache, Task
+from FlagEmbedding.mining.query_generation.arguments import EndpointArguments, WritingArguments
 from FlagEmbedding.mining.query_generation.endpoint import (
     ChatEndpoint,
-    EndpointConfig,
     EndpointError,
     parse_answer,
     retry_seconds,
@@ -34,8 +34,9 @@ def tasks(passages: list[str] = PASSAGES) -> list[Task]:
 
 def ask(server: ChatServer, passages: list[str] = PASSAGES, spend=lambda: True, **changes):
     """What was saved, what went wrong, and the endpoint."""
+    writing = {name: changes.pop(name) for name in ("temperature", "max_tokens") if name in changes}
     options = {"model": "m", "base_url": server.base_url, "api_key_env": "TEST_KEY", "backoff": 0.01, **changes}
-    endpoint = ChatEndpoint(EndpointConfig(**options), spend)
+    endpoint = ChatEndpoint(EndpointArguments(**options), WritingArguments(**writing), spend)
     saved: dict[str, Answer] = {}
     problems = {task.key: why for task, why in endpoint.run(iter(tasks(passages)), saved.update) if why}
     return saved, problems, endpoint
@@ -43,7 +44,9 @@ def ask(server: ChatServer, passages: list[str] = PASSAGES, spend=lambda: True, 
 
 def test_answers_come_back_saved_with_their_usage_and_the_request_is_the_protocols() -> None:
     with ChatServer(key=KEY) as server:
-        saved, problems, endpoint = ask(server, temperature=0.3, max_tokens=99, options={"reasoning_effort": "low"})
+        saved, problems, endpoint = ask(
+            server, temperature=0.3, max_tokens=99, request_options='{"reasoning_effort": "low"}'
+        )
     assert not problems
     assert saved == {p: Answer(good_query(p), "stop", 10, 5) for p in PASSAGES}
     assert (endpoint.sent, endpoint.repeated) == (40, 0)
@@ -154,11 +157,13 @@ def test_an_endpoint_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
 def test_a_missing_key_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEST_KEY")
     with pytest.raises(UsageError, match="--api_key_env TEST_KEY: no such environment variable"):
-        ChatEndpoint(EndpointConfig("m", "http://127.0.0.1:9/v1", "TEST_KEY"), lambda: True)
+        ChatEndpoint(EndpointArguments("m", "http://127.0.0.1:9/v1", "TEST_KEY"), WritingArguments(), lambda: True)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UsageError, match="OPENAI_API_KEY"):
-        ChatEndpoint(EndpointConfig("m"), lambda: True)
-    ChatEndpoint(EndpointConfig("m", "http://127.0.0.1:9/v1"), lambda: True)  # a server of one's own needs none
+        ChatEndpoint(EndpointArguments("m"), WritingArguments(), lambda: True)
+    ChatEndpoint(
+        EndpointArguments("m", "http://127.0.0.1:9/v1"), WritingArguments(), lambda: True
+    )  # a server of one's own needs none
 
 
 @pytest.mark.parametrize("limit", [0, 7, 39])

@@ -9,7 +9,9 @@ import pytest
 
 from FlagEmbedding.collections.corpus import read_file
 from FlagEmbedding.mining.query_generation.answer_cache import Answer
-from FlagEmbedding.mining.query_generation.checks import QueryChecks, clean, guess_language, main_script
+from FlagEmbedding.mining.query_generation.arguments import CheckArguments
+from FlagEmbedding.mining.query_generation.checks import clean, guess_language, main_script
+from FlagEmbedding.mining.query_generation.checks import judge as judge_answer
 from FlagEmbedding.mining.query_generation.prompting import make_prompter
 from FlagEmbedding.utils.errors import UsageError
 
@@ -24,7 +26,7 @@ JA = "漢江は韓国の首都ソウルを流れる川で、黄海に注ぐ。�
 
 
 def judge(query: str, passage: str, finish: str = "stop") -> str | None:
-    return QueryChecks().judge(Answer(query, finish), passage)[1]
+    return judge_answer(Answer(query, finish), passage, CheckArguments())[1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from FlagEmbedding.finetune.tasks import LENGTHS, batch_size_of
-from FlagEmbedding.mining.split_data_by_length import build_parser, main, make_buckets
+from FlagEmbedding.mining.split_data_by_length import SplitArguments, main, make_buckets
+from FlagEmbedding.utils.cli import parse
 from FlagEmbedding.utils.errors import UsageError
 
 
@@ -154,7 +155,7 @@ def test_rows_shorter_than_the_first_bound_are_left_out(tmp_path: Path, tiny_mod
 
 
 def test_defaults_are_published_and_fit_the_length_table() -> None:
-    options = build_parser().parse_args(["--input_path", "in", "--output_dir", "out"])
+    (options,) = parse([SplitArguments], ["--input_path", "in", "--output_dir", "out"], "")
     assert vars(options) == {
         "input_path": "in",
         "output_dir": "out",

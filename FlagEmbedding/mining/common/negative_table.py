@@ -1,8 +1,8 @@
 """The different negatives of training files, and the queries found for them, in a scratch file on disk.
 
 Memory stays flat: which texts answer which query, the texts that wait for a query, and what was decided about them lie
-in one SQLite file, which is made anew by every run and deleted at its end. It is a function of the input and the cached
-answers, so a killed run needs nothing of it.
+in one SQLite file, which is made again by every run and deleted at its end. It is a function of the input and the
+cached answers, so a killed run needs nothing of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from FlagEmbedding.mining.common.alignment import text_key
-from FlagEmbedding.mining.merge import valid_rows
+from FlagEmbedding.mining.common.rows import valid_rows
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
 from FlagEmbedding.utils.errors import DataError
@@ -80,15 +80,19 @@ class NegativeTable:
     # ---- passages without one ----
 
     def add_waiting(self, passage: str) -> None:
-        """A negative that no real query is known for; the same text counts once, at its first place."""
+        """A negative without a query; the same text counts once, at its first place."""
         self._db.execute("INSERT OR IGNORE INTO waiting (passage, text) VALUES (?, ?)", (text_key(passage), passage))
+
+    def drop_answered(self) -> None:
+        """Take those off the waiting list that a real query is known for: it serves them, or is their row's own."""
+        self._db.execute("DELETE FROM waiting WHERE passage IN (SELECT passage FROM real)")
 
     def note_present(self, passage: str) -> None:
         """Note that the corpus has this text, if it waits for a query."""
         self._db.execute("UPDATE waiting SET present = 1 WHERE passage = ?", (text_key(passage),))
 
     def mark(self, passage: str, source: str) -> None:
-        """Remember where the query of a negative comes from, once a passage."""
+        """Remember where the query of a negative comes from, once per passage."""
         self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (text_key(passage), source))
 
     def sources(self) -> dict[str, int]:
@@ -171,24 +175,21 @@ def negative_table(path: Path, seed: int) -> Iterator[NegativeTable]:
 def fill(table: NegativeTable, files: Sequence[Path], more: Sequence[Path], replace: bool) -> int:
     """Read the rows of ``files`` into the table, and the real queries of ``more``; returns the number of rows.
 
-    Raises ``DataError`` with the problems of all files.
+    Raises:
+        DataError: with the problems of all files.
     """
     problems, rows = Problems(), 0
     for path in files:
         for record in read_records(path, problems):
+            rows += 1
             table.add_real(record.query, record.pos)
+            for negative, queries in zip(record.neg, kept_queries(record, replace), strict=True):
+                if not queries:
+                    table.add_waiting(negative)
     for _, record in valid_rows(more, problems):
         table.add_real(record.query, record.pos)
     problems.raise_if_any()
-    for path in files:
-        for record in read_records(path):
-            rows += 1
-            for negative, queries in zip(record.neg, kept_queries(record, replace), strict=True):
-                if queries:
-                    continue
-                found, answers_own = table.real(negative, record.query, 1)
-                if not found and not answers_own:
-                    table.add_waiting(negative)
+    table.drop_answered()
     return rows
 
 

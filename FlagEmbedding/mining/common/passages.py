@@ -1,10 +1,10 @@
-"""The passages that negatives are taken from: found, brought into one form, and read by row number from disk.
+"""The passages that negatives are taken from: found, brought into one form, and read by place from disk.
 
 A corpus is MIRACL's files, any JSON lines with a ``text`` (and perhaps a ``docid``, ``_id`` or ``id``, and a
 ``title``), or, where none is given, the passages of the training rows themselves, as upstream's script does. Whatever
 it is, it becomes files of ``{"docid", "title", "text"}``, which is what the index of step 0 is built from.
 
-``PassageStore`` keeps the texts end to end in one file with their offsets beside it: any row is one read, and memory
+``PassageStore`` keeps the texts end to end in one file with their offsets beside it: any text is one read, and memory
 does not grow with the corpus.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from FlagEmbedding.collections.corpus import passage_text, read_file
-from FlagEmbedding.mining.common.jobs import json_line
+from FlagEmbedding.mining.common.rows import KeySet, json_line
 from FlagEmbedding.retrieval.index import DocIds
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problem, Problems, read_rows
@@ -91,18 +91,15 @@ def _plain_passages(paths: Sequence[Path]) -> Iterator[tuple[str, str, str | Non
 
 
 def passages_of_rows(files: Sequence[PathLike], work: Path) -> list[Path]:
-    """Every different ``pos`` and ``neg`` of training files as a corpus in ``work``; memory: 8 bytes a passage."""
-    keys = np.fromiter((_key(text) for text in _row_passages(files)), dtype=np.uint64)
-    if not len(keys):
-        raise DataError(f"{files[0]}: no passages in it; name a corpus with --corpus")
-    _, first = np.unique(keys, return_index=True)
-    wanted = np.zeros(len(keys), dtype=bool)
-    wanted[first] = True
-    target = work / "docs-0.jsonl"
+    """Every different ``pos`` and ``neg`` of training files as a corpus in ``work``; memory does not grow with them."""
+    target, seen, place = work / "docs-0.jsonl", KeySet(), 0
     with clear_disk_errors(f"writing {target}"), atomic_open(target) as stream:
-        kept = (text for text, keep in zip(_row_passages(files), wanted, strict=True) if keep)
-        for place, text in enumerate(kept):
-            stream.write(json_line({"docid": str(place), "title": "", "text": text}))
+        for text in _row_passages(files):
+            if seen.add(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()):
+                stream.write(json_line({"docid": str(place), "title": "", "text": text}))
+                place += 1
+        if not place:
+            raise DataError(f"{files[0]}: no passages in it; name a corpus with --corpus")
     return [target]
 
 
@@ -117,16 +114,13 @@ def _row_passages(files: Sequence[PathLike]) -> Iterator[str]:
     problems.raise_if_any()
 
 
-def _key(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 class PassageStore(Sequence[str]):
-    """Texts of a corpus by row number, and their docids. Open it with :meth:`prepare`."""
+    """Texts of a corpus by place, and their docids. Open it with :meth:`prepare`."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder = folder
         self.rows: int = record["rows"]
+        self.with_title: bool = record["identity"]["with_title"]
         self.corpus: list[dict[str, str]] = record["identity"]["corpus"]
         self.docids = DocIds(folder / DOCID)
         self._texts = os.open(folder / TEXTS, os.O_RDONLY)
@@ -136,7 +130,8 @@ class PassageStore(Sequence[str]):
     def prepare(cls, files: Sequence[Path], folder: Path, with_title: bool = False) -> PassageStore:
         """The store of a corpus in ``folder``: the one that is there when it fits, else written in one pass.
 
-        :param with_title: a text is title, space, text; otherwise the text alone.
+        Args:
+            with_title: a text is title, space, text; otherwise the text alone.
         """
         identity = {"corpus": fingerprints(files), "with_title": with_title}
         path = folder / RECORD
@@ -172,18 +167,18 @@ class PassageStore(Sequence[str]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(self.rows))]
         if not 0 <= row < self.rows:
-            raise IndexError(f"row {row} of {self.rows}")
+            raise IndexError(f"passage {row} of {self.rows}")
         start, stop = np.frombuffer(os.pread(self._offsets, 16, 8 * int(row)), dtype="<i8").tolist()
         return os.pread(self._texts, stop - start, start).decode("utf-8")
 
     def rows_of(self, docids: set[str]) -> dict[str, int]:
-        """Row of each of ``docids`` that the corpus has."""
+        """Place of each of ``docids`` that the corpus has."""
         with open(self.folder / DOCID, "rb") as lines:
             wanted = {docid.encode() for docid in docids}
             return {line[:-1].decode(): row for row, line in enumerate(lines) if line[:-1] in wanted}
 
     def docid_digest(self) -> str:
-        """SHA-256 of the docids, one a line: the same as that of an index over the same passages."""
+        """SHA-256 of the docids, one per line: the same as that of an index over the same passages."""
         return sha256_file(self.folder / DOCID)
 
     def __del__(self) -> None:

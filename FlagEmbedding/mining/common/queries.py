@@ -1,7 +1,8 @@
 """The queries that negatives are mined for, from training rows or from MIRACL's topics and judgements.
 
-Read as a stream; what is held of all of them is which texts answer which query (some hundred bytes a row), so that a
-passage that answers a query in one row does not become its negative in another.
+Read as a stream; what is held of all of them is which texts answer which query (some hundred bytes per row), so that a
+passage that answers a query in one row does not become its negative in another. Training rows are read twice for that:
+once to check them and learn the answers, once to mine.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from FlagEmbedding.collections.trec import read_qrels, read_topics, relevant
 from FlagEmbedding.mining.common.alignment import text_key, text_keys
 from FlagEmbedding.mining.common.passages import PassageStore
-from FlagEmbedding.schema import Problems, TrainRecord, parse_record, read_rows
+from FlagEmbedding.mining.common.rows import parse_pairs
+from FlagEmbedding.schema import Problems, TrainRecord, read_rows
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import PathLike
 
 _OURS = ("query", "pos", "neg", "neg_q", "pos_scores", "neg_scores")
 
@@ -28,7 +29,7 @@ class Item:
     Attributes:
         key: names its random stream; the qid, or the row's number.
         query, positives: texts.
-        positive_rows: rows of the corpus that are judged relevant (MIRACL), in the order of ``positives``.
+        positive_rows: places in the corpus that are judged relevant (MIRACL), in the order of ``positives``.
         judged: keys of texts that answer the query (training rows).
         record: the training row; ``neg`` is empty where the file had none. None for MIRACL.
         others: its columns of other names, which are kept.
@@ -43,22 +44,37 @@ class Item:
     others: dict[str, Any] = field(default_factory=dict)
 
 
+class Items(Protocol):
+    """A sized stream of items that can be read again; ``inputs`` are the files it comes from."""
+
+    inputs: list[Path]
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Item]: ...
+
+
 class TrainingRows:
     """Training files as items. ``neg`` may be missing there; every other rule of the schema holds.
 
-    Raises ``DataError`` with every problem of the files before anything is mined.
+    Attributes:
+        negatives: how many all rows have.
+
+    Raises:
+        DataError: with every problem of the files, before anything is mined.
     """
 
-    def __init__(self, files: Sequence[PathLike]) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.inputs = list(files)
         self._answers: dict[bytes, set[bytes]] = {}
-        problems, self.count = Problems(), 0
+        problems = Problems()
+        self.count = self.negatives = 0
         for item in self._read(problems):
             self._answers.setdefault(text_key(item.query), set()).update(text_keys(item.positives))
             self.count += 1
+            self.negatives += len(item.record.neg) if item.record else 0
         problems.raise_if_any()
         if not self.count:
-            raise DataError(f"{self.files[0]}: no training rows in it")
+            raise DataError(f"{self.inputs[0]}: no training rows in it")
 
     def __len__(self) -> int:
         return self.count
@@ -69,23 +85,13 @@ class TrainingRows:
 
     def _read(self, problems: Problems) -> Iterator[Item]:
         number = 0
-        for path in self.files:
+        for path in self.inputs:
             for line, row in read_rows(path, problems):
                 record = parse_pairs(row, str(path), line, problems)
                 if record is not None:
                     others = {key: value for key, value in row.items() if key not in _OURS}
                     yield Item(str(number), record.query, record.pos, record=record, others=others)
                 number += 1
-
-
-def parse_pairs(row: dict[str, Any], path: str, line: int, problems: Problems) -> TrainRecord | None:
-    """A training row whose ``neg`` may still be missing (it is empty then); other problems go to ``problems``."""
-    if row.get("neg"):
-        return parse_record(row, path, line, problems)
-    # A row that waits for its negatives: the schema's other rules are asked with one in place.
-    bare = {key: value for key, value in row.items() if key not in ("neg_q", "neg_scores")}
-    record = parse_record({**bare, "neg": ["-"]}, path, line, problems)
-    return None if record is None else replace(record, neg=[])
 
 
 class JudgedTopics:
@@ -97,7 +103,7 @@ class JudgedTopics:
     """
 
     def __init__(self, topics: Path, qrels: Path, store: PassageStore) -> None:
-        self._store = store
+        self.inputs, self._store = [topics, qrels], store
         positives = {qid: relevant(judged) for qid, judged in read_qrels(qrels).items()}
         rows = store.rows_of({docid for docids in positives.values() for docid in docids})
         self._topics: list[tuple[str, str, tuple[int, ...]]] = []

@@ -20,7 +20,7 @@ from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import open_text
 
 _LABELS = ("label", "labels", "score", "scores")
-_CURE = "give query, positive and negatives as columns, in this order"
+_HINT = "give query, positive and negatives as columns, in this order"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_triples(path: Path, problems: Problems) -> Iterator[Triple]:
         if isinstance(found, Triple):
             yield found
         else:
-            problems.add(Problem(str(path), line, "", found, _CURE))
+            problems.add(Problem(str(path), line, "", found, _HINT))
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, list[str], list[Any]]]:
@@ -61,7 +61,7 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, list[str], lis
                 try:
                     value = json.loads(line)
                 except ValueError as error:
-                    problems.add(Problem(str(path), number, "", f"broken JSON ({error})", "write one row a line"))
+                    problems.add(Problem(str(path), number, "", f"broken JSON ({error})", "write one row per line"))
                     continue
                 if isinstance(value, dict):
                     yield number, list(value), list(value.values())

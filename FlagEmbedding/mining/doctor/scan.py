@@ -1,11 +1,13 @@
 """What the doctor finds by reading alone: repeated rows and texts, negatives that are answers, ``neg_q``, lengths.
 
 Two passes over the files: the first learns which text answers which query, the second looks at every row. Texts lie
-in one scratch file on disk, each once with the number of its places, so memory does not grow with the data.
+in one scratch file on disk, each once with the number of its places, and beside them which of them make up a row; so
+memory does not grow with the data, and the files are not read again.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sqlite3
 from collections import Counter
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.mining.common.alignment import text_key
-from FlagEmbedding.mining.common.jobs import Progress
+from FlagEmbedding.mining.common.jobs import progress
 from FlagEmbedding.mining.common.negative_table import NegativeTable
-from FlagEmbedding.mining.merge import KeySet, row_key
+from FlagEmbedding.mining.common.rows import KeySet, row_key
+from FlagEmbedding.mining.doctor.arguments import ReadingArguments
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
 
 SHOWN = 10
@@ -73,35 +76,62 @@ class FileCounts:
     known_answers: int = 0
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row whose texts are numbers in :class:`Texts`; ``neg_q`` are pairs of a place in ``neg`` and a text."""
+
+    place: str
+    query: int
+    pos: list[int]
+    neg: list[int]
+    neg_q: list[tuple[int, int]]
+
+
 class Texts:
-    """Every different text of a role, with the number of its places, in a scratch file."""
+    """Every different text of a role, with the number of its places, in a scratch file; and the rows they make up."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self._db = sqlite3.connect(path)
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;"
-            "CREATE TABLE texts (id INTEGER PRIMARY KEY, key BLOB UNIQUE, role TEXT, text TEXT, places INTEGER)"
+            "CREATE TABLE texts (id INTEGER PRIMARY KEY, key BLOB UNIQUE, role TEXT, text TEXT, places INTEGER);"
+            "CREATE TABLE rows (place TEXT, parts TEXT)"
         )
 
-    def add(self, role: str, text: str) -> None:
-        """Count one place of ``text``."""
-        self._db.execute(
+    def add_row(self, place: str, record: TrainRecord) -> None:
+        """Count the texts of a row, and note the row."""
+        parts = (
+            self._add("query", record.query),
+            [self._add("pos", text) for text in record.pos],
+            [self._add("neg", text) for text in record.neg],
+            [(i, self._add("neg_q", q)) for i, queries in enumerate(record.neg_q or ()) for q in queries],
+        )
+        self._db.execute("INSERT INTO rows VALUES (?, ?)", (place, json.dumps(parts)))
+
+    def _add(self, role: str, text: str) -> int:
+        """Count one place of ``text``; returns its number, from 0, in the order the texts came."""
+        found = self._db.execute(
             "INSERT INTO texts (key, role, text, places) VALUES (?, ?, ?, 1) "
-            "ON CONFLICT (key) DO UPDATE SET places = places + 1",
+            "ON CONFLICT (key) DO UPDATE SET places = places + 1 RETURNING id",
             (_key(role, text), role, text),
         )
+        return int(found.fetchone()[0]) - 1
 
-    def place(self, role: str, text: str) -> int:
-        """Row of a text, from 0, in the order the texts came."""
-        found = self._db.execute("SELECT id FROM texts WHERE key = ?", (_key(role, text),)).fetchone()
-        return int(found[0]) - 1
+    def rows(self) -> Iterator[Row]:
+        """The rows, in the order they came."""
+        for place, parts in self._db.execute("SELECT place, parts FROM rows ORDER BY rowid"):
+            yield Row(place, *json.loads(parts))
+
+    def text(self, number: int) -> str:
+        """A text by its number."""
+        return str(self._db.execute("SELECT text FROM texts WHERE id = ?", (number + 1,)).fetchone()[0])
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM texts").fetchone()[0])
 
     def pages(self, first: int = 0) -> Iterator[list[tuple[str, str, int]]]:
-        """``(role, text, places)`` of all texts from row ``first`` on, 2,048 at a time."""
+        """``(role, text, places)`` of all texts from number ``first`` on, 2,048 at a time."""
         while page := self._db.execute(
             "SELECT role, text, places FROM texts WHERE id > ? ORDER BY id LIMIT ?", (first, _PAGE)
         ).fetchall():
@@ -132,12 +162,6 @@ class Scan:
         """Valid rows of all files."""
         return sum(counts.rows for counts in self.files.values())
 
-    def records(self, files: Sequence[Path]) -> Iterator[tuple[str, TrainRecord]]:
-        """``(file:line, record)`` of the rows that are looked at more closely."""
-        for number, (path, record) in enumerate(valid_records(files, Problems())):
-            if self.sampled is None or number in self.sampled:
-                yield f"{path}:{record.line}", record
-
 
 def valid_records(files: Sequence[Path], problems: Problems) -> Iterator[tuple[Path, TrainRecord]]:
     """Every valid row; the others go to ``problems``."""
@@ -146,44 +170,30 @@ def valid_records(files: Sequence[Path], problems: Problems) -> Iterator[tuple[P
             yield path, record
 
 
-def scan(
-    files: Sequence[Path], problems: Problems, work: Path, group: int | None = None, sample: int = 0, seed: int = 42
-) -> Scan:
-    """Read ``files``, count, and collect the texts of all rows, or of ``sample`` rows drawn by ``seed``.
-
-    :param group: ``train_group_size``, to name rows with too few negatives.
-    """
-    answers, total = NegativeTable(work / "answers", seed), 0
+def scan(files: Sequence[Path], problems: Problems, work: Path, reading: ReadingArguments) -> Scan:
+    """Read ``files``, count, and collect the texts of all rows, or of ``sample_rows`` drawn by ``seed``."""
+    answers, total, sample = NegativeTable(work / "answers", reading.seed), 0, reading.sample_rows
     for _, record in valid_records(files, problems):
         answers.add_real(record.query, record.pos)
         total += 1
     # Seeding by text goes through SHA-512, the same on every platform.
-    drawn = set(random.Random(f"{seed}").sample(range(total), sample)) if 0 < sample < total else None
+    drawn = set(random.Random(f"{reading.seed}").sample(range(total), sample)) if 0 < sample < total else None
     found = Scan(problems, {}, {name: Finding() for name in FINDINGS}, Texts(work / "texts"), drawn)
-    rows, queries, progress = KeySet(), KeySet(), Progress("reading", total)
-    for number, (path, record) in enumerate(valid_records(files, Problems())):
-        counts = found.files.setdefault(str(path), FileCounts())
-        _look_at(record, f"{path}:{record.line}", found.findings, answers, counts, group)
+    rows, queries = KeySet(), KeySet()
+    again = progress("reading", valid_records(files, Problems()), total=total)
+    for number, (path, record) in enumerate(again):
+        counts, place = found.files.setdefault(str(path), FileCounts()), f"{path}:{record.line}"
+        _look_at(record, place, found.findings, answers, counts, reading.train_group_size)
         for name, seen, key in (
             ("repeated_row", rows, row_key(record)),
             ("repeated_query", queries, text_key(record.query)),
         ):
             if not seen.add(key):
-                found.findings[name].add(f"{path}:{record.line}: {short(record.query)}")
+                found.findings[name].add(f"{place}: {short(record.query)}")
         if drawn is None or number in drawn:
-            for role, text in texts_of(record):
-                found.texts.add(role, text)
-        progress.step()
+            found.texts.add_row(place, record)
     answers.close()
     return found
-
-
-def texts_of(record: TrainRecord) -> Iterator[tuple[str, str]]:
-    """``(role, text)`` of everything in a row."""
-    yield "query", record.query
-    yield from (("pos", text) for text in record.pos)
-    yield from (("neg", text) for text in record.neg)
-    yield from (("neg_q", query) for queries in record.neg_q or () for query in queries)
 
 
 def _look_at(
@@ -234,8 +244,7 @@ def short(text: str, length: int = 60) -> str:
 def lengths(texts: Texts, tokenizer: Any | None) -> dict[str, Counter[int]]:
     """How many places have texts of how many tokens (characters without a tokenizer), by role. Nothing is cut off."""
     found = {role: Counter[int]() for role in ROLES}
-    progress = Progress("counting tokens", len(texts))
-    for page in texts.pages():
+    for page in progress("counting tokens, pages", texts.pages()):
         if tokenizer is None:
             sizes = [len(text) for _, text, _ in page]
         else:
@@ -245,5 +254,4 @@ def lengths(texts: Texts, tokenizer: Any | None) -> dict[str, Counter[int]]:
             sizes = [len(ids) for ids in encoded["input_ids"]]
         for (role, _, places), size in zip(page, sizes, strict=True):
             found[role][size] += places
-        progress.step(len(page))
     return found

@@ -8,19 +8,19 @@ fixed bins, so memory does not grow with the data.
 from __future__ import annotations
 
 import heapq
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from FlagEmbedding.mining.common.jobs import Progress
-from FlagEmbedding.mining.doctor.scan import SHOWN, Scan, Texts, short
+from FlagEmbedding.mining.common.jobs import progress
+from FlagEmbedding.mining.doctor.arguments import ScoreSettings
+from FlagEmbedding.mining.doctor.scan import SHOWN, Row, Texts, short
 from FlagEmbedding.retrieval.shards import clear_disk_errors
-from FlagEmbedding.schema import TrainRecord
+from FlagEmbedding.utils.identity import made_by
 from FlagEmbedding.utils.io import write_json_atomic
 
 if TYPE_CHECKING:
@@ -73,18 +73,6 @@ class Histogram:
 QUANTILES = {"min": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "max": 1.0}
 
 
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How texts are embedded, as in training: lengths in tokens, text put before; ``temperature`` of the loss."""
-
-    query_length: int = 128
-    passage_length: int = 512
-    query_instruction: str | None = None
-    passage_instruction: str | None = None
-    batch_size: int = 256
-    temperature: float = 0.02
-
-
 @dataclass
 class Scores:
     """The figures.
@@ -121,70 +109,60 @@ class VectorFile:
         self.vectors = np.memmap(self.path, dtype="<f4", mode="r").reshape(-1, self.dimension)
 
     def _embed(self, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, record: Path, inputs: Any) -> None:
-        identity = json.loads(json.dumps({"encoder": encoder.describe(), **vars(settings), "inputs": inputs}))
-        if not record.exists() or json.loads(record.read_text("utf-8")) != identity:
+        identity = {"encoder": encoder.describe(), **asdict(settings), "inputs": inputs}
+        if not made_by(record, identity):
             self.path.write_bytes(b"")
             write_json_atomic(record, identity)
         window, total = 2_048 * self.dimension * 4, len(texts)
         size = self.path.stat().st_size if self.path.exists() else 0
         done = 2_048 * (size // window) if size < total * self.dimension * 4 else total
-        progress = Progress("embedding", total, done)
-        with open(self.path, "ab") as stream:
+        with open(self.path, "ab") as stream, progress("embedding", total=total, done=done) as bar:
             stream.truncate(done * self.dimension * 4)
             for page in texts.pages(done) if done < total else ():
                 stream.write(self._window(page, encoder, settings).astype("<f4").tobytes())
                 stream.flush()
-                progress.step(len(page))
+                bar.update(len(page))
 
     def _window(self, page: list[tuple[str, str, int]], encoder: TextEncoder, settings: ScoreSettings) -> np.ndarray:
         # Here, so that a report without a model does without torch.
-
-        # Here, so that a report without a model does without torch.
-        from FlagEmbedding.inference.text_encoder import DENSE
+        from FlagEmbedding.inference.text_encoder import encode_texts
 
         vectors = np.empty((len(page), self.dimension), dtype=np.float32)
         # As in training: a negative's own query is read at the passages' length and without an instruction.
         for roles, instruction, length in (
-            (("query",), settings.query_instruction, settings.query_length),
-            (("pos", "neg"), settings.passage_instruction, settings.passage_length),
-            (("neg_q",), None, settings.passage_length),
+            (("query",), settings.query_instruction_for_retrieval, settings.query_max_len),
+            (("pos", "neg"), settings.passage_instruction_for_retrieval, settings.passage_max_len),
+            (("neg_q",), None, settings.passage_max_len),
         ):
             places = [i for i, (role, _, _) in enumerate(page) if role in roles]
-            if places:
-                texts = [(instruction or "") + page[i][1] for i in places]
-                for found, _ in encoder.encode([(texts, None)], encoder.max_length(length), DENSE, settings.batch_size):
-                    assert found.dense is not None
-                    vectors[places] = found.dense.float().cpu().numpy()
+            vectors[places] = encode_texts(encoder, [page[i][1] for i in places], length, instruction)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def score(scan: Scan, files: Sequence[Path], vectors: VectorFile, temperature: float) -> Scores:
+def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
     """Go through the rows and gather the figures."""
     scores = Scores()
-    heap: list[tuple[float, int, str, str, str]] = []
-    progress = Progress("scoring rows", len(scan.sampled) if scan.sampled is not None else scan.rows)
-    for number, (place, record) in enumerate(scan.records(files)):
-        negative = _score_row(record, scan.texts, vectors.vectors, temperature, scores)
-        margin, worst = float(negative.min()), int(negative.argmin())
-        entry = (-margin, -number, f"{place}: neg[{worst}]", record.query, record.neg[worst])
+    heap: list[tuple[float, int, str, int, int]] = []
+    for number, row in enumerate(progress("scoring rows", texts.rows())):
+        margin = _score_row(row, file.vectors, temperature, scores)
+        worst = int(margin.argmin())
+        entry = (-float(margin[worst]), -number, f"{row.place}: neg[{worst}]", row.query, row.neg[worst])
         (heapq.heappush if len(heap) < SHOWN else heapq.heappushpop)(heap, entry)
-        progress.step()
-    worst_first = sorted(heap, reverse=True)
-    scores.suspects = [(round(-m, 4), where, short(query), short(text)) for m, _, where, query, text in worst_first]
+    scores.suspects = [
+        (round(-m, 4), where, short(texts.text(query)), short(texts.text(negative)))
+        for m, _, where, query, negative in sorted(heap, reverse=True)
+    ]
     return scores
 
 
-def _score_row(
-    record: TrainRecord, texts: Texts, vectors: np.ndarray, temperature: float, scores: Scores
-) -> np.ndarray:
+def _score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores) -> np.ndarray:
     """Count one row; returns the margin of each negative, ``[n]``."""
 
-    def rows(role: str, wanted: Sequence[str]) -> np.ndarray:
-        return vectors[[texts.place(role, text) for text in wanted]].astype(np.float64)
+    def take(numbers: Sequence[int]) -> np.ndarray:
+        return vectors[numbers].astype(np.float64)
 
-    query = rows("query", [record.query])[0]
-    positive, negatives = rows("pos", record.pos) @ query, rows("neg", record.neg)
-    negative = negatives @ query
+    query, negatives = take([row.query])[0], take(row.neg)
+    positive, negative = take(row.pos) @ query, negatives @ query
     margin = positive.min() - negative
     scores.rows += 1
     for histogram, values in ((scores.positive, positive), (scores.negative, negative), (scores.margin, margin)):
@@ -195,9 +173,8 @@ def _score_row(
     loss = np.log1p(np.exp((negative[None, :] - positive[:, None]) / temperature).sum(1))
     scores.loss += float(loss.mean())
     scores.solved += bool(np.exp(-loss.mean()) >= SOLVED)
-    pairs = [(i, query_) for i, queries in enumerate(record.neg_q or ()) for query_ in queries]
-    if pairs:
-        cosines = np.einsum("nd,nd->n", negatives[[i for i, _ in pairs]], rows("neg_q", [q for _, q in pairs]))
+    if row.neg_q:
+        cosines = np.einsum("nd,nd->n", negatives[[i for i, _ in row.neg_q]], take([q for _, q in row.neg_q]))
         scores.penalty.add(1 - cosines)
     return margin
 
@@ -217,11 +194,3 @@ def figures(scores: Scores) -> dict[str, Any]:
         "mean_loss": round(scores.loss / share, 6),
         "suspects": [list(suspect) for suspect in scores.suspects],
     }
-
-
-def iter_roles(scores: Scores) -> Iterator[tuple[str, Histogram]]:
-    """The histograms that have something in them, by name."""
-    for name in ("positive", "negative", "margin", "penalty"):
-        histogram = getattr(scores, name)
-        if histogram.count:
-            yield name, histogram

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from FlagEmbedding.mining.common.alignment import text_key
+from FlagEmbedding.mining.common.options import check_least
+from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
 
 REASONS = (
@@ -35,14 +37,32 @@ REASONS = (
 BY_SCORE = REASONS[4:]
 
 
+Strategy = Literal["random", "top"]
+Fill = Literal["random", "next", "none"]
+
+
 @dataclass(frozen=True)
 class ScoreFilters:
-    """Limits on a candidate's score, absolute or against the positive's; None switches one off."""
+    """Filters (as sentence-transformers' mine_hard_negatives).
 
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
-    max_score: float | None = None
-    min_score: float | None = None
+    Limits on a candidate's score, absolute or against the positive's; None switches one off.
+    """
+
+    absolute_margin: float | None = option(None, "leave out what scores within this of the query's lowest positive")
+    relative_margin: float | None = option(
+        None, "the same, as a share of the positive's score: 0.05 keeps the rest below 95 %%"
+    )
+    max_score: float | None = option(None, "leave out what scores above this")
+    min_score: float | None = option(None, "leave out what scores below this")
+
+    def __post_init__(self) -> None:
+        for name in ("absolute_margin", "relative_margin"):
+            if (getattr(self, name) or 0.0) < 0:
+                raise UsageError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.max_score is not None and self.min_score is not None and self.max_score < self.min_score:
+            raise UsageError(
+                f"--max_score {self.max_score} is below --min_score {self.min_score}: nothing would be left"
+            )
 
     def reason(self, score: float, positive: float) -> str | None:
         """Why a candidate of ``score`` is left out, or None."""
@@ -63,30 +83,40 @@ class ScoreFilters:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How negatives are taken.
+    """Which negatives.
 
-    Attributes:
-        first, last: the window: ranks ``first`` + 1 to ``last``.
-        negatives: how many a query gets.
-        strategy: at random out of what is left of the window, or its top.
-        fill: what makes up for missing ones: ``random`` passages of the corpus (as upstream), the ``next`` ranks below
-            the window, or ``none``. Both pass the same filters.
-        seed: of all choices; each query has its own stream, so its negatives do not depend on other queries.
-        filters: limits on scores.
+    ``fill`` makes up for missing ones by ``random`` passages of the corpus (as upstream), or by the ``next`` ranks
+    below the window; both pass the same filters. Each query has its own stream of ``seed``, so that its negatives do
+    not depend on other queries.
     """
 
-    first: int = 10
-    last: int = 210
-    negatives: int = 15
-    strategy: Literal["random", "top"] = "random"
-    fill: Literal["random", "next", "none"] = "random"
-    seed: int = 42
-    filters: ScoreFilters = ScoreFilters()
+    range_for_sampling: str = option("10-210", "ranks A+1 to B of the search", metavar="A-B")
+    negative_number: int = option(15, "negatives per query")
+    sampling_strategy: Strategy = choice(Strategy, "random", "which of those in the window")
+    fill: Fill = choice(
+        Fill, "random", "where too few are left: random passages of the corpus, the ranks below the window, or nothing"
+    )
+    random_negatives: bool = switch(False, "no mining: every negative at random from the corpus")
+    seed: int = option(42, "of all choices")
+
+    def __post_init__(self) -> None:
+        parse_range(self.range_for_sampling)
+        check_least(self, negative_number=1)
+
+    @property
+    def first(self) -> int:
+        """The window is ranks ``first`` + 1 …"""
+        return parse_range(self.range_for_sampling)[0]
+
+    @property
+    def last(self) -> int:
+        """… to ``last``."""
+        return parse_range(self.range_for_sampling)[1]
 
     @property
     def depth(self) -> int:
         """Ranks to search for."""
-        return self.last * 2 + self.negatives if self.fill == "next" else self.last
+        return self.last * 2 + self.negative_number if self.fill == "next" else self.last
 
     def generator(self, key: str) -> random.Random:
         """The stream of one query. Seeding by text goes through SHA-512, the same everywhere."""
@@ -103,19 +133,19 @@ def parse_range(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A passage that was found: ``row`` in the corpus, its text, its score."""
+    """A passage that was found: its place in the corpus (``row``), its text, its score."""
 
     row: int
     text: str
     score: float = 0.0
 
 
-class Sieve:
-    """Applies the rules for one query; a text that came once is remembered, however it was found.
+class NegativeFilter:
+    """The rules for one query; a text that came once is remembered, however it was found.
 
     Args:
         query, positives: their texts may not come back as negatives.
-        judged_rows: rows of the corpus that answer the query.
+        judged_rows: places in the corpus that answer the query.
         judged: keys of texts that answer it, where there are no docids to go by.
         filters: limits on scores.
         positive: the score that margins are measured from.
@@ -145,7 +175,7 @@ class Sieve:
         self._seen.add(key)
         return self._filters.reason(candidate.score, self._positive)
 
-    def sift(self, candidates: Iterable[Candidate]) -> tuple[list[Candidate], Counter[str]]:
+    def apply(self, candidates: Iterable[Candidate]) -> tuple[list[Candidate], Counter[str]]:
         """The candidates that may serve, in order, and how many were left out for each reason."""
         kept, counts = [], Counter[str]()
         for candidate in candidates:
@@ -159,8 +189,8 @@ class Sieve:
 
 def choose(kept: Sequence[Candidate], sampling: Sampling, generator: random.Random) -> list[Candidate]:
     """The negatives out of what is left of a window, in order of rank."""
-    if len(kept) <= sampling.negatives:
+    if len(kept) <= sampling.negative_number:
         return list(kept)
-    if sampling.strategy == "top":
-        return list(kept[: sampling.negatives])
-    return [kept[i] for i in sorted(generator.sample(range(len(kept)), sampling.negatives))]
+    if sampling.sampling_strategy == "top":
+        return list(kept[: sampling.negative_number])
+    return [kept[i] for i in sorted(generator.sample(range(len(kept)), sampling.negative_number))]

@@ -1,4 +1,4 @@
-"""From queries to negatives: embed, search, sift, choose. Used by the command and between the epochs of a training run.
+"""From queries to negatives: embed, search, filter, choose. Used by the command and between epochs of training.
 
 Queries go in chunks: a chunk is embedded as one window and searched in one pass over the index, which is read from
 disk block by block. So memory holds one chunk's candidates whatever the corpus, and a chunk gives the same scores
@@ -8,40 +8,23 @@ whenever it is computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from FlagEmbedding.indexing.retriever import Retriever, inner_products
-from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.alignment import realign, written
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.queries import Item
-from FlagEmbedding.mining.hard_negatives.filters import Candidate, Sampling, Sieve, choose
-from FlagEmbedding.mining.hard_negatives.reranker import CrossEncoder
-from FlagEmbedding.retrieval.index import DOCID, FlatIndex
+from FlagEmbedding.mining.hard_negatives.filters import Candidate, NegativeFilter, Sampling, ScoreFilters, choose
+from FlagEmbedding.mining.hard_negatives.reranker import Reranker
 from FlagEmbedding.retrieval.searcher import Hit
-from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.io import sha256_file
 
-T = TypeVar("T")
 _RANDOM_TRIES = 16
-
-
-def check_index(index: FlatIndex, encoder: TextEncoder, store: PassageStore) -> None:
-    """Refuse an index of another encoder or of other passages."""
-    made_from = ((index.manifest or {}).get("identity") or {}).get("corpus")
-    same = made_from is None or [f["sha256"] for f in made_from] == [f["sha256"] for f in store.corpus]
-    if not same or sha256_file(index.folder / DOCID) != store.docid_digest():
-        raise UsageError(
-            f"{index.folder} holds {index.rows} passages, and not those of this corpus ({store.rows}): give the corpus "
-            "that it was made from, or another --index_dir"
-        )
-    index.check_encoder(encoder.describe(), "give the encoder and flags it was made with, or another --index_dir")
 
 
 @dataclass
@@ -59,20 +42,22 @@ class Miner:
 
     Args:
         store: the corpus.
-        sampling: window, number, filters, seed.
+        sampling: window, number, seed.
+        filters: limits on scores.
         retriever: None draws every negative at random from the corpus.
-        cross_encoder: gives the scores that the filters (and the rows) see, in place of the retriever's.
+        reranker: gives the scores that the filters (and the rows) see, in place of the retriever's.
     """
 
     def __init__(
         self,
         store: PassageStore,
         sampling: Sampling,
+        filters: ScoreFilters,
         retriever: Retriever | None = None,
-        cross_encoder: CrossEncoder | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
-        self.store, self.sampling = store, sampling
-        self.retriever, self.cross_encoder = retriever, cross_encoder
+        self.store, self.sampling, self.filters = store, sampling, filters
+        self.retriever, self.reranker = retriever, reranker
 
     def mine(self, items: Sequence[Item], skip: int = 0) -> Iterator[Mined]:
         """One chunk: what was found for each item, in order, without the first ``skip`` (already known)."""
@@ -101,19 +86,19 @@ class Miner:
     def _mine_one(self, item: Item, vector: np.ndarray, hits: list[Hit], positives: list[float]) -> Mined:
         sampling, generator = self.sampling, self.sampling.generator(item.key)
         window = [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits[sampling.first : sampling.last]]
-        if self.cross_encoder is not None:
-            positives = self.cross_encoder.score(item.query, item.positives)
+        if self.reranker is not None:
+            positives = self.reranker.score(item.query, item.positives)
             window = self._rescored(item, window)
-        sieve = self._sieve(item, min(positives))
-        kept, counts = sieve.sift(window)
+        rules = self._rules(item, min(positives))
+        kept, counts = rules.apply(window)
         chosen = choose(kept, sampling, generator)
         found = len(chosen)
-        missing = sampling.negatives - found
+        missing = sampling.negative_number - found
         if missing and sampling.fill == "next":
             below = [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits[sampling.last :]]
-            chosen += sieve.sift(self._rescored(item, below))[0][:missing]
+            chosen += rules.apply(self._rescored(item, below))[0][:missing]
         elif missing and sampling.fill == "random":
-            chosen += sieve.sift(self._rescored(item, self._random(generator, missing, vector)))[0][:missing]
+            chosen += rules.apply(self._rescored(item, self._random(generator, missing, vector)))[0][:missing]
         note = {
             "window": len(window),
             "counts": dict(counts),
@@ -126,9 +111,9 @@ class Miner:
         return Mined(item, chosen, positives, note)
 
     def _rescored(self, item: Item, candidates: list[Candidate]) -> list[Candidate]:
-        if self.cross_encoder is None:
+        if self.reranker is None:
             return candidates
-        scores = self.cross_encoder.score(item.query, [candidate.text for candidate in candidates])
+        scores = self.reranker.score(item.query, [candidate.text for candidate in candidates])
         return [Candidate(c.row, c.text, score) for c, score in zip(candidates, scores, strict=True)]
 
     def _random(self, generator: Random, missing: int, vector: np.ndarray) -> list[Candidate]:
@@ -140,14 +125,14 @@ class Miner:
 
     def _draw(self, item: Item) -> Mined:
         """The random dataset: no model takes part."""
-        wanted, rows = self.sampling.negatives, range(self.store.rows)
+        wanted, rows = self.sampling.negative_number, range(self.store.rows)
         drawn = self.sampling.generator(item.key).sample(rows, min(len(rows), _RANDOM_TRIES * (wanted + 1)))
-        sieve, counts, looked_at = self._sieve(item, 0.0), Counter[str](), 0
+        rules, counts, looked_at = self._rules(item, 0.0), Counter[str](), 0
         chosen: list[Candidate] = []
         while len(chosen) < wanted and looked_at < len(drawn):
             candidate = Candidate(drawn[looked_at], self.store[drawn[looked_at]])
             looked_at += 1
-            reason = sieve.reason(candidate)
+            reason = rules.reason(candidate)
             if reason is None:
                 chosen.append(candidate)
             else:
@@ -155,9 +140,8 @@ class Miner:
         note = {"window": looked_at, "counts": dict(counts), "found": len(chosen), "filled": 0, "pos": [], "neg": []}
         return Mined(item, chosen, [], note)
 
-    def _sieve(self, item: Item, positive: float) -> Sieve:
-        filters = self.sampling.filters
-        return Sieve(item.query, item.positives, item.positive_rows, item.judged, filters, positive)
+    def _rules(self, item: Item, positive: float) -> NegativeFilter:
+        return NegativeFilter(item.query, item.positives, item.positive_rows, item.judged, self.filters, positive)
 
     def _false_negatives(self, item: Item, window: Sequence[Candidate], positives: Sequence[float]) -> dict[str, int]:
         """How the score filters alone would do on passages known to be relevant.
@@ -166,8 +150,8 @@ class Miner:
         and ``hidden_pass``: the same for queries of several positives, each in turn taken for unknown, with margins
         from the others. Passages in the window that no judgement knows are of that kind.
         """
-        filters, sieve = self.sampling.filters, self._sieve(item, min(positives))
-        judged = [c for c in window if sieve.reason(c) in ("judged_positive", "same_as_positive")]
+        filters, rules = self.filters, self._rules(item, min(positives))
+        judged = [c for c in window if rules.reason(c) in ("judged_positive", "same_as_positive")]
         figures = {
             "judged": len(judged),
             "judged_pass": sum(filters.reason(c.score, min(positives)) is None for c in judged),
@@ -199,10 +183,3 @@ def training_row(mined: Mined, with_scores: bool = False) -> dict[str, Any] | No
         row["pos_scores"] = mined.positive_scores
         row["neg_scores"] = [candidate.score for candidate in mined.negatives]
     return {**row, **item.others}
-
-
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """``items`` in lists of ``size``."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

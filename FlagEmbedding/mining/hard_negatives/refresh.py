@@ -1,6 +1,6 @@
 """Negatives mined again while training goes on (ANCE's asynchronous index, here between epochs).
 
-``refresh_negatives`` takes a checkpoint of the weights as they are and the training files, and writes each file anew
+``refresh_negatives`` takes a checkpoint of the weights as they are and the training files, and writes each file again
 with negatives that this model finds hard: the same rows in the same order, each with about as many negatives as the
 rows had. Where a row had ``neg_q``, a negative that stays keeps its queries; a new one gets a query that the files know
 it answers (as another row's ``neg_q``, or as a positive), and is marked missing where there is none. In ``folder``:
@@ -30,12 +30,13 @@ from FlagEmbedding.mining.common.jobs import Job
 from FlagEmbedding.mining.common.negative_table import NegativeTable, negative_table
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, passages_of_rows
 from FlagEmbedding.mining.common.queries import TrainingRows
-from FlagEmbedding.mining.hard_negatives.command import describe_miner, mine_into
-from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters, parse_range
+from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters
 from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
+from FlagEmbedding.mining.hard_negatives.pipeline import describe_miner, mine_into
 from FlagEmbedding.mining.hard_negatives.report import summarize
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.schema import read_records
+from FlagEmbedding.utils.identity import as_json
 from FlagEmbedding.utils.io import sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
@@ -96,7 +97,7 @@ def refresh_negatives(
     )
     identity = {
         "model": encoder.describe()["model"],
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": as_json(asdict(settings)),
         "inputs": [sha256_file(path) for path in train_files],
     }
     there = on_main(lambda: read_refresh(folder))
@@ -151,7 +152,8 @@ def _mine(
         _learn(known, train_files)
         for number, path in enumerate(train_files):
             rows = TrainingRows([path])
-            miner = Miner(store, _sampling(rows, settings, folder), retriever)
+            filters = ScoreFilters(relative_margin=settings.relative_margin)
+            miner = Miner(store, _sampling(rows, settings, folder), filters, retriever)
             name = f"{number:03d}-{path.name.split('.')[0]}.jsonl"
             with Job(folder / name, {**identity, **describe_miner(miner)}, overwrite=True) as job:
                 mine_into(job, rows, miner, _CHUNK, lambda mined: _row(mined, known))
@@ -166,15 +168,11 @@ def _mine(
 
 
 def _sampling(rows: TrainingRows, settings: RefreshSettings, folder: Path) -> Sampling:
-    first, last = parse_range(settings.range_for_sampling)
-    negatives = sum(len(item.record.neg) for item in rows if item.record is not None)
     return Sampling(
-        first,
-        last,
-        negatives=max(1, round(negatives / len(rows))),
-        # The folder's name tells the epoch: chances are drawn anew at every refresh.
+        range_for_sampling=settings.range_for_sampling,
+        negative_number=max(1, round(rows.negatives / len(rows))),
+        # The folder's name tells the epoch: chances are drawn again at every refresh.
         seed=settings.seed + int(folder.name.rpartition("-")[2] or 0),
-        filters=ScoreFilters(relative_margin=settings.relative_margin),
     )
 
 

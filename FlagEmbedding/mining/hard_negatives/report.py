@@ -11,9 +11,11 @@ import numpy as np
 
 from FlagEmbedding.mining.hard_negatives.filters import REASONS
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.pages import percent, render
 
 _BINS = 20
 _BAR = 40
+_PAGE = Path(__file__).with_name("report.md.j2")
 
 _MEANING = {
     "judged_positive": "answers the query, by qrels or training rows",
@@ -28,7 +30,7 @@ _MEANING = {
 
 
 def summarize(notes: Iterable[dict[str, Any]], wanted: int) -> dict[str, Any]:
-    """The figures: candidates by fate, queries left short, scores, false negatives, ``neg_q`` kept."""
+    """The figures: candidates by outcome, queries left short, scores, false negatives, ``neg_q`` kept."""
     reasons, totals = Counter[str](), Counter[str]()
     scores: dict[str, list[float]] = {"positive": [], "negative": [], "difference": []}
     for note in notes:
@@ -85,99 +87,39 @@ def describe(values: list[float]) -> dict[str, Any]:
     }
 
 
-def write_report(stem: Path, record: dict[str, Any]) -> list[Path]:
-    """Write ``record`` (``result`` of :func:`summarize`, and whatever led to it) as ``stem``.json and ``stem``.md."""
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md")]
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(paths[0], record)
-    with atomic_open(paths[1]) as stream:
+def write_report(stem: Path, record: dict[str, Any]) -> Path:
+    """Write ``record`` (``result`` of :func:`summarize`, and whatever led to it) as ``stem``.json and a page.
+
+    Returns:
+        ``stem``.md.
+    """
+    page = stem.with_name(f"{stem.name}.md")
+    write_json_atomic(stem.with_name(f"{stem.name}.json"), record)
+    with atomic_open(page) as stream:
         stream.write(markdown(record))
-    return paths
+    return page
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
-    result = record["result"]
-    lines = [f"# Hard negatives: {record['output']}", "", f"{record['how']}.", ""]
-    lines += _overview(result, record.get("skipped") or {})
-    lines += ["", "## What became of the candidates", "", *_fates(result)]
-    if result["scores"]:
-        lines += ["", "## Scores", "", *_score_table(result["scores"])]
-        for name in ("positive", "negative"):
-            if name in result["scores"]:
-                lines += ["", f"Histogram, {name}s:", "", *_histogram(result["scores"][name]["histogram"])]
-    if result["scores"]:
-        lines += ["", "## False negatives by the judgements", "", *_false_negatives(result)]
-    if result["neg_q"]["places"]:
-        kept, places = result["neg_q"]["kept"], result["neg_q"]["places"]
-        lines += [
-            "", "## neg_q", "",
-            f"{result['neg_q']['before']} negatives had queries before; {kept} of {places} negatives have them now "
-            f"({_percent(kept, places)}). The others are new and marked missing.",
-        ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _overview(result: dict[str, Any], skipped: dict[str, int]) -> list[str]:
-    wanted = result["negatives_wanted"]
-    lines = ["| | |", "|---|---:|", f"| queries | {result['queries']:,} |", f"| rows written | {result['rows']:,} |"]
-    lines += [f"| {name} | {count:,} |" for name, count in skipped.items()]
-    lines += [
-        f"| negatives | {result['negatives']:,} |",
-        f"| queries with fewer than {wanted} in the window | {_of(result['short'], result['queries'])} |",
-        f"| queries with none in the window | {_of(result['without'], result['queries'])} |",
-        f"| negatives from beyond the window | {_of(result['filled'], result['negatives'])} |",
-    ]
-    return lines
-
-
-def _fates(result: dict[str, Any]) -> list[str]:
-    total = result["candidates"]
-    lines = ["| candidates | number | share | meaning |", "|---|---:|---:|---|", f"| in the window | {total:,} | | |"]
-    lines += [
-        f"| left out: {reason} | {count:,} | {_percent(count, total)} | {_MEANING[reason]} |"
+    result, total = record["result"], record["result"]["candidates"]
+    outcomes = [("in the window", total, "", "")]
+    outcomes += [
+        (f"left out: {reason}", count, percent(count, total), _MEANING[reason])
         for reason, count in result["left_out"].items()
     ]
-    return [*lines, f"| may serve | {result['left']:,} | {_percent(result['left'], total)} | |"]
+    outcomes.append(("may serve", result["left"], percent(result["left"], total), ""))
+    scores = result["scores"]
+    figures = [["count", *(figures["count"] for figures in scores.values())]]
+    for name in ("mean", "std", "min", "25%", "50%", "75%", "max"):
+        figures.append([name, *(f"{figures[name]:.4f}" for figures in scores.values())])
+    return render(_PAGE, record=record, result=result, outcomes=outcomes, figures=figures, histogram=_histogram)
 
 
-def _score_table(scores: dict[str, Any]) -> list[str]:
-    names = list(scores)
-    lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    lines.append(f"| count | {' | '.join(format(scores[name]['count'], ',') for name in names)} |")
-    for figure in ("mean", "std", "min", "25%", "50%", "75%", "max"):
-        lines.append(f"| {figure} | {' | '.join(format(scores[name][figure], '.4f') for name in names)} |")
-    return [*lines, "", "Difference: the lowest positive of the query less the negative."]
-
-
-def _histogram(histogram: dict[str, Any]) -> list[str]:
+def _histogram(histogram: dict[str, Any]) -> str:
+    """One line per bin: lower end, count, bar."""
     counts, edges = histogram["counts"], histogram["edges"]
     most = max(counts)
-    rows = [
+    return "\n".join(
         f"{edges[i]:8.4f}  {count:>8,}  {'█' * round(_BAR * count / most)}".rstrip() for i, count in enumerate(counts)
-    ]
-    return ["```", *rows, "```"]
-
-
-def _false_negatives(result: dict[str, Any]) -> list[str]:
-    found, total = result["false_negatives"], result["candidates"]
-    lines = [
-        f"Relevant passages among the candidates: {_of(found['judged'], total)}; the score filters alone would let "
-        f"{_of(found['judged_pass'], total)} through. None of them becomes a negative: the judgements exclude them.",
-    ]
-    if found["hidden"]:
-        lines += [
-            "",
-            f"Relevant passages that judgements might have missed: of {found['hidden']:,} positives in the range of "
-            "the window's scores, each in turn taken for unknown and measured against the query's other positives, "
-            f"{_of(found['hidden_pass'], found['hidden'])} would pass the filters.",
-        ]
-    return lines
-
-
-def _of(part: int, whole: int) -> str:
-    return f"{part:,} ({_percent(part, whole)})"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f} %" if whole else "–"
+    )

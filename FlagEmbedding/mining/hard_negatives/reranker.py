@@ -1,96 +1,64 @@
-"""A cross-encoder that scores (query, passage) pairs: any transformers sequence classifier with one label.
+"""A reranker that scores (query, passage) pairs: sentence-transformers' ``CrossEncoder`` of one label.
 
-The score is the sigmoid of the logit, as sentence-transformers' ``CrossEncoder`` gives it, so limits lie in 0 to 1.
+The score is the sigmoid of the logit, so limits lie in 0 to 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from FlagEmbedding.inference.precision import resolve_dtype
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.mining.hard_negatives.arguments import RerankerArguments
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own report of what a checkpoint lacks: that is said here, in one line."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-class CrossEncoder:
+class Reranker:
     """A loaded reranker.
 
     Args:
-        model_name_or_path: hub id or folder.
-        max_length: tokens of a pair; the passage is cut first.
-        batch_size: pairs at a time.
-        dtype: 'fp32', 'bf16', 'fp16' or 'auto'.
+        options: which, and how pairs are cut and batched.
+        hub: ``cache_dir`` and ``trust_remote_code`` are read.
 
     Raises:
-        UsageError: not a classifier with one label, or a checkpoint without a trained head.
+        UsageError: not a classifier with one label, or no ``sentence-transformers`` package.
     """
 
-    def __init__(
-        self,
-        model_name_or_path: str,
-        max_length: int = 512,
-        batch_size: int = 32,
-        dtype: str = "fp32",
-        cache_dir: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        device = choose_device()
-        options: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    def __init__(self, options: RerankerArguments, hub: EncoderArguments) -> None:
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **options)
-            with _quiet():
-                model, loading = AutoModelForSequenceClassification.from_pretrained(
-                    model_name_or_path, dtype=resolve_dtype(dtype, device), output_loading_info=True, **options
-                )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"--cross_encoder {model_name_or_path}: cannot be loaded: {reason}") from error
-        if loading["missing_keys"]:
+            from sentence_transformers import CrossEncoder
+        except ImportError as error:
             raise UsageError(
-                f"--cross_encoder {model_name_or_path}: not a trained reranker, it lacks {min(loading['missing_keys'])}"
-            )
-        if model.config.num_labels != 1:
-            raise UsageError(
-                f"--cross_encoder {model_name_or_path}: a classifier of {model.config.num_labels} labels; expected one"
-            )
-        self.model = model.to(device).eval()
-        self.max_length, self.batch_size = max_length, batch_size
+                "--cross_encoder needs sentence-transformers: pip install 'FlagEmbedding[mining]'"
+            ) from error
+        from transformers import AutoConfig
 
-    @torch.inference_mode()
+        self.options, name = options, f"--cross_encoder {options.cross_encoder}"
+        trust = {"trust_remote_code": hub.trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(options.cross_encoder, cache_dir=hub.cache_dir, **trust)
+            kinds = config.architectures or []
+            if not any("SequenceClassification" in kind for kind in kinds):
+                raise UsageError(f"{name}: not a trained reranker, it lacks a classifier ({', '.join(kinds)})")
+            if config.num_labels != 1:
+                raise UsageError(f"{name}: a classifier of {config.num_labels} labels; expected one")
+            self.model: Any = CrossEncoder(
+                options.cross_encoder, device=str(choose_device()), max_length=options.cross_encoder_max_length,
+                cache_folder=hub.cache_dir, model_kwargs={"dtype": torch.float32}, **trust,
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
         """The score of each passage for ``query``, in 0 to 1, 6 decimals."""
-        scores = [0.0] * len(passages)
-        # Longest first: batches of like length, and a size that does not fit shows at once.
-        order = sorted(range(len(passages)), key=lambda i: -len(passages[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            features = self.tokenizer(
-                [query] * len(batch), [passages[i] for i in batch], padding=True, truncation="only_second",
-                max_length=self.max_length, return_tensors="pt",
-            ).to(self.model.device)  # fmt: skip
-            logits = self.model(**features).logits[:, 0].float()
-            for place, score in zip(batch, torch.sigmoid(logits).tolist(), strict=True):
-                scores[place] = round(score, 6)
-        return scores
+        if not passages:
+            return []
+        scores = self.model.predict(
+            [(query, passage) for passage in passages], batch_size=self.options.cross_encoder_batch_size,
+            activation_fn=torch.nn.Sigmoid(), show_progress_bar=False,
+            processing_kwargs={"text": {"truncation": "only_second"}},  # the passage is cut, the query stays
+        )  # fmt: skip
+        return [round(score, 6) for score in scores.tolist()]

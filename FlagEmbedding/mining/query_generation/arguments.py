@@ -1,14 +1,16 @@
-"""The command line of ``query_generation``."""
+"""The command line of ``query_generation``, in groups that their readers take whole. Imports no torch (``--help``)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from FlagEmbedding.mining.hard_negatives.arguments import Formatter, add_encoder_flags
-from FlagEmbedding.utils.cli import Parser, add_bool_flag
+from FlagEmbedding.inference.arguments import DtypeName
+from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, SearchArguments, check_least
+from FlagEmbedding.utils.cli import choice, internal, option, parse_whole, switch
 from FlagEmbedding.utils.errors import UsageError
 
 _EXAMPLES = """examples:
@@ -25,164 +27,150 @@ _EXAMPLES = """examples:
 
 
 @dataclass(frozen=True)
-class QueryArguments:
-    """What the command line says; the help texts explain each."""
+class ReuseArguments:
+    """Rows."""
 
-    input_file: list[str]
-    reuse_from: list[str]
-    output_file: str
-    report_dir: str | None
-    overwrite: bool
-    replace: bool
-    queries_per_negative: int
-    seed: int
-    base_url: str | None
-    model: str | None
-    api_key_env: str
-    request_options: dict[str, Any]
-    concurrency: int
-    timeout: float
-    max_retries: int
-    backoff: float
-    max_requests: int | None
-    local_model: str | None
-    generation_batch_size: int
-    local_dtype: str
-    prompt: str | None
-    language: str | None
-    temperature: float
-    max_tokens: int
-    cache: str | None
-    dry_run: bool
-    attempts: int
-    min_length: int
-    max_length: int
-    corpus: list[str]
-    round_trip_top_k: int
-    encoder: str | None
-    pooling_method: str | None
-    normalize_embeddings: bool
-    fp16: bool
-    dtype: str | None
-    moe: str | None
-    engine: str
-    batch_size: int
-    workers: int
-    cache_dir: str | None
-    trust_remote_code: bool
-    query_max_length: int
-    passage_max_length: int | None
-    query_instruction_for_retrieval: str | None
-    passage_instruction_for_retrieval: str | None
-    with_title: bool | None
-    index_dir: str | None
-    index_save_dir: str
-    threads: int
+    input_file: list[str] = option(help="training rows: query, pos, neg, perhaps neg_q", metavar="FILE")
+    reuse_from: list[str] = option([], "more rows whose real queries may be reused", metavar="FILE")
+    replace: bool = switch(False, "find every neg_q again; otherwise those that are there stay")
+    queries_per_negative: int = option(1, "at most this many real queries per negative")
+    seed: int = option(42, "decides which of several real queries is taken, and seeds --local_model")
+
+    def __post_init__(self) -> None:
+        check_least(self, queries_per_negative=1)
+
+
+@dataclass(frozen=True)
+class EndpointArguments:
+    """Language model at an endpoint (none: only real queries are used)."""
+
+    model: str | None = option(None, "its name at the endpoint")
+    base_url: str | None = option(None, "of any endpoint that speaks OpenAI's chat/completions; default: OpenAI's own")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key", metavar="NAME")
+    request_options: str = option("{}", "more fields of each request's body", metavar="JSON")
+    concurrency: int = option(8, "requests under way at a time")
+    timeout: float = option(60.0, "seconds that an answer may take")
+    max_retries: int = option(8, "repeats of a request after 429, 5xx, timeouts, malformed answers")
+    backoff: float = option(1.0, "seconds before the first repeat; doubles with each, up to 60")
+    max_requests: int | None = option(None, "hard limit on requests, repeats and killed runs of this command included")
+    longest_retry_after: float = internal(600.0)  # a server that asks for more seconds ends the run
+
+    def __post_init__(self) -> None:
+        check_least(self, concurrency=1, max_retries=0, backoff=0, max_requests=0)
+        if self.timeout <= 0:
+            raise UsageError(f"--timeout must be above 0, got {self.timeout:g}")
+        if self.base_url and not self.model:
+            raise UsageError("--base_url has no effect without --model, the name of the model there")
+        if self.max_requests is not None and not self.model:
+            raise UsageError("--max_requests has no effect without --model")
+        assert self.body is not None
+
+    @cached_property
+    def body(self) -> dict[str, Any]:
+        """``request_options`` as JSON."""
+        try:
+            value = json.loads(self.request_options)
+        except ValueError as error:
+            raise UsageError(f"--request_options: not JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise UsageError(f"--request_options: expected a JSON object, got {self.request_options[:60]!r}")
+        return value
+
+
+@dataclass(frozen=True)
+class LocalModelArguments:
+    """Language model on this machine, instead of an endpoint."""
+
+    local_model: str | None = option(None, "a model for transformers (hub id or folder)", metavar="PATH")
+    generation_batch_size: int = option(8, "prompts that it answers at a time")
+    local_dtype: DtypeName = choice(DtypeName, "fp32", "to compute in")
+    longest_prompt: int = internal(2_048)  # tokens
+
+    def __post_init__(self) -> None:
+        check_least(self, generation_batch_size=1)
+
+
+@dataclass(frozen=True)
+class WritingArguments:
+    """What is asked, and how it is answered."""
+
+    prompt: str | None = option(
+        None, "a file or text with {passage}, or a folder of {language}.txt; default: the package's own"
+    )
+    language: str | None = option(
+        None, "code of the passages' language (chooses the prompt); default: told from each passage"
+    )
+    temperature: float = option(0.7, "of the answers")
+    max_tokens: int = option(256, "per answer (a model that thinks needs more)")
+    cache: str | None = option(None, "answers so far; default: .neg_q_cache.sqlite beside the output", metavar="FILE")
+    dry_run: bool = switch(False, "print the number of requests and tokens, and do nothing")
+
+    def __post_init__(self) -> None:
+        check_least(self, temperature=0, max_tokens=1)
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Checks of what the model writes."""
+
+    attempts: int = option(3, "answers asked for until one passes; then the passage is listed")
+    min_length: int = option(5, "characters of a query")
+    max_length: int = option(200, "characters of a query")
+
+    def __post_init__(self) -> None:
+        check_least(self, attempts=1, min_length=1)
+        if self.max_length < self.min_length:
+            raise UsageError(f"--max_length {self.max_length} is below --min_length {self.min_length}")
+
+
+@dataclass(frozen=True)
+class RoundTripArguments:
+    """Round trip: does the query bring its passage back?"""
+
+    round_trip_top_k: int = option(0, "with --encoder: the rank its passage must reach", metavar="K")
+    corpus: list[str] = option(
+        [], "what is searched: JSON lines with text, files or folders; default: the passages of the rows",
+        "--candidate_pool", metavar="PATH",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_least(self, round_trip_top_k=0)
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """Everything that the command line says."""
+
+    rows: ReuseArguments
+    output: ReportedOutput
+    endpoint: EndpointArguments
+    local: LocalModelArguments
+    writing: WritingArguments
+    checks: CheckArguments
+    round_trip: RoundTripArguments
+    encoder: MiningEncoder
+    search: SearchArguments
 
     @property
     def generates(self) -> bool:
         """True when a model writes queries; otherwise real ones are reused and that is all."""
-        return bool(self.model or self.local_model)
+        return bool(self.endpoint.model or self.local.local_model)
+
+    def __post_init__(self) -> None:
+        if self.endpoint.model and self.local.local_model:
+            raise UsageError("--model asks an endpoint, --local_model this machine: give one of them")
+        if self.writing.dry_run and not self.generates:
+            raise UsageError("--dry_run has no effect without --model or --local_model: real queries cost nothing")
+        top_k = self.round_trip.round_trip_top_k
+        if bool(self.encoder.encoder) != bool(top_k):
+            raise UsageError("the round trip needs both: --encoder and --round_trip_top_k")
+        if top_k and not self.generates:
+            raise UsageError(
+                "--round_trip_top_k has no effect without --model or --local_model: real queries are not checked"
+            )
 
 
-def parse_query_arguments(argv: Sequence[str] | None = None) -> QueryArguments:
+def parse_query_options(argv: Sequence[str] | None = None) -> QueryOptions:
     """Parse and check. Raises ``UsageError``."""
-    parser = Parser("Give negatives the queries they answer (neg_q): real ones first, then a language model's.")
-    parser.formatter_class = Formatter
-    parser.epilog = _EXAMPLES
-    _add_files(parser)
-    _add_model(parser)
-    _add_checks(parser)
-    add_encoder_flags(parser)
-    arguments = parser.parse(QueryArguments, argv)
-    for complaint in _complaints(arguments):
-        raise UsageError(complaint)
-    return arguments
-
-
-def _add_files(parser: Parser) -> None:
-    group = parser.add_argument_group("rows")
-    add = group.add_argument
-    add("--input_file", nargs="+", required=True, metavar="FILE", help="training rows: query, pos, neg, perhaps neg_q")
-    add("--reuse_from", nargs="+", default=[], metavar="FILE", help="more rows whose real queries may be reused")
-    add("--output_file", required=True, metavar="FILE", help="the same rows with neg_q")
-    add("--report_dir", help="where the report and the list of rejected queries go; default: reports/ beside the file")
-    add_bool_flag(group, "--overwrite", help="replace an output that is there")
-    add_bool_flag(group, "--replace", help="find every neg_q anew; otherwise those that are there stay")
-    add("--queries_per_negative", type=int, default=1, help="at most this many real queries a negative")
-    add("--seed", type=int, default=42, help="decides which of several real queries is taken, and seeds --local_model")
-
-
-def _add_model(parser: Parser) -> None:
-    group = parser.add_argument_group("language model (none: only real queries are used)")
-    add = group.add_argument
-    add("--model", help="its name at the endpoint")
-    add("--base_url", help="of any endpoint that speaks OpenAI's chat/completions; default: OpenAI's own")
-    add("--api_key_env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key")
-    add("--request_options", type=_json_object, default={}, metavar="JSON", help="more fields of each request's body")
-    add("--concurrency", type=int, default=8, help="requests under way at a time")
-    add("--timeout", type=float, default=60.0, help="seconds that an answer may take")
-    add("--max_retries", type=int, default=8, help="repeats of a request after 429, 5xx, timeouts, malformed answers")
-    add("--backoff", type=float, default=1.0, help="seconds before the first repeat; doubles with each, up to 60")
-    add("--max_requests", type=int, help="hard limit on requests, repeats and killed runs of this command included")
-    add("--local_model", metavar="PATH", help="instead of an endpoint: a model for transformers (hub id or folder)")
-    add("--generation_batch_size", type=int, default=8, help="prompts that --local_model answers at a time")
-    add("--local_dtype", choices=["auto", "fp32", "bf16", "fp16"], default="fp32", help="of --local_model")
-    add("--prompt", help="a file or text with {passage}, or a folder of {language}.txt; default: the package's own")
-    add("--language", help="code of the passages' language (chooses the prompt); default: by each passage's script")
-    add("--temperature", type=float, default=0.7, help="of the answers")
-    add("--max_tokens", type=int, default=256, help="of an answer (a model that thinks needs more)")
-    add("--cache", metavar="FILE", help="answers so far; default: .neg_q_cache.sqlite beside the output")
-    add_bool_flag(group, "--dry_run", help="print the number of requests and tokens, and do nothing")
-
-
-def _add_checks(parser: Parser) -> None:
-    group = parser.add_argument_group("checks of what the model writes")
-    add = group.add_argument
-    add("--attempts", type=int, default=3, help="answers asked for until one passes; then the passage is listed")
-    add("--min_length", type=int, default=5, help="characters of a query")
-    add("--max_length", type=int, default=200, help="characters of a query")
-    add("--round_trip_top_k", type=int, default=0, metavar="K", help="with --encoder: the rank its passage must reach")
-    add(
-        "--corpus", nargs="+", default=[], metavar="PATH",
-        help="what is searched: JSON lines with text, files or folders; default: the passages of the rows",
-    )  # fmt: skip
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
-def _complaints(a: QueryArguments) -> list[str]:
-    found = []
-    if a.model and a.local_model:
-        found.append("--model asks an endpoint, --local_model this machine: give one of them")
-    if a.base_url and not a.model:
-        found.append("--base_url has no effect without --model, the name of the model there")
-    if a.dry_run and not a.generates:
-        found.append("--dry_run has no effect without --model or --local_model: real queries cost nothing")
-    if bool(a.encoder) != bool(a.round_trip_top_k):
-        found.append("the round trip needs both: --encoder and --round_trip_top_k")
-    if a.round_trip_top_k and not a.generates:
-        found.append("--round_trip_top_k has no effect without --model or --local_model: real queries are not checked")
-    if a.max_requests is not None and not a.model:
-        found.append("--max_requests has no effect without --model")
-    least = {
-        "queries_per_negative": 1, "concurrency": 1, "attempts": 1, "max_tokens": 1, "min_length": 1,
-        "generation_batch_size": 1, "max_retries": 0, "round_trip_top_k": 0, "temperature": 0, "backoff": 0,
-    }  # fmt: skip
-    for name, smallest in least.items():
-        if getattr(a, name) < smallest:
-            found.append(f"--{name} must be at least {smallest}, got {getattr(a, name)}")
-    if a.timeout <= 0:
-        found.append(f"--timeout must be above 0, got {a.timeout:g}")
-    if a.max_requests is not None and a.max_requests < 0:
-        found.append(f"--max_requests must be at least 0, got {a.max_requests}")
-    if a.max_length < a.min_length:
-        found.append(f"--max_length {a.max_length} is below --min_length {a.min_length}")
-    if a.fp16 and a.dtype is not None:
-        found.append("--fp16 and --dtype say the same thing: give one of them")
-    return found
+    description = "Give negatives the queries they answer (neg_q): real ones first, then a language model's."
+    return parse_whole(QueryOptions, argv, description, _EXAMPLES)

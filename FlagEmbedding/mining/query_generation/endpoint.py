@@ -22,11 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
+from FlagEmbedding.mining.query_generation.arguments import EndpointArguments, WritingArguments
 from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.logging import get_logger
 
@@ -52,39 +52,12 @@ class Refused(Exception):
     """This request gets no answer, others may."""
 
 
-@dataclass(frozen=True)
-class EndpointConfig:
-    """Where and how to ask.
-
-    Attributes:
-        base_url: None: the client's default (``OPENAI_BASE_URL``, else OpenAI).
-        api_key_env: name of the environment variable that holds the key.
-        temperature, max_tokens, options: of the answer; ``options`` are further fields of the request's body.
-        concurrency: requests under way at a time.
-        timeout: seconds that an answer may take.
-        max_retries: times a passage's request is sent again before the passage is passed over.
-        backoff: seconds before the first repeat; doubles with each.
-        longest_retry_after: a server that asks for more seconds ends the run.
-    """
-
-    model: str
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    temperature: float = 0.7
-    max_tokens: int = 256
-    options: dict[str, Any] = field(default_factory=dict)
-    concurrency: int = 8
-    timeout: float = 60.0
-    max_retries: int = 8
-    backoff: float = 1.0
-    longest_retry_after: float = 600.0
-
-
 class ChatEndpoint:
     """A model behind an endpoint.
 
     Args:
-        config: where and how.
+        options: where and how to ask.
+        writing: temperature and length of the answers.
         spend: called before every request that is sent; False says that the budget is used up.
 
     Attributes:
@@ -95,16 +68,19 @@ class ChatEndpoint:
         UsageError: no key, or no ``openai`` package.
     """
 
-    def __init__(self, config: EndpointConfig, spend: Callable[[], bool]) -> None:
+    def __init__(self, options: EndpointArguments, writing: WritingArguments, spend: Callable[[], bool]) -> None:
         try:
             import openai
         except ImportError as error:
             raise UsageError("an endpoint needs the openai package: pip install 'FlagEmbedding[mining]'") from error
         self._openai = openai
-        self.config, self._spend = config, spend
-        self.name = config.model
-        self._key = _read_key(config)
-        self._client = openai.OpenAI(api_key=self._key, base_url=config.base_url, timeout=config.timeout, max_retries=0)
+        assert options.model is not None
+        self.options, self.writing, self._spend = options, writing, spend
+        self.name = options.model
+        self._key = _read_key(options)
+        self._client = openai.OpenAI(
+            api_key=self._key, base_url=options.base_url, timeout=options.timeout, max_retries=0
+        )
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._not_before = 0.0
@@ -118,10 +94,10 @@ class ChatEndpoint:
         as it is here. When the budget is spent the rest comes back as ``(task, 'budget')``. Raises ``EndpointError``.
         """
         rest, under_way = iter(tasks), set[Future[tuple[Task, str | None]]]()
-        pool = ThreadPoolExecutor(self.config.concurrency)
+        pool = ThreadPoolExecutor(self.options.concurrency)
         try:
             while True:
-                free = 2 * self.config.concurrency - len(under_way)
+                free = 2 * self.options.concurrency - len(under_way)
                 under_way |= {pool.submit(self._one, task, save) for task in islice(rest, free)}
                 if not under_way:
                     return
@@ -156,7 +132,7 @@ class ChatEndpoint:
 
     def _ask(self, prompt: str) -> Answer:
         reason = ""
-        for repeat in range(self.config.max_retries + 1):
+        for repeat in range(self.options.max_retries + 1):
             self._hold()
             if not self._spend():
                 raise BudgetSpent
@@ -167,28 +143,28 @@ class ChatEndpoint:
             if isinstance(found, Answer):
                 return found
             reason, retry_after, everyone = found
-            pause = _pause(repeat, retry_after, self.config.backoff)
+            pause = _pause(repeat, retry_after, self.options.backoff)
             logger.debug("%s: again in %.1f s", reason, pause)
-            if repeat < self.config.max_retries:
+            if repeat < self.options.max_retries:
                 self._wait(pause, everyone)
-        raise Refused(f"{reason} ({self.config.max_retries + 1} times)")
+        raise Refused(f"{reason} ({self.options.max_retries + 1} times)")
 
     def _send(self, prompt: str) -> Answer | tuple[str, float | None, bool]:
         """The answer, or what speaks against it: reason, seconds the server asks for, whether all should wait."""
-        openai, config = self._openai, self.config
+        openai, options = self._openai, self.options
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=config.model,
+                model=self.name,
                 messages=[{"role": "user", "content": prompt}],
-                temperature=config.temperature,
-                max_tokens=config.max_tokens,
-                extra_body=config.options or None,
+                temperature=self.writing.temperature,
+                max_tokens=self.writing.max_tokens,
+                extra_body=options.body or None,
             )
             return parse_answer(response.text)
         except openai.APIStatusError as error:
             return self._refusal(error)
         except openai.APITimeoutError:
-            return f"no answer within --timeout {config.timeout:g} s", None, False
+            return f"no answer within --timeout {options.timeout:g} s", None, False
         except (openai.APIConnectionError, OSError) as error:
             return self._plain(f"no connection to {self._where()}: {error.__cause__ or error}"), None, False
         except (ValueError, openai.APIError) as error:  # not the protocol's JSON
@@ -200,16 +176,16 @@ class ChatEndpoint:
             raise EndpointError(f"{self._where()}: {reason}; the answers so far are kept")
         if status in _AGAIN or status >= 500:
             retry_after = retry_seconds(error.response.headers)
-            if retry_after is not None and retry_after > self.config.longest_retry_after:
+            if retry_after is not None and retry_after > self.options.longest_retry_after:
                 raise EndpointError(
                     f"{self._where()} asks to wait {retry_after:.0f} s ({reason}); run the same command again after "
                     "that, the answers so far are kept"
                 )
             return reason, retry_after, status == 429 or retry_after is not None
         if status in (401, 403):
-            raise EndpointError(f"{self._where()}: {reason}; put a valid key into {self.config.api_key_env}")
+            raise EndpointError(f"{self._where()}: {reason}; put a valid key into {self.options.api_key_env}")
         if status == 404:
-            raise EndpointError(f"{self._where()}: {reason}; check --base_url and --model {self.config.model}")
+            raise EndpointError(f"{self._where()}: {reason}; check --base_url and --model {self.name}")
         raise Refused(reason)
 
     def _hold(self) -> None:
@@ -234,12 +210,12 @@ class ChatEndpoint:
         return " ".join(text.replace(self._key, "***").split())[:300]
 
 
-def _read_key(config: EndpointConfig) -> str:
-    key = os.environ.get(config.api_key_env, "").strip()
+def _read_key(options: EndpointArguments) -> str:
+    key = os.environ.get(options.api_key_env, "").strip()
     if key:
         return key
-    if config.base_url is None or config.api_key_env != EndpointConfig.api_key_env:
-        raise UsageError(f"--api_key_env {config.api_key_env}: no such environment variable; put the key there")
+    if options.base_url is None or options.api_key_env != EndpointArguments.api_key_env:
+        raise UsageError(f"--api_key_env {options.api_key_env}: no such environment variable; put the key there")
     return "no-key-needed"  # a server of one's own, as vLLM, llama.cpp and Ollama are
 
 

@@ -8,14 +8,15 @@ so a run that was killed asks the same batches again and gets the same answers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 
+from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.precision import resolve_dtype
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
+from FlagEmbedding.mining.query_generation.arguments import LocalModelArguments, WritingArguments
 from FlagEmbedding.mining.query_generation.endpoint import Save
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device
@@ -23,63 +24,61 @@ from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.identity import digest
 
 
-@dataclass(frozen=True)
-class LocalConfig:
-    """Which model and how it writes; ``temperature`` 0 takes the likeliest token. ``max_prompt`` in tokens."""
-
-    name_or_path: str
-    temperature: float = 0.7
-    max_tokens: int = 64
-    batch_size: int = 8
-    max_prompt: int = 2_048
-    dtype: str = "fp32"
-    seed: int = 42
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-
-
 class LocalModel:
-    """A loaded model with the verbs of ``ChatEndpoint``. Raises ``UsageError`` where it cannot be loaded."""
+    """A loaded model with the verbs of ``ChatEndpoint``.
 
-    def __init__(self, config: LocalConfig) -> None:
+    Args:
+        options: which model, and how many prompts at a time.
+        writing: ``temperature`` (0 takes the likeliest token) and ``max_tokens`` of the answers.
+        hub: ``cache_dir`` and ``trust_remote_code`` are read.
+        seed: of the sampling.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+
+    def __init__(
+        self, options: LocalModelArguments, writing: WritingArguments, hub: EncoderArguments, seed: int
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-        self.config, self.name = config, config.name_or_path
+        assert options.local_model is not None
+        self.options, self.writing, self.seed, self.name = options, writing, seed, options.local_model
         self.sent = self.repeated = 0
         try:
-            folder = str(resolve_folder(config.name_or_path, cache_dir=config.cache_dir))
-            trust = {"trust_remote_code": config.trust_remote_code}
+            folder = str(resolve_folder(self.name, cache_dir=hub.cache_dir))
+            trust = {"trust_remote_code": hub.trust_remote_code}
             self._seq2seq = bool(AutoConfig.from_pretrained(folder, **trust).is_encoder_decoder)
             kind: Any = AutoModelForSeq2SeqLM if self._seq2seq else AutoModelForCausalLM
             side = "right" if self._seq2seq else "left"
             self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, **trust)
             self.device = choose_device()
-            dtype = resolve_dtype(config.dtype, self.device)
+            dtype = resolve_dtype(options.local_dtype, self.device)
             self.model = kind.from_pretrained(folder, dtype=dtype, **trust).to(self.device).eval()
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"--local_model {config.name_or_path}: no language model there ({reason})") from error
+            raise UsageError(f"--local_model {self.name}: no language model there ({reason})") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def run(self, tasks: Iterable[Task], save: Save) -> Iterator[tuple[Task, str | None]]:
         """Answer every task, batch by batch; yields ``(task, None)`` when its answer is saved."""
         iterator = iter(tasks)
-        while batch := list(islice(iterator, self.config.batch_size)):
+        while batch := list(islice(iterator, self.options.generation_batch_size)):
             self.sent += len(batch)
             save(list(zip((task.key for task in batch), self._generate(batch), strict=True)))
             yield from ((task, None) for task in batch)
 
     @torch.inference_mode()
     def _generate(self, batch: list[Task]) -> list[Answer]:
-        config = self.config
+        writing = self.writing
         inputs = self._encode([task.prompt for task in batch])
         sampling: dict[str, Any] = {"do_sample": False}
-        if config.temperature > 0:
-            torch.manual_seed(int(digest(config.seed, [task.key for task in batch])[:12], 16))
-            sampling = {"do_sample": True, "temperature": config.temperature}
+        if writing.temperature > 0:
+            torch.manual_seed(int(digest(self.seed, [task.key for task in batch])[:12], 16))
+            sampling = {"do_sample": True, "temperature": writing.temperature}
         found = self.model.generate(
-            **inputs, max_new_tokens=config.max_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
+            **inputs, max_new_tokens=writing.max_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
         )
         # The decoder's start token stands first, and is the end token of some models.
         start = 1 if self._seq2seq else inputs["input_ids"].shape[1]
@@ -87,7 +86,7 @@ class LocalModel:
         stops = set(ends if isinstance(ends, list) else [ends])
         answers = []
         for row, mask in zip(found[:, start:].tolist(), inputs["attention_mask"].tolist(), strict=True):
-            whole = bool(stops & set(row)) or len(row) < config.max_tokens
+            whole = bool(stops & set(row)) or len(row) < writing.max_tokens
             text = str(self.tokenizer.decode(row, skip_special_tokens=True))
             written = sum(token != self.tokenizer.pad_token_id for token in row)
             answers.append(Answer(text, "stop" if whole else "length", sum(mask), written))
@@ -105,7 +104,7 @@ class LocalModel:
                 for prompt in prompts
             ]
         encoded = self.tokenizer(
-            prompts, padding=True, truncation=True, max_length=self.config.max_prompt, return_tensors="pt",
+            prompts, padding=True, truncation=True, max_length=self.options.longest_prompt, return_tensors="pt",
             return_token_type_ids=False, add_special_tokens=not chat,
         )  # fmt: skip
         return encoded.to(self.device)

@@ -40,7 +40,7 @@ def make_prompter(prompt: str | None, language: str | None) -> Callable[[str], s
 
     Args:
         prompt: as ``--prompt``; None takes the prompts that come with the package.
-        language: code of all passages; None judges each by its script.
+        language: code of all passages; None tells it from each passage.
     """
     if prompt is not None and PLACE in prompt:
         return lambda passage: prompt.replace(PLACE, passage)

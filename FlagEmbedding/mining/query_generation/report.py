@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.mining.common.jobs import json_line
+from FlagEmbedding.mining.common.rows import json_line
 from FlagEmbedding.mining.query_generation.checks import REASONS
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.pages import percent, render
 
 _SOURCES = {
     "kept": "were there and stay",
@@ -19,79 +20,52 @@ _SOURCES = {
     "none": "none",
 }
 _MEANING = {**REASONS, "no_answer": "the endpoint gave no answer"}
+_PAGE = Path(__file__).with_name("report.md.j2")
 
 Listed = Iterable[tuple[str, list[tuple[int, str, str]]]]
 
 
-def write_report(stem: Path, record: dict[str, Any], listed: Listed) -> list[Path]:
-    """Write ``stem``.json, ``stem``.md and, where something is ``listed``, ``stem``.rejected.jsonl."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md", ".rejected.jsonl")]
-    write_json_atomic(paths[0], record)
-    with atomic_open(paths[1]) as stream:
+def write_report(stem: Path, record: dict[str, Any], listed: Listed) -> Path:
+    """Write ``stem``.json, ``stem``.md and, where something is ``listed``, ``stem``.rejected.jsonl.
+
+    Returns:
+        ``stem``.md.
+    """
+    report, page, rejected = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".md", ".rejected.jsonl"))
+    write_json_atomic(report, record)
+    with atomic_open(page) as stream:
         stream.write(markdown(record))
-    with atomic_open(paths[2]) as stream:
-        empty = True
+    with atomic_open(rejected) as stream:
         for passage, tried in listed:
-            empty = False
             attempts = [{"attempt": number + 1, "query": query, "reason": reason} for number, query, reason in tried]
             stream.write(json_line({"passage": passage, "tried": attempts}))
-    if empty:
-        paths.pop().unlink()
-    return paths
+    if not rejected.stat().st_size:
+        rejected.unlink()
+    return page
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
     places, different = record["negatives"], record["different"]
     total, distinct = sum(places.values()), sum(different.values())
-    lines = [
-        f"# Queries of the negatives: {record['output']}", "",
-        f"{record['rows']:,} rows, {total:,} negatives, {distinct:,} different.", "",
-        "| query of a negative | negatives | share | different passages | share |", "|---|---:|---:|---:|---:|",
-    ]  # fmt: skip
-    for source, meaning in _SOURCES.items():
-        if places.get(source) or different.get(source):
-            here, texts = places.get(source, 0), different.get(source, 0)
-            figures = f"{here:,} | {_percent(here, total)} | {texts:,} | {_percent(texts, distinct)}"
-            lines.append(f"| {meaning} | {figures} |")
-    covered = sum(places.get(source, 0) for source in ("kept", "reused", "generated"))
-    served = sum(different.get(source, 0) for source in ("kept", "reused", "generated"))
-    lines.append(
-        f"| **covered** | {covered:,} | {_percent(covered, total)} | {served:,} | {_percent(served, distinct)} |"
-    )
-    if record.get("model"):
-        lines += _model_lines(record["model"], record["rejected"], record["left"])
-    elif places.get("none"):
-        lines += ["", "The rest needs a language model: --model with --base_url, or --local_model."]
-    return "\n".join(lines) + "\n"
 
+    def line(meaning: str, sources: Collection[str]) -> list[object]:
+        here, texts = (sum(counts.get(source, 0) for source in sources) for counts in (places, different))
+        return [meaning, here, percent(here, total), texts, percent(texts, distinct)]
 
-def _model_lines(model: dict[str, Any], rejected: list[list[Any]], left: int) -> list[str]:
-    lines = [
-        "", f"## {model['name']} ({model['where']})", "",
-        f"{model['requests']:,} requests sent ({model['repeats_of_this_run']:,} repeats in this run); "
-        f"{model['answers']:,} answers looked at, {model['prompt_tokens']:,} prompt and "
-        f"{model['completion_tokens']:,} completion tokens as the endpoint counts them.",
-    ]  # fmt: skip
-    if model["round_trip"]:
-        lines.append(f"Round trip: {model['round_trip']}; {model['round_trip_unjudged']:,} passages not in the corpus.")
-    counts: dict[str, dict[int, int]] = defaultdict(dict)
-    for attempt, reason, count in rejected:
-        counts[reason][attempt] = count
-    if counts:
-        attempts = range(max(attempt for attempt, _, _ in rejected) + 1)
-        lines += ["", f"| rejected | {' | '.join(f'attempt {i + 1}' for i in attempts)} | meaning |"]
-        lines.append(f"|---|{'---:|' * len(attempts)}---|")
-        for reason in sorted(counts):
-            figures = " | ".join(f"{counts[reason].get(i, 0):,}" for i in attempts)
-            lines.append(f"| {reason} | {figures} | {_MEANING[reason]} |")
-    if model["not_asked"]:
-        lines += ["", f"{model['not_asked']:,} passages were not asked about: --max_requests was reached. Run again "
-                  "with --overwrite True to go on; the answers so far cost nothing."]  # fmt: skip
-    if left:
-        lines += ["", f"{left:,} passages are left without a query; they stand in the .rejected.jsonl."]
-    return lines
+    sources = [line(what, [source]) for source, what in _SOURCES.items() if places.get(source) or different.get(source)]
+    sources.append(line("**covered**", ("kept", "reused", "generated")))
+    rejected: dict[str, dict[int, int]] = defaultdict(dict)
+    for attempt, reason, count in record["rejected"]:
+        rejected[reason][attempt] = count
+    attempts = range(1, 2 + max((attempt for attempt, _, _ in record["rejected"]), default=-1))
+    reasons = [
+        [reason, *(counts.get(attempt - 1, 0) for attempt in attempts), _MEANING[reason]]
+        for reason, counts in sorted(rejected.items())
+    ]
+    headers = ["rejected", *(f"attempt {attempt}" for attempt in attempts), "meaning"]
+    return render(_PAGE, record=record, model=record["model"], total=total, distinct=distinct, sources=sources,
+                  reasons=reasons, attempts=attempts, headers=headers)  # fmt: skip
 
 
 def dry_run_page(record: dict[str, Any]) -> str:
@@ -108,7 +82,3 @@ def dry_run_page(record: dict[str, Any]) -> str:
     if record["max_requests"] is not None:
         lines.append(f"--max_requests {record['max_requests']:,}: {record['already_sent']:,} are sent already")
     return "\n".join(lines) + "\n"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2f} %" if whole else "–"

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.mining.common.alignment import text_key
-from FlagEmbedding.mining.common.jobs import Progress
+from FlagEmbedding.mining.common.index import named_corpus, open_retriever
+from FlagEmbedding.mining.common.jobs import chunks, progress
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting
-from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, index_label, passages_of_rows
-from FlagEmbedding.mining.hard_negatives.command import index_settings, load_encoder, prepare_index
-from FlagEmbedding.mining.hard_negatives.miner import check_index, chunks
+from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache
+from FlagEmbedding.mining.query_generation.arguments import QueryOptions
 from FlagEmbedding.utils.identity import digest
-from FlagEmbedding.utils.io import PathLike
-
-_CHUNK = 2_048
 
 
 class RoundTrip:
@@ -32,10 +28,14 @@ class RoundTrip:
         retriever, store: the encoder with its index, and the texts of the same corpus.
         cache: keeps the ranks.
         top_k: how deep a passage may lie.
+        chunk_size: queries that are embedded and searched together.
     """
 
-    def __init__(self, retriever: Retriever, store: PassageStore, cache: AnswerCache, top_k: int) -> None:
-        self.retriever, self.store, self.cache, self.top_k = retriever, store, cache, top_k
+    def __init__(
+        self, retriever: Retriever, store: PassageStore, cache: AnswerCache, top_k: int, chunk_size: int
+    ) -> None:
+        self.retriever, self.store, self.cache = retriever, store, cache
+        self.top_k, self.chunk_size = top_k, chunk_size
         self._identity = digest(
             retriever.encoder.describe(),
             retriever.query_length,
@@ -51,8 +51,7 @@ class RoundTrip:
 
     def judge(self, items: Iterable[Waiting]) -> Iterator[tuple[Waiting, bool]]:
         """Each item, and whether its query finds its passage. Memory: one chunk."""
-        progress = Progress("round trip")
-        for chunk in chunks(items, _CHUNK):
+        for chunk in progress("round trip, chunks", chunks(items, self.chunk_size)):
             keys = [digest(self._identity, item.query, item.passage) for item in chunk]
             ranks = [self.cache.rank(key) for key in keys]
             missing = [i for i, rank in enumerate(ranks) if rank is None]
@@ -62,7 +61,6 @@ class RoundTrip:
                 for i, rank in zip(missing, found, strict=True):
                     ranks[i] = rank
             yield from ((item, bool(rank)) for item, rank in zip(chunk, ranks, strict=True))
-            progress.step(len(chunk))
 
     def _search(self, items: Sequence[Waiting]) -> list[int]:
         """Rank of each item's passage, from 1; 0 where it is not among the first ``top_k``."""
@@ -75,27 +73,12 @@ class RoundTrip:
         return ranks
 
 
-def open_round_trip(a: Any, files: Sequence[PathLike], work: Path, cache: AnswerCache) -> RoundTrip:
-    """The round trip that the flags describe (those of ``add_encoder_flags``, ``corpus``, ``round_trip_top_k``).
+def open_round_trip(options: QueryOptions, files: Sequence[Path], work: Path, cache: AnswerCache) -> RoundTrip:
+    """The round trip that the flags describe; without ``--corpus`` the passages of the rows ``files`` are searched.
 
-    Without ``--corpus`` the passages of the rows themselves are searched. Raises ``UserError``.
+    Raises:
+        UserError: the encoder, the corpus or the index cannot be used.
     """
-    if a.corpus:
-        corpus, label = corpus_files(a.corpus, work), a.language or index_label(a.corpus[0])
-    else:
-        corpus, label = passages_of_rows(files, work), f"{index_label(files[0])}-passages"
-    settings = index_settings(a, label)
-    store = PassageStore.prepare(corpus, work, settings.with_title)
-    encoder = load_encoder(a)
-    index = prepare_index(encoder, corpus, settings, label, a.batch_size)
-    check_index(index, encoder, store)
-    retriever = Retriever(
-        encoder,
-        index,
-        query_length=a.query_max_length,
-        passage_length=settings.max_length,
-        query_instruction=a.query_instruction_for_retrieval,
-        passage_instruction=settings.instruction,
-        threads=a.threads,
-    )
-    return RoundTrip(retriever, store, cache, a.round_trip_top_k)
+    corpus = named_corpus(options.round_trip.corpus, options.writing.language, files, work)
+    retriever, store = open_retriever(options.encoder, options.search, corpus, work)
+    return RoundTrip(retriever, store, cache, options.round_trip.round_trip_top_k, options.search.search_batch_size)

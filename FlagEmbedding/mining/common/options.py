@@ -1,0 +1,87 @@
+"""Options that several mining commands have, each read whole by what it is for. Imports no torch (``--help``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.utils.cli import option, switch
+from FlagEmbedding.utils.errors import UsageError
+
+
+def check_least(options: Any, **least: float) -> None:
+    """Refuse a number of ``options`` below its least value; one that is None was not given.
+
+    Raises:
+        UsageError: the first that is too small.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{name} must be at least {smallest:g}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class OutputArguments:
+    """Output."""
+
+    output_file: str = option(help="the training rows", metavar="FILE")
+    overwrite: bool = switch(False, "replace an output that is there")
+
+    @property
+    def path(self) -> Path:
+        """The file to write."""
+        return Path(self.output_file)
+
+
+@dataclass(frozen=True)
+class ReportedOutput(OutputArguments):
+    """Output."""
+
+    report_dir: str | None = option(None, "where the report goes; default: reports/ beside the file")
+
+    def report(self, suffix: str = "") -> Path:
+        """Path of the report without the ending: the output's name and ``suffix``."""
+        folder = Path(self.report_dir) if self.report_dir else self.path.parent / "reports"
+        return folder / (self.path.name.removesuffix(".jsonl") + suffix)
+
+
+@dataclass(frozen=True)
+class MiningEncoder(EncoderArguments):
+    """Encoder."""
+
+    encoder: str = option("", "hub id or folder of the checkpoint", "--model_name_or_path", "--embedder_name_or_path")
+    fp16: bool = switch(False, "half precision: fp16 on a GPU, --dtype auto on a CPU", "--use_fp16")
+    workers: int | None = option(0, "processes that tokenize ahead; 0: a thread")
+
+
+@dataclass(frozen=True)
+class SearchArguments:
+    """Index and search.
+
+    ``passage_max_length``, ``passage_instruction_for_retrieval`` and ``with_title`` follow the index where they are
+    None.
+    """
+
+    query_max_length: int = option(512, "tokens per query", "--embedder_query_max_length")
+    passage_max_length: int | None = option(
+        None,
+        "tokens per passage; default: as the index was made, else 512",
+        "--embedder_passage_max_length",
+        "--max_passage_length",
+    )
+    query_instruction_for_retrieval: str | None = option(None, "text put before every query", metavar="TEXT")
+    passage_instruction_for_retrieval: str | None = option(None, "text put before every passage", metavar="TEXT")
+    with_title: bool | None = switch(None, "passages are title and text")
+    index_dir: str | None = option(None, "an index folder of step 0 to reuse, or where to build one")
+    index_save_dir: str = option(
+        "./corpus-index", "without --index_dir: {this}/{encoder}/{language}, as step 0", metavar="DIR"
+    )
+    search_batch_size: int = option(2048, "queries that are embedded and searched together")
+    threads: int = option(1, "CPU threads of the search")
+    use_gpu_for_searching: bool = switch(False, "accepted as published: the search runs where the encoder does")
+
+    def __post_init__(self) -> None:
+        check_least(self, search_batch_size=1, threads=1)

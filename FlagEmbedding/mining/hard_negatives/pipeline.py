@@ -1,0 +1,151 @@
+"""Hard negatives (ANCE, Xiong et al. 2021, arXiv 2007.00808): ``python -m FlagEmbedding.mining.hard_negatives``.
+
+From queries with their positives (training rows, or MIRACL's topics and qrels) and a corpus to training rows:
+everything is embedded by one checkpoint, each query's neighbors are searched, and negatives are taken out of a rank
+window after what ``filters.py`` leaves out. An index that step 0 built for the encoder is used as it is; otherwise one
+is built where step 0 would. The same command gives the same bytes, also after being killed (``jobs.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.collections import miracl
+from FlagEmbedding.mining.common.index import Corpus, named_corpus, open_retriever
+from FlagEmbedding.mining.common.jobs import Job, check_output, chunks, progress, work_folder
+from FlagEmbedding.mining.common.passages import PassageStore
+from FlagEmbedding.mining.common.queries import Item, Items, JudgedTopics, TrainingRows
+from FlagEmbedding.mining.common.rows import data_files
+from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MiningOptions
+from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
+from FlagEmbedding.mining.hard_negatives.report import summarize, write_report
+from FlagEmbedding.mining.hard_negatives.reranker import Reranker
+from FlagEmbedding.utils.identity import fingerprints, model_fingerprint
+from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.provenance import provenance
+
+logger = get_logger(__name__)
+
+
+def mine_into(
+    job: Job, items: Items, miner: Miner, chunk_size: int, row_of: Callable[[Mined], dict[str, Any] | None]
+) -> None:
+    """Mine for every item that ``job`` has not finished, chunk by chunk; ``row_of`` makes the row (None: no row)."""
+    # The chunk in which an earlier run stopped is searched again as a whole, so that its scores are the same.
+    start = job.done // chunk_size * chunk_size if job.done < len(items) else len(items)
+    rest: Iterable[Item] = islice(iter(items), start, None)
+    with progress("hard negatives", total=len(items), done=job.done) as bar:
+        for chunk in chunks(rest, chunk_size):
+            for mined in miner.mine(chunk, skip=job.done - start):
+                row = row_of(mined)
+                mined.note["written"] = row is not None
+                job.add([] if row is None else [row], mined.note)
+                bar.update()
+            start += len(chunk)
+
+
+def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
+    """Run the command; returns the report. Raises ``UserError``."""
+    output, given = options.output, options.input
+    check_output(output.path, output.overwrite)
+    rows = None if given.language else TrainingRows(data_files(given.input_file))
+    with work_folder(output.path) as work:
+        corpus = _corpus(given, options.encoder.cache_dir, rows, work)
+        retriever = None
+        if options.sampling.random_negatives:
+            store = PassageStore.prepare(corpus.files, work, bool(options.search.with_title))
+        else:
+            retriever, store = open_retriever(options.encoder, options.search, corpus, work)
+        items: Items = rows or _topics(given, options.encoder.cache_dir, store)
+        reranker = Reranker(options.reranker, options.encoder) if options.reranker.cross_encoder else None
+        miner = Miner(store, options.sampling, options.filters, retriever, reranker)
+        with Job(output.path, _identity(options, items, miner), overwrite=output.overwrite) as job:
+            row_of = lambda mined: training_row(mined, output.with_scores)  # noqa: E731
+            mine_into(job, items, miner, options.search.search_batch_size, row_of)
+            record = _report(options, job, items, miner)
+            page = write_report(output.report(), record)
+            count = job.finish()
+    logger.info("%s: %d rows; report: %s", output.path, count, page)
+    return record
+
+
+def _corpus(given: InputArguments, cache_dir: str | None, rows: TrainingRows | None, work: Path) -> Corpus:
+    if given.language and not given.corpus:
+        miracl.check_languages([given.language])
+        return Corpus(miracl.corpus_files(given.language, given.data_dir, cache_dir), given.language)
+    return named_corpus(given.corpus, given.language, rows.inputs if rows else [], work)
+
+
+def _topics(given: InputArguments, cache_dir: str | None, store: PassageStore) -> JudgedTopics:
+    assert given.language is not None
+    place = (given.language, given.split, given.data_dir, cache_dir)
+    return JudgedTopics(miracl.topics_file(*place), miracl.qrels_file(*place), store)
+
+
+def describe_miner(miner: Miner) -> dict[str, Any]:
+    """What decides the negatives, flat, so that a difference reads as one: sampling, corpus, encoder, index."""
+    described = {
+        **asdict(miner.sampling),
+        **asdict(miner.filters),
+        "corpus": [file["sha256"] for file in miner.store.corpus],
+    }
+    if miner.retriever is not None:
+        r = miner.retriever
+        described |= {
+            **{f"encoder {key}": value for key, value in r.encoder.describe().items()},
+            "index": r.index.checksum(),
+            "query_max_length": r.query_length,
+            "passage_max_length": r.passage_length,
+            "query_instruction": r.query_instruction,
+            "passage_instruction": r.passage_instruction,
+            "batch_size": r.encoder.options.batch_size,
+        }
+    return described
+
+
+def _identity(options: MiningOptions, items: Items, miner: Miner) -> dict[str, Any]:
+    reranker = None
+    if options.reranker.cross_encoder:
+        name = options.reranker.cross_encoder
+        reranker = asdict(options.reranker) | {"model": model_fingerprint(name) if Path(name).is_dir() else name}
+    return {
+        **describe_miner(miner),
+        "inputs": [file["sha256"] for file in fingerprints(items.inputs)],
+        "cross_encoder": reranker,
+        "search_batch_size": options.search.search_batch_size,
+        "with_scores": options.output.with_scores,
+        "with_title": miner.store.with_title,
+    }
+
+
+def _report(options: MiningOptions, job: Job, items: Items, miner: Miner) -> dict[str, Any]:
+    sampling, filters, judge = miner.sampling, miner.filters, options.reranker.cross_encoder
+    many, passages = f"{sampling.negative_number} negatives per query", f"{miner.store.rows:,} passages"
+    if sampling.random_negatives:
+        how = f"{many} at random from {passages}, seed {sampling.seed}"
+    else:
+        limits = ", ".join(f"{name} {getattr(filters, name)}" for name in filters.given()) or "none"
+        how = (
+            f"{many}, {sampling.sampling_strategy} of ranks {sampling.first + 1} to {sampling.last} of {passages} as "
+            f"{options.encoder.encoder} ranks them; filters: {limits}{f' by the scores of {judge}' if judge else ''}; "
+            f"fill: {sampling.fill}; seed {sampling.seed}"
+        )
+    skipped = {}
+    if isinstance(items, JudgedTopics):
+        skipped = {
+            "topics left out: no relevant passage": items.unanswered,
+            "relevant passages that the corpus lacks": items.missing,
+        }
+    return {
+        "output": options.output.path.name,
+        "how": how,
+        "result": summarize(job.notes(), sampling.negative_number),
+        "skipped": {name: count for name, count in skipped.items() if count},
+        "arguments": asdict(options),
+        "identity": describe_miner(miner),
+        "provenance": provenance(),
+    }
