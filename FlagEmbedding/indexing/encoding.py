@@ -19,10 +19,10 @@ import numpy as np
 
 from FlagEmbedding.collections.corpus import passage_text, stream, survey
 from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
-from FlagEmbedding.inference.tokenization import Behind
 from FlagEmbedding.retrieval.approximate import index_paths
 from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index
 from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_manifest, clear_disk_errors, read_manifest
+from FlagEmbedding.utils.background import BackgroundWriter
 from FlagEmbedding.utils.distributed import barrier, is_main, rank, world_size
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import fingerprints
@@ -149,7 +149,7 @@ def _encode_missing(
             yield texts, (shard, [passage.docid for passage in found])
 
     progress = _Progress(store, lang)
-    with Behind(store.write) as write:
+    with BackgroundWriter(store.write) as write:
         for found, (shard, docids) in encoder.encode(windows(), max_length, DENSE, config.batch_size):
             assert found.dense is not None
             vectors = found.dense.float().cpu().numpy()

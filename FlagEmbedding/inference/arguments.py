@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from FlagEmbedding.modeling.options import EngineName, FfnPart
 from FlagEmbedding.utils.cli import choice, internal, option, switch
 from FlagEmbedding.utils.errors import UsageError
 
 Pooling = Literal["cls", "mean"]
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
-EngineName = Literal["packed", "padded"]
-FfnPart = Literal["intermediate", "output"]
+WINDOW = 2_048  # texts that are tokenized, sorted by length and encoded together
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-from FlagEmbedding.inference.arguments import EncoderArguments
-from FlagEmbedding.inference.text_encoder import WINDOW, Kind, TextEncoder
+from FlagEmbedding.inference.arguments import WINDOW, DtypeName, EncoderArguments, EngineName, FfnPart, Pooling
+from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.utils.errors import UsageError
 
@@ -44,7 +44,7 @@ class Embedder:
         *,
         colbert_dim: int = -1,
         dtype: str | None = None,
-        engine: Any = "packed",
+        engine: EngineName = "packed",
         moe: str | None = None,
         workers: int = 0,
     ) -> None:
@@ -63,12 +63,12 @@ class Embedder:
             TextEncoder(
                 EncoderArguments(
                     encoder=model_name_or_path,
-                    pooling_method=pooling_method,  # type: ignore[arg-type]
+                    pooling_method=cast(Pooling | None, pooling_method),
                     normalize_embeddings=normalize_embeddings,
-                    dtype=dtype or _upstream_dtype(use_fp16, use_bf16, device),
+                    dtype=cast(DtypeName | None, dtype) or _upstream_dtype(use_fp16, use_bf16, device),
                     device=device,
                     engine=engine,
-                    moe=moe,
+                    moe=cast(FfnPart | None, moe),
                     heads=self._heads,
                     colbert_dim=colbert_dim,
                     workers=workers,
@@ -159,7 +159,7 @@ def target_devices(devices: Devices) -> list[str]:
     return [f"cuda:{device}" if isinstance(device, int) else device for device in listed]
 
 
-def _upstream_dtype(use_fp16: bool | None, use_bf16: bool, device: str) -> str:
+def _upstream_dtype(use_fp16: bool | None, use_bf16: bool, device: str) -> DtypeName:
     if use_bf16:
         return "bf16"
     if use_fp16 is False or not device.startswith("cuda"):

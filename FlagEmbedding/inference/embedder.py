@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from FlagEmbedding.inference import scores as scoring
+from FlagEmbedding.inference.arguments import WINDOW
 from FlagEmbedding.inference.base import Embedder, Texts, as_list
 from FlagEmbedding.inference.m3 import BGEM3ForInference
 from FlagEmbedding.inference.scores import LexicalWeights
-from FlagEmbedding.inference.text_encoder import DENSE, WINDOW, Kind
+from FlagEmbedding.inference.text_encoder import DENSE, Kind
 from FlagEmbedding.modeling.encoder import Representations
+from FlagEmbedding.modeling.tokens import special_ids
 from FlagEmbedding.utils.errors import UsageError
 
 __all__ = ["BGEM3FlagModel", "BGEM3ForInference", "FlagModel"]
@@ -31,7 +33,7 @@ Vectors = np.ndarray | torch.Tensor
 class FlagModel(Embedder):
     """Dense vectors of queries and passages; constructor arguments as upstream's, and ``dtype``, ``engine``, ``moe``.
 
-    ``workers``: processes that tokenise ahead (0: a thread). ``moe`` need not be given; it merely must agree with the
+    ``workers``: processes that tokenize ahead (0: a thread). ``moe`` need not be given; it merely must agree with the
     checkpoint. ``convert_to_numpy=False`` returns tensors.
     """
 
@@ -82,7 +84,7 @@ class FlagModel(Embedder):
         instruction: str | None = None,
         instruction_format: str | None = None,
     ) -> Vectors:
-        """``[D]`` float32 for a text, ``[N, D]`` for a list; normalised unless the model was told otherwise."""
+        """``[D]`` float32 for a text, ``[N, D]`` for a list; normalized unless the model was told otherwise."""
         texts, single = as_list(sentences, instruction, instruction_format or "{}{}")
         to_numpy = self.convert_to_numpy if convert_to_numpy is None else convert_to_numpy
         length, size = max_length or self.passage_max_length, batch_size or self.batch_size
@@ -192,7 +194,7 @@ class BGEM3FlagModel(Embedder):
     def _collect(
         self, texts: list[str], max_length: int, batch_size: int, want: list[Kind]
     ) -> tuple[np.ndarray, list[LexicalWeights], list[np.ndarray]]:
-        skip = scoring.special_ids(self.tokenizer)
+        skip = special_ids(self.tokenizer)
 
         def collect(found: Representations) -> tuple[np.ndarray, list[LexicalWeights], list[np.ndarray]]:
             return (

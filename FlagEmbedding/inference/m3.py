@@ -1,17 +1,16 @@
-"""``BGEM3ForInference``: the published module for callers who tokenise themselves (padded tensors in and out)."""
+"""``BGEM3ForInference``: the published module for callers who tokenize themselves (padded tensors in and out)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from FlagEmbedding.inference.arguments import EncoderArguments
-from FlagEmbedding.inference.scores import special_ids
+from FlagEmbedding.inference.arguments import DtypeName, EncoderArguments, EngineName, Pooling
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
-from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.errors import UsageError
 
 
@@ -19,7 +18,7 @@ class BGEM3ForInference(nn.Module):
     """A checkpoint with its heads, called with the published keywords.
 
     :param model_name: hub id or folder; a mixture of experts describes itself.
-    :param normlized: L2-normalise dense and colbert vectors (published spelling).
+    :param normlized: L2-normalize dense and colbert vectors (published spelling).
     :param sentence_pooling_method: 'cls' or 'mean'.
     :param unified_finetuning: load the sparse and colbert heads; False: dense only.
     :param colbert_dim: width of the colbert head, -1: the hidden size.
@@ -36,15 +35,15 @@ class BGEM3ForInference(nn.Module):
         *,
         dtype: str = "fp32",
         device: str | None = None,
-        engine: Any = "packed",
+        engine: EngineName = "packed",
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         options = EncoderArguments(
             encoder=model_name,
-            pooling_method=sentence_pooling_method,  # type: ignore[arg-type]
+            pooling_method=cast(Pooling, sentence_pooling_method),
             normalize_embeddings=normlized,
-            dtype=dtype,
+            dtype=cast(DtypeName, dtype),
             device=device,
             engine=engine,
             heads=unified_finetuning,
@@ -108,7 +107,7 @@ class BGEM3ForInference(nn.Module):
         flat = weights.new_zeros(len(lengths) * self.vocab_size)
         flat.scatter_reduce_(0, rows * self.vocab_size + found.tokens.ids, weights, reduce="amax")
         sparse = flat.view(len(lengths), self.vocab_size)
-        sparse[:, sorted(special_ids(self.tokenizer))] = 0
+        sparse[:, special_ids(self.tokenizer)] = 0
         return sparse
 
 

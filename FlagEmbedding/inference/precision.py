@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
+from FlagEmbedding.inference.arguments import DtypeName
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 NO_CPU_BF16 = "this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype that ``name`` means on ``device``; 'auto' takes bf16 where the hardware has it and says so."""
     if name != "auto":
         if name not in DTYPES:
@@ -37,7 +35,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def half_precision(device: torch.device) -> str:
+def half_precision(device: torch.device) -> DtypeName:
     """What ``--fp16`` means here: fp16 on a GPU; a CPU computes fp16 slowly, so 'auto' there, in one line."""
     if device.type == "cuda":
         return "fp16"
@@ -45,6 +43,6 @@ def half_precision(device: torch.device) -> str:
     return "auto"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> DtypeName:
     """'fp32', 'bf16' or 'fp16'."""
     return next(name for name, known in DTYPES.items() if known == dtype)

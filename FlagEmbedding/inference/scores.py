@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -14,13 +14,7 @@ LexicalWeights = dict[str, float]
 SCORES = ("colbert", "sparse", "dense", "sparse+dense", "colbert+sparse+dense")
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """Tokens that carry no lexical weight: cls, eos, pad and unk, where the tokenizer has them."""
-    ids = (tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return {i for i in ids if i is not None}
-
-
-def lexical_weights(representations: Representations, skip: set[int]) -> list[LexicalWeights]:
+def lexical_weights(representations: Representations, skip: Collection[int]) -> list[LexicalWeights]:
     """``{token id as text: greatest weight}`` of each row, positive weights only, in order of first appearance."""
     if representations.token_weights is None:
         raise UsageError("lexical weights were not asked for")

@@ -1,8 +1,8 @@
 """One loaded checkpoint that turns texts into vectors: the only place where inference meets the model.
 
-Texts come in windows. A window is tokenised ahead (``tokenization.py``), its rows are sorted by real token count and
-cut into slabs by token budget, and come back in the order they went in. What a slab holds depends on the window alone,
-and on a CPU each slab is computed by one thread (``slabs.py``), so the same windows give the same bytes, whoever
+Texts come in windows. A window is tokenized ahead (``tokenization.py``), its sequences are sorted by token count and
+cut into slabs, and come back in the order they went in. What a slab holds depends on the window alone,
+and on a CPU each slab is computed by one thread (``modeling/slabs.py``), so the same windows give the same bytes, whoever
 encodes them, on however many cores, and whenever.
 
 The token budget of a slab is ``batch_size x max_length``, the most a published batch could reach, held below what
@@ -19,14 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.precision import dtype_name, half_precision, resolve_dtype
-from FlagEmbedding.inference.slabs import encode_in_slabs, plan
 from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
 from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
-from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder, Representations
+from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.files import load_config
 from FlagEmbedding.modeling.heads import load_heads
+from FlagEmbedding.modeling.options import SLAB_TOKENS, EngineConfig
 from FlagEmbedding.modeling.packed import prepack_weights
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.tokens import TokenBatch
@@ -41,8 +41,7 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 Kind = Literal["dense", "sparse", "colbert"]
 DENSE: tuple[Kind, ...] = ("dense",)
-WINDOW = 2_048  # texts that are tokenized, sorted by length and encoded together
-SLAB_TOKENS = {"cpu": 2_048, "cuda": 131_072}
+GPU_SLAB_TOKENS = 131_072
 
 
 class TextEncoder:
@@ -66,7 +65,7 @@ class TextEncoder:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.options.trust_remote_code)
         self.encoder = self._load().to(device=self.device, dtype=self.dtype).eval()
         if self.device.type == "cpu" and self.options.engine == "packed":
-            prepack_weights(self.encoder.model, SLAB_TOKENS["cpu"])
+            prepack_weights(self.encoder.model, SLAB_TOKENS)
         self.hidden_size: int = self.encoder.model.config.hidden_size
         self.longest = longest_input(self.encoder.model.config)
         workers = tokenizer_workers(self.device.type) if options.workers is None else options.workers
@@ -129,7 +128,7 @@ class TextEncoder:
         """Token budget of a slab (see the top of this file)."""
         if batch_size < 1:
             raise UsageError(f"a batch size of {batch_size}: give 1 or more")
-        return min(batch_size * max_length, SLAB_TOKENS.get(self.device.type, SLAB_TOKENS["cpu"]))
+        return min(batch_size * max_length, GPU_SLAB_TOKENS if self.device.type == "cuda" else SLAB_TOKENS)
 
     def encode(
         self,
@@ -140,16 +139,14 @@ class TextEncoder:
     ) -> Iterator[tuple[Representations, T]]:
         """Representations of each window of texts in ``source``, in order, beside the ``T`` that came with it.
 
-        Dense rows are ``[N, D]``, normalised if the options say so. Reading, tokenising and, on a GPU, fetching the
+        Dense rows are ``[N, D]``, normalized if the options say so. Reading, tokenizing and, on a GPU, fetching the
         window before run while the model computes.
         """
         self._check_want(want)
-        self.encoder.engine = EngineConfig(
-            engine=self.options.engine, slab_tokens=self.slab_tokens(batch_size, max_length)
-        )
+        budget = self.slab_tokens(batch_size, max_length)
         previous: tuple[Representations, T] | None = None
         for window in self.pool.windows(source, max_length):
-            current = self._launch(window.tokens, set(want)), window.extra
+            current = self._launch(window.tokens, want, budget), window.extra
             if self.device.type != "cuda":
                 yield current
                 continue
@@ -160,22 +157,17 @@ class TextEncoder:
         if previous is not None:
             yield previous
 
-    def _launch(self, rows: TokenRows, want: set[Kind]) -> Representations:
+    def _launch(self, rows: TokenRows, want: Collection[Kind], budget: int) -> Representations:
         ids = torch.from_numpy(rows.ids)
         if self.device.type == "cuda":
             ids = ids.pin_memory()
         ids = ids.to(self.device, non_blocking=True).long()
-        return self.represent(TokenBatch(ids, rows.lengths, max(rows.lengths, default=0)), want)
+        return self.represent(TokenBatch(ids, rows.lengths, max(rows.lengths, default=0)), want, budget)
 
     @torch.inference_mode()
-    def represent(self, tokens: TokenBatch, want: Collection[Kind]) -> Representations:
-        """Representations of one batch of token rows, in their order; normalised in float32 if the options say so."""
-        padded = self.options.engine == "padded"
-        if not len(tokens) or (self.device.type != "cpu" and not padded):
-            found = self.encoder.encode([tokens], [set(want)])[0]
-        else:
-            slabs = plan(tokens.lengths, self.encoder.engine.slab_tokens, padded)
-            found = encode_in_slabs(self.encoder, tokens, set(want), slabs)
+    def represent(self, tokens: TokenBatch, want: Collection[Kind], slab_tokens: int = SLAB_TOKENS) -> Representations:
+        """Representations of one batch in its order; normalized in float32 if the options say so."""
+        found = self.encoder.infer(tokens, want, slab_tokens)
         if self.options.normalize_embeddings:
             if found.dense is not None:
                 found.dense = F.normalize(found.dense.float(), dim=-1)

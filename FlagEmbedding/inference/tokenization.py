@@ -1,6 +1,6 @@
-"""Tokenising ahead of the computation.
+"""Tokenizing ahead of the computation.
 
-A feeder thread pulls windows of texts (reading and unpacking the corpus on the way), has them tokenised, by itself
+A feeder thread pulls windows of texts (reading and unpacking the corpus on the way), has them tokenized, by itself
 or by worker processes, and keeps a few finished windows in a bounded queue. Token ids travel as one int32 array a
 window: no padding, no per-token Python objects between processes. The order of windows is the order they came in.
 """
@@ -8,16 +8,16 @@ window: no padding, no per-token Python objects between processes. The order of 
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from FlagEmbedding.utils.background import prefetch
 
 T = TypeVar("T")
 _JOB_TEXTS = 256
@@ -25,7 +25,7 @@ _JOB_TEXTS = 256
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokenised texts, end to end: ``ids [T]`` int32 and the token count of each row."""
+    """Tokenized texts, end to end: ``ids [T]`` int32 and the token count of each row."""
 
     ids: np.ndarray
     lengths: list[int]
@@ -65,14 +65,14 @@ def _work(texts: Sequence[str], max_length: int) -> TokenRows:
 
 @dataclass(frozen=True)
 class Window(Generic[T]):
-    """A window of texts after tokenisation, with whatever the caller wants to see again beside it."""
+    """A window of texts after tokenization, with whatever the caller wants to see again beside it."""
 
     tokens: TokenRows
     extra: T
 
 
 class TokenizerPool:
-    """Tokenises windows ahead of their use; ``workers=0``: in the feeder thread, else in that many processes."""
+    """Tokenizes windows ahead of their use; ``workers=0``: in the feeder thread, else in that many processes."""
 
     def __init__(self, tokenizer: Any, folder: str, workers: int = 0, trust_remote_code: bool = False) -> None:
         self.tokenizer = tokenizer
@@ -102,7 +102,7 @@ class TokenizerPool:
             )
         else:
             jobs = self._in_workers(self._executor, source, max_length)
-        return ahead(jobs, depth)
+        return prefetch(jobs, depth)
 
     def _in_workers(
         self, executor: Executor, source: Iterable[tuple[Sequence[str], T]], max_length: int
@@ -128,66 +128,3 @@ def _join(jobs: list[Future[TokenRows]], extra: T) -> Window[T]:
     parts = [job.result() for job in jobs]
     ids = np.concatenate([part.ids for part in parts]) if parts else np.empty(0, dtype=np.int32)
     return Window(TokenRows(ids, [n for part in parts for n in part.lengths]), extra)
-
-
-_END = object()
-
-
-def ahead(source: Iterable[T], depth: int) -> Iterator[T]:
-    """Iterate ``source`` in a thread, at most ``depth`` items ahead; its errors surface here, and it stops with us."""
-    items: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
-    stop = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def feed() -> None:
-        try:
-            for item in source:
-                if not put(item):
-                    return
-        except BaseException as error:  # noqa: BLE001 — raised again where the items are used
-            put(error)
-        else:
-            put(_END)
-
-    thread = threading.Thread(target=feed, name="tokenise-ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := items.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-class Behind:
-    """Hands work to one thread and waits only when the work before is not done; errors surface at the next call."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-
-    def __call__(self, *args: Any) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._pool.submit(self._call, *args)
-
-    def __enter__(self) -> Behind:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if self._pending is not None and kind is None:
-                self._pending.result()
-        finally:
-            self._pool.shutdown(wait=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEVELS = 1 << 16
+from FlagEmbedding.modeling import kernels
 
 
 class MaskSource:
@@ -31,11 +31,8 @@ class MaskSource:
     """
 
     def __init__(self, probability: float) -> None:
-        if not 0 <= probability < 1:
-            raise ValueError(f"dropout probability must be in [0, 1), got {probability}")
-        dropped = min(round(probability * _LEVELS), _LEVELS - 1)
-        self._threshold = dropped - _LEVELS // 2  # bits are read as int16
-        self.scale = _LEVELS / (_LEVELS - dropped)
+        dropped, self.scale = kernels.dropout_threshold(probability)
+        self._threshold = dropped - kernels.DROPOUT_LEVELS // 2  # bits are read as int16
         seed = int(torch.randint(2**62, (), dtype=torch.int64))
         self._generator = np.random.SFC64(seed)
 

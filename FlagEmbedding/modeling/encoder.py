@@ -1,10 +1,10 @@
 """M3Encoder: a backbone and its heads, encoding several roles in one call with one of two engines.
 
-``packed`` computes no padding: rows of all roles are sorted by length, cut into slabs of about ``slab_tokens`` tokens
-and run through ``modeling.packed``. ``padded`` is the reference and the fallback: transformers' own forward on padded
-rows, role by role. Both give the same numbers.
+``packed`` computes no padding: the sequences of all roles are sorted by length, cut into slabs (``modeling.slabs``) and
+run through ``modeling.packed``. ``padded`` is the reference and the fallback: transformers' own forward on padded
+sequences, role by role. Both give the same numbers.
 
-Shape legend: N rows, T tokens in all, D hidden size, Dc width of colbert vectors.
+Shape legend: N sequences, T tokens in all, D hidden size, Dc width of colbert vectors.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.moe import token_mask
 from FlagEmbedding.modeling.options import EngineConfig
-from FlagEmbedding.modeling.packed import WordTable, packed_forward, plan_slabs
+from FlagEmbedding.modeling.packed import WordTable, packed_forward
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
+from FlagEmbedding.modeling.slabs import Slabs, each_on_one_thread, fill_price
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
 __all__ = ["KINDS", "SUB_BATCH_BY_LENGTH", "EngineConfig", "M3Encoder", "Representations"]
 
-# Published table: rows at a time by padded length, the first line whose length is reached.
+# Published table: sequences at a time by padded length, the first line whose length is reached.
 SUB_BATCH_BY_LENGTH = ((6000, 1), (5000, 2), (4000, 3), (3000, 3), (2000, 5), (1000, 9), (512, 16), (0, 32))
 KINDS = frozenset({"dense", "sparse", "colbert"})
 
 
 @dataclass
 class Representations:
-    """What one role's rows became.
+    """What one role's sequences became.
 
     Attributes:
-        tokens: the rows.
+        tokens: the sequences.
         dense: ``[N, D]`` or None.
         token_weights: ``[T]``, relu of the sparse head for every token, or None.
-        colbert: ``[T - N, Dc]``, rows end to end without their first tokens, or None.
+        colbert: ``[T - N, Dc]``, sequences end to end without their first tokens, or None.
     """
 
     tokens: TokenBatch
@@ -66,7 +67,7 @@ class M3Encoder(nn.Module):
         colbert_linear: ``[D, Dc]`` head or None.
         sparse_linear: ``[D, 1]`` head or None.
         pooling: ``cls`` or ``mean``.
-        normalize: L2-normalise dense and colbert vectors.
+        normalize: L2-normalize dense and colbert vectors.
         engine: how to compute; None for the defaults.
     """
 
@@ -90,15 +91,18 @@ class M3Encoder(nn.Module):
         # reads the routing of all tokens, and sets this.
         self.all_rows = False
 
-    def encode(self, batches: Sequence[TokenBatch], want: Sequence[Iterable[str]]) -> list[Representations]:
+    def encode(
+        self, batches: Sequence[TokenBatch], want: Sequence[Iterable[str]], slab_tokens: int | None = None
+    ) -> list[Representations]:
         """Encode several roles at once.
 
         Args:
-            batches: the roles' rows.
+            batches: the roles' sequences.
             want: for each role, which of ``dense``, ``sparse``, ``colbert`` to compute.
+            slab_tokens: packed: another token budget of a slab than the engine's.
 
         Returns:
-            One ``Representations`` a role, rows in the given order, with gradients if enabled.
+            ``Representations`` per role, sequences in the given order, with gradients if enabled.
         """
         wants = [frozenset(kinds) for kinds in want]
         for kinds in wants:
@@ -107,14 +111,37 @@ class M3Encoder(nn.Module):
             raise ValueError(f"want needs one set for each of the {len(batches)} batches, got {len(wants)}")
         if self.engine.engine == "padded":
             return [self._encode_padded(tokens, kinds) for tokens, kinds in zip(batches, wants, strict=True)]
-        results: list[Representations | None] = [None] * len(batches)
+        budget = self.engine.slab_tokens if slab_tokens is None else slab_tokens
+        results: dict[int, Representations] = {}
         # Roles that want the same go through together; with one kind of want that is all of them.
         for kinds in sorted(set(wants), key=sorted):
             members = [i for i, wanted in enumerate(wants) if wanted == kinds]
-            encoded = self._encode_packed([batches[i] for i in members], kinds)
-            for i, representations in zip(members, encoded, strict=True):
-                results[i] = representations
-        return [result for result in results if result is not None]
+            roles = [batches[i] for i in members]
+            together = TokenBatch.cat(roles)
+            found = _join(self._encode_packed(slabs := Slabs(together, budget), kinds), together, slabs.place)
+            results |= zip(members, _split(found, roles), strict=True)
+        return [results[i] for i in range(len(batches))]
+
+    def infer(self, tokens: TokenBatch, want: Iterable[str], slab_tokens: int) -> Representations:
+        """Encode a batch without gradients: with either engine in slabs, on a CPU the same bits on any number of threads.
+
+        Args:
+            tokens: the sequences.
+            want: which of ``dense``, ``sparse``, ``colbert`` to compute.
+            slab_tokens: token budget of a slab; with the padded engine it counts padding.
+        """
+        self._check_kinds(kinds := frozenset(want))
+        padded = self.engine.engine == "padded"
+        weight = next(self.parameters())
+        price = 0.0 if padded or weight.device.type != "cpu" else fill_price(weight.dtype)
+        slabs = Slabs(tokens, slab_tokens, padded, price)
+
+        def one(slab: TokenBatch) -> Representations:
+            with torch.inference_mode():  # a thread's own state
+                return self._encode_padded(slab, kinds) if padded else self._encode_slab(slab, kinds, None)
+
+        with torch.inference_mode():
+            return _join(each_on_one_thread(one, slabs.batches, weight.device), tokens, slabs.place)
 
     def _check_kinds(self, kinds: frozenset[str]) -> None:
         if not kinds or not kinds <= KINDS:
@@ -129,7 +156,7 @@ class M3Encoder(nn.Module):
     # ---- padded engine ----
 
     def _encode_padded(self, tokens: TokenBatch, kinds: frozenset[str]) -> Representations:
-        """Transformers' forward on padded rows, a slice at a time."""
+        """Transformers' forward on padded sequences, a slice at a time."""
         rows = len(tokens)
         size = rows
         if self.engine.enable_sub_batch:
@@ -152,37 +179,27 @@ class M3Encoder(nn.Module):
 
     # ---- packed engine ----
 
-    def _encode_packed(self, batches: Sequence[TokenBatch], kinds: frozenset[str]) -> list[Representations]:
-        """All rows of ``batches`` sorted by length, slab after slab through ``modeling.packed``, order restored."""
-        together = TokenBatch.cat(batches)
-        slabs = plan_slabs(together.lengths, self.engine.slab_tokens)
-        visited = [row for slab in slabs for row in slab]
-        ordered = together.select(visited)
+    def _encode_packed(self, slabs: Slabs, kinds: frozenset[str]) -> list[Representations]:
+        """Slab after slab through ``modeling.packed``, with gradients if enabled."""
         caching = self.engine.grad_cache and torch.is_grad_enabled()
         trains_words = torch.is_grad_enabled() and self.model.get_input_embeddings().weight.requires_grad
-        words = WordTable.of(self.model, ordered.ids) if trains_words and len(slabs) > 1 else None
-        parts = []
-        row = token = 0
-        for slab in slabs:
-            lengths = ordered.lengths[row : row + len(slab)]
-            span = slice(token, token + sum(lengths))
-            piece = TokenBatch(ordered.ids[span], lengths, ordered.padded_length)
-            own = None if words is None else words._replace(places=words.places[span])
-            if caching:
-                # The non-reentrant kind: frozen first layers are no obstacle, and the recomputation sees the same
-                # random numbers, so dropout and router noise repeat.
-                parts.append(checkpoint(self._encode_slab, piece, kinds, own, use_reentrant=False))
-            else:
-                parts.append(self._encode_slab(piece, kinds, own))
-            row, token = row + len(slab), span.stop
-        joined = _reorder(_join(parts, ordered), visited)
-        return _split(joined, batches)
+        words: list[WordTable | None] = [None] * len(slabs.batches)
+        if trains_words and len(words) > 1:
+            words = [*WordTable.of_slabs(self.model, [slab.ids for slab in slabs.batches])]
+        if not caching:
+            return [self._encode_slab(slab, kinds, own) for slab, own in zip(slabs.batches, words, strict=True)]
+        # The non-reentrant kind: frozen first layers are no obstacle, and the recomputation sees the same random
+        # numbers, so dropout and router noise repeat.
+        return [
+            checkpoint(self._encode_slab, slab, kinds, own, use_reentrant=False)
+            for slab, own in zip(slabs.batches, words, strict=True)
+        ]
 
     def _encode_slab(self, tokens: TokenBatch, kinds: frozenset[str], words: WordTable | None) -> Representations:
-        first_rows_only = kinds == {"dense"} and self.pooling == "cls" and not self.all_rows
-        states = packed_forward(self.model, tokens, first_rows_only=first_rows_only, words=words)
+        first_tokens_only = kinds == {"dense"} and self.pooling == "cls" and not self.all_rows
+        states = packed_forward(self.model, tokens, first_tokens_only=first_tokens_only, words=words)
         dense = None
-        if first_rows_only:
+        if first_tokens_only:
             dense = states
         elif "dense" in kinds:
             dense = pool_packed(states, tokens.lengths, self.pooling)
@@ -193,7 +210,7 @@ class M3Encoder(nn.Module):
     def _finish(
         self, tokens: TokenBatch, dense: Tensor | None, states: Tensor | None, kinds: frozenset[str]
     ) -> Representations:
-        """Heads over the real tokens' ``states`` ``[T, D]``, and normalisation."""
+        """Heads over the real tokens' ``states`` ``[T, D]``, and normalization."""
         result = Representations(tokens)
         if dense is not None:
             result.dense = F.normalize(dense, dim=-1) if self.normalize else dense
@@ -207,52 +224,44 @@ class M3Encoder(nn.Module):
 
 
 def _not_first(tokens: TokenBatch) -> Tensor:
-    """Indices of all tokens but each row's first, ``[T - N]``."""
+    """Indices of all tokens but each sequence's first, ``[T - N]``."""
     keep = torch.ones(len(tokens.ids), dtype=torch.bool)
     keep[tokens.starts()[:-1]] = False
     return keep.nonzero().squeeze(-1).to(tokens.ids.device)
 
 
-def _join(parts: Sequence[Representations], tokens: TokenBatch) -> Representations:
-    """Parts of consecutive rows as one."""
+def _join(parts: Sequence[Representations], tokens: TokenBatch, place: Sequence[int] | None = None) -> Representations:
+    """The parts' sequences as those of ``tokens``: sequence i is number ``place[i]`` of the parts' (None: the same)."""
 
     def cat(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
         return torch.cat(values) if values and values[0] is not None else None
 
-    return Representations(tokens, cat("dense"), cat("token_weights"), cat("colbert"))
+    dense, weights, colbert = cat("dense"), cat("token_weights"), cat("colbert")
+    if place is None:
+        return Representations(tokens, dense, weights, colbert)
+    lengths = [length for part in parts for length in part.tokens.lengths]
 
-
-def _reorder(part: Representations, visited: Sequence[int]) -> Representations:
-    """Rows that were computed in the order ``visited``, put back to 0, 1, 2, …"""
-    place = [0] * len(visited)
-    for position, row in enumerate(visited):
-        place[row] = position
-    device = part.tokens.ids.device
-
-    def ragged(rows: Tensor | None, less: int) -> Tensor | None:
-        if rows is None:
+    def ragged(vectors: Tensor | None, less: int) -> Tensor | None:
+        if vectors is None:
             return None
-        pieces = rows.split([length - less for length in part.tokens.lengths])
+        pieces = vectors.split([length - less for length in lengths])  # type: ignore[no-untyped-call]
         return torch.cat([pieces[position] for position in place])
 
-    return Representations(
-        tokens=part.tokens.select(place),
-        dense=None if part.dense is None else part.dense.index_select(0, torch.tensor(place, device=device)),
-        token_weights=ragged(part.token_weights, 0),
-        colbert=ragged(part.colbert, 1),
-    )
+    if dense is not None:
+        dense = dense.index_select(0, torch.tensor(place, device=dense.device))
+    return Representations(tokens, dense, ragged(weights, 0), ragged(colbert, 1))
 
 
 def _split(part: Representations, batches: Sequence[TokenBatch]) -> list[Representations]:
-    """Cut rows back into the roles that they came from."""
-    rows = [len(batch) for batch in batches]
+    """Cut the sequences back into the roles that they came from."""
+    counts = [len(batch) for batch in batches]
     tokens = [len(batch.ids) for batch in batches]
 
     def cut(value: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
-        return [None] * len(batches) if value is None else value.split(sizes)
+        return [None] * len(batches) if value is None else list(value.split(sizes))  # type: ignore[no-untyped-call]
 
-    dense = cut(part.dense, rows)
+    dense = cut(part.dense, counts)
     weights = cut(part.token_weights, tokens)
-    colbert = cut(part.colbert, [t - n for t, n in zip(tokens, rows, strict=True)])
+    colbert = cut(part.colbert, [t - n for t, n in zip(tokens, counts, strict=True)])
     return [Representations(*parts) for parts in zip(batches, dense, weights, colbert, strict=True)]

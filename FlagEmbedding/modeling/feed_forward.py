@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from FlagEmbedding.modeling.linear import apply_linear, compute_dtype, is_plain, linear_add, linear_gelu
 from FlagEmbedding.modeling.moe import MoELinear, Routing
 from FlagEmbedding.modeling.pointwise import activate, add_norm
+from FlagEmbedding.modeling.slabs import FILL
 
-FILL, FILL_HALF = 32, 128  # rows that experts' tokens are filled up to on a CPU, in float32 and in bfloat16
+FILL_HALF = 128  # in bfloat16 experts get a multiple of this, in float32 of slabs.FILL
 
 
 class _Permute(torch.autograd.Function):
@@ -202,13 +203,14 @@ def _fill(x: Tensor) -> int:
 
     Experts get other numbers of tokens in every layer and slab, and oneDNN compiles code for each number of rows it
     meets: in bf16 that takes longer than the product. Products of a few sizes find their code compiled. In fp32
-    compiling is cheap and rows are not.
+    compiling is cheap and rows are not: nothing is filled in training, nor for a few sequences (see
+    ``slabs.fill_price``).
     """
     if x.device.type != "cpu":
         return 1
     if compute_dtype(x) != torch.float32:
         return FILL_HALF
-    return 1 if torch.is_grad_enabled() else FILL
+    return 1 if torch.is_grad_enabled() or len(x) < 8 * FILL else FILL
 
 
 def use_grouped_product(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from FlagEmbedding.utils.errors import UsageError
 FfnPart = Literal["intermediate", "output"]
 RouterGradient = Literal["none", "straight_through"]
 EngineName = Literal["packed", "padded"]
+SLAB_TOKENS = 2_048  # a slab (``modeling/slabs.py``) of this size stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class EngineConfig:
     """
 
     engine: EngineName = choice(EngineName, "packed", "packed computes no padding; padded is the plain reference path.")
-    slab_tokens: int = option(2048, "Packed engine: at most this many tokens at a time; 0: the batch as one.")
+    slab_tokens: int = option(SLAB_TOKENS, "Packed engine: at most this many tokens at a time; 0: the batch as one.")
     grad_cache: bool = switch(
         False,
         "Gradient caching: keep one slab's activations at a time and compute each slab twice, so that memory does not "

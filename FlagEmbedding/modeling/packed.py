@@ -1,19 +1,20 @@
-"""The forward of an XLM-R, RoBERTa or BERT encoder over rows without padding.
+"""The forward of an XLM-R, RoBERTa or BERT encoder over sequences without padding.
 
 Runs transformers' own modules and parameters, layer by layer, on the real tokens alone: every linear layer and every
-pointwise operation sees all tokens of a slab as one matrix ``[T, D]``, attention runs row by row (``attention.py``),
+pointwise operation sees all tokens of a slab as one matrix ``[T, D]``, attention runs sequence by sequence (``attention.py``),
 queries, keys and values come from one product, experts keep their tokens grouped (``feed_forward.py``), and
-there is no pooler. If only the first token of each row is asked for, the last layer computes queries, output and
+there is no pooler. If only the first token of each sequence is asked for, the last layer computes queries, output and
 feed-forward for those alone, which changes nothing: other tokens' last states are read by nobody.
 
 Dropout follows the configuration, at all its places. Layers below the lowest trained parameter keep no graph, since
 nothing there needs a gradient. The numbers are those of the padded forward.
 
-Shape legend: N rows, T tokens in all, D hidden size.
+Shape legend: N sequences, T tokens in all, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,48 +27,47 @@ from FlagEmbedding.modeling.attention import packed_attention
 from FlagEmbedding.modeling.dropout import dropout
 from FlagEmbedding.modeling.feed_forward import feed_forward, residual_block
 from FlagEmbedding.modeling.linear import apply_linear, prepack, side_by_side
-from FlagEmbedding.modeling.slabs import Layout, plan_slabs
+from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
-__all__ = ["WordTable", "packed_forward", "plan_slabs", "why_not_packable"]
-
 
 class WordTable(NamedTuple):
-    """The rows of the word embeddings that a whole batch needs, looked up once for all its slabs.
+    """The word embeddings that a whole batch needs, looked up once for all its slabs.
 
-    A lookup's gradient has the size of what it looked in. With one lookup a slab, every slab's backward would fill and
+    A lookup's gradient has the size of what it looked in. With one lookup per slab, every slab's backward would fill and
     add up a matrix of the whole vocabulary (1 GB in BGE-M3).
 
     Attributes:
-        weight: ``[U, D]``, one row for each distinct token.
-        places: ``[T]`` int64, the row of each token.
+        weight: ``[U, D]``, a vector for each distinct token.
+        places: ``[T]`` int64, the vector of each token.
     """
 
     weight: Tensor
     places: Tensor
 
     @classmethod
-    def of(cls, backbone: PreTrainedModel, ids: Tensor) -> WordTable:
-        """The table of ``ids`` ``[T]``."""
-        distinct, places = ids.unique(return_inverse=True)
+    def of_slabs(cls, backbone: PreTrainedModel, slabs: Sequence[Tensor]) -> list[WordTable]:
+        """For each slab's ids ``[T]`` the places in one table, which is looked up once."""
+        distinct, places = torch.unique(torch.cat(list(slabs)), return_inverse=True)
         embeddings: Any = backbone.embeddings
-        return cls(embeddings.word_embeddings(distinct), places)
+        weight = embeddings.word_embeddings(distinct)
+        return [cls(weight, own) for own in places.split([len(ids) for ids in slabs])]
 
 
 def packed_forward(
-    backbone: PreTrainedModel, tokens: TokenBatch, *, first_rows_only: bool = False, words: WordTable | None = None
+    backbone: PreTrainedModel, tokens: TokenBatch, *, first_tokens_only: bool = False, words: WordTable | None = None
 ) -> Tensor:
     """Last hidden states of the real tokens.
 
     Args:
         backbone: an encoder of the XLM-R, RoBERTa or BERT structure, dense or with experts.
-        tokens: the rows, best sorted by length (any order is right, equal lengths side by side are fast).
-        first_rows_only: give each row's first token alone.
+        tokens: the sequences, best sorted by length (any order is right, equal lengths side by side are fast).
+        first_tokens_only: give each sequence's first token alone.
         words: where to find these tokens' word embeddings; None: in the backbone.
 
     Returns:
-        ``[T, D]``, rows end to end, or ``[N, D]``.
+        ``[T, D]``, sequences end to end, or ``[N, D]``.
 
     Raises:
         UsageError: the backbone has another structure.
@@ -80,13 +80,13 @@ def packed_forward(
     x = _embed(backbone.embeddings, tokens.ids, layout, words)
     layers = list(encoder.layer)
     for number, layer in enumerate(layers):
-        first_only = first_rows_only and number == len(layers) - 1
+        first_only = first_tokens_only and number == len(layers) - 1
         run = partial(_layer, layer, layout=layout, first_only=first_only)
         if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             x = layer._gradient_checkpointing_func(run, x)
         else:
             x = run(x)
-    if first_rows_only and not layers:
+    if first_tokens_only and not layers:
         x = x.index_select(0, layout.starts)
     return x
 
@@ -140,7 +140,7 @@ def _positions(embeddings: Any, ids: Tensor, layout: Layout) -> Tensor:
     padding = getattr(embeddings, "padding_idx", None)
     if padding is None:
         return torch.arange(len(ids), device=ids.device) - begins
-    # As transformers: a token that has the padding id counts for nothing, even amid a row.
+    # As transformers: a token that has the padding id counts for nothing, even amid a sequence.
     real = ids.ne(padding).long()
     counted = real.cumsum(0)
     before = (counted - real).index_select(0, begins)

@@ -1,52 +1,128 @@
-"""How rows without padding are laid out: slabs of rows by token budget, and groups of rows of one length.
+"""Slabs, and how the sequences of one lie.
 
-Linear layers see a slab as one matrix of tokens, so its size is chosen for the machine (1 to 2 thousand tokens stay in
-a processor's cache, a GPU wants many more). Attention runs over groups of rows of exactly equal length, which need no
-mask; rows sorted by length make such groups long.
+A slab is a micro-batch by token budget: sequences of a batch, without padding, that go through the encoder together.
+Linear layers see it as one matrix of tokens, so its size is chosen for the machine (2 thousand tokens stay in a
+processor's cache, a GPU wants many more). Attention runs over groups of sequences of exactly equal length, which need
+no mask; sequences sorted by length make such groups long.
 
-Shape legend: N rows, T tokens in all.
+Shape legend: N sequences, T tokens in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.utils.hardware import onednn_takes_bf16
 
-def plan_slabs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut rows into slabs, longest rows first.
+R = TypeVar("R")
+FILL = 32  # tokens of a filled slab, and of a filled expert, are a multiple of this
+
+
+def plan_slabs(lengths: Sequence[int], budget: int, padded: bool = False) -> list[list[int]]:
+    """Cut a batch into slabs, longest sequences first.
 
     Args:
-        lengths: tokens of each row.
-        budget: most tokens in a slab (a longer row goes alone); 0 puts all rows into one slab.
+        lengths: tokens of each sequence.
+        budget: most tokens in a slab (a longer sequence goes alone); 0 puts all sequences into one slab.
+        padded: padding up to a slab's longest sequence counts too.
 
     Returns:
-        Row numbers of each slab, by descending length; equal lengths keep their order. No slab is empty.
+        Numbers of the sequences in each slab, by descending length; equal lengths keep their order. No slab is empty.
     """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     slabs: list[list[int]] = []
     used = 0
-    for row in order:
-        if not slabs or (budget > 0 and used + lengths[row] > budget):
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        cost = lengths[slabs[-1][0]] if padded and slabs else lengths[number]
+        if not slabs or 0 < budget < used + cost:
             slabs.append([])
-            used = 0
-        slabs[-1].append(row)
-        used += lengths[row]
+            used, cost = 0, lengths[number]
+        slabs[-1].append(number)
+        used += cost
     return slabs
+
+
+def fill_price(dtype: torch.dtype) -> float:
+    """What filling a slab up may cost on a CPU, as a share of its tokens.
+
+    oneDNN compiles code for every number of rows of a product, and keeps it for the next product of that size. In bf16
+    on a processor that has it (AVX-512, AMX) compiling takes longer than the product, and products of 15 rows and of 32
+    take nearly the same time: filling always pays. In fp32 compiling takes as long as about 5 tokens (12 layers of 384
+    on an AVX2 processor: 5 to 10 ms a forward, a token 1.5 ms), and afterwards nothing: a query of 15 tokens is not
+    made one of 32 (42 ms against 72), a slab of many texts is, which keeps the number of sizes, and so the memory of
+    compiled code, small.
+    """
+    return math.inf if dtype != torch.float32 and onednn_takes_bf16() else 1 / 8
+
+
+class Slabs:
+    """A batch cut into slabs, and the way back to its order.
+
+    Args:
+        tokens: the batch.
+        budget, padded: see :func:`plan_slabs`.
+        fill_price: fill a slab up to a multiple of ``FILL`` tokens with a sequence that nobody reads, where that adds at
+            most this share of its tokens and stays within the budget; 0: never. Sequences do not see each other, so
+            the one more changes none of them.
+
+    Attributes:
+        batches: the slabs, ``padded_length`` each one's longest.
+        place: for each sequence of the batch its number among all slabs' sequences.
+    """
+
+    def __init__(self, tokens: TokenBatch, budget: int, padded: bool = False, fill_price: float = 0.0) -> None:
+        slabs = plan_slabs(tokens.lengths, budget, padded)
+        ids, lengths = list(tokens.ids.split(tokens.lengths)), list(tokens.lengths)  # type: ignore[no-untyped-call]
+        for slab in slabs:
+            size = sum(lengths[number] for number in slab)
+            missing = -size % FILL
+            if missing <= fill_price * size and missing > 0 and (budget == 0 or size + missing <= budget):
+                slab.insert(sum(lengths[number] >= missing for number in slab), len(ids))
+                ids.append(ids[slab[-1] if slab[-1] < len(ids) else slab[-2]][-1:].expand(missing))
+                lengths.append(missing)
+        self.batches = [
+            TokenBatch(torch.cat([ids[number] for number in slab]), [lengths[number] for number in slab], longest)
+            for slab in slabs
+            for longest in [lengths[slab[0]]]
+        ]
+        order = [number for slab in slabs for number in slab]
+        self.place = sorted(range(len(order)), key=order.__getitem__)[: len(tokens)]
+
+
+def each_on_one_thread(call: Callable[[TokenBatch], R], slabs: Sequence[TokenBatch], device: torch.device) -> list[R]:
+    """``call`` of every slab, in order; on a CPU the threads share out whole slabs.
+
+    A matrix product that several threads share adds up in another order than one thread does, so its last bits depend
+    on the number of cores. Here the vectors have the same bits on any number of threads and processes, every slab stays
+    in its core's cache, and no core waits for another inside a layer.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or not slabs:
+        return [call(slab) for slab in slabs]
+    try:
+        # Also for a single slab: its bits must not depend on how many threads there are.
+        with ThreadPoolExecutor(min(threads, len(slabs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(call, slabs))
+    finally:
+        torch.set_num_threads(threads)  # parts of torch keep this number for the whole process
 
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring rows of one length.
+    """Neighboring sequences of one length.
 
     Attributes:
-        row, token: where the group begins, counted in rows and in tokens.
-        count, length: how many rows, of how many tokens each.
+        row, token: where the group begins, counted in sequences and in tokens.
+        count, length: how many sequences, of how many tokens each.
     """
 
     row: int
@@ -56,14 +132,14 @@ class Group:
 
 
 class Layout:
-    """Where the rows of one slab lie.
+    """Where the sequences of one slab lie.
 
     Args:
-        lengths: tokens of each row, in the order of the rows; none may be 0.
+        lengths: tokens of each sequence, in their order; none may be 0.
         device: where the index tensors are made (once, without waiting for the device).
 
     Attributes:
-        groups: neighbouring rows of one length, together all rows.
+        groups: neighboring sequences of one length, together all of them.
         longest: the greatest length.
     """
 
@@ -81,7 +157,7 @@ class Layout:
 
     @cached_property
     def cumulative(self) -> Tensor:
-        """``[N + 1]`` int32: where each row begins, and T at the end (what variable-length kernels ask for)."""
+        """``[N + 1]`` int32: where each sequence begins, and T at the end (what variable-length kernels ask for)."""
         ends = [0]
         for length in self.lengths:
             ends.append(ends[-1] + length)
@@ -89,23 +165,23 @@ class Layout:
 
     @cached_property
     def row_numbers(self) -> Tensor:
-        """``[N + 1]`` int32: 0, 1, … N; the layout of one query a row."""
+        """``[N + 1]`` int32: 0, 1, … N; the layout of one query per sequence."""
         return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
 
     @cached_property
     def starts(self) -> Tensor:
-        """``[N]`` int64: the first token of each row."""
+        """``[N]`` int64: the first token of each sequence."""
         return self.cumulative[:-1].long()
 
     @cached_property
     def row_of_token(self) -> Tensor:
-        """``[T]`` int64: the row that each token belongs to."""
+        """``[T]`` int64: the sequence that each token belongs to."""
         rows = torch.repeat_interleave(torch.tensor(self.lengths))
         return rows.to(self.device, non_blocking=True)
 
 
 def row_view(packed: Tensor, first: int, rows: int, length: int, heads: int, part: int, parts: int) -> Tensor:
-    """``[B, H, L, d]`` view of one part (query, key or value) of B rows of L tokens, the first token ``first``.
+    """``[B, H, L, d]`` view of one part (query, key or value) of B sequences of L tokens, the first token ``first``.
 
     ``packed`` is ``[T, parts * H * d]``, the parts side by side.
     """

@@ -15,8 +15,8 @@ import FlagEmbedding
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.base import target_devices
-from FlagEmbedding.inference.slabs import FILL
 from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.modeling.slabs import FILL
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 

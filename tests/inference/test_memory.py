@@ -10,7 +10,8 @@ PROGRAM = """
 import sys
 import psutil
 from FlagEmbedding.inference.text_encoder import TextEncoder
-encoder = TextEncoder(sys.argv[1])
+from FlagEmbedding.inference.arguments import EncoderArguments
+encoder = TextEncoder(EncoderArguments(encoder=sys.argv[1]))
 def encode(first, last):
     # Ever new numbers of rows and tokens in a slab.
     windows = ((["a " * (i % 60)] * (i % 50 + 1) + ["b " * (i % 37)], None) for i in range(first, last))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from FlagEmbedding.inference.tokenization import Behind, TokenizerPool, ahead, tokenize
+from FlagEmbedding.inference.tokenization import TokenizerPool, tokenize
+from FlagEmbedding.utils.background import BackgroundWriter, prefetch
 
 TEXTS = [f"text number {i} " + "강 " * (i % 17) for i in range(700)]
 
@@ -45,7 +46,7 @@ def test_the_thread_runs_ahead_but_not_far() -> None:
             made.append(i)
             yield i
 
-    items = ahead(source(), depth=3)
+    items = prefetch(source(), depth=3)
     assert next(items) == 0
     time.sleep(0.3)
     # One taken, three in the queue, one in the thread's hand.
@@ -55,7 +56,7 @@ def test_the_thread_runs_ahead_but_not_far() -> None:
 
 def test_the_thread_stops_when_nobody_asks_any_more() -> None:
     before = threading.active_count()
-    items = ahead(itertools.count(), depth=2)
+    items = prefetch(itertools.count(), depth=2)
     assert next(items) == 0
     items.close()
     assert threading.active_count() == before
@@ -66,7 +67,7 @@ def test_errors_of_the_source_surface_where_it_is_used() -> None:
         yield 1
         raise RuntimeError("broken file")
 
-    items = ahead(source(), depth=2)
+    items = prefetch(source(), depth=2)
     assert next(items) == 1
     with pytest.raises(RuntimeError, match="broken file"):
         next(items)
@@ -80,13 +81,13 @@ def test_work_behind_keeps_its_order_and_its_errors() -> None:
             raise RuntimeError("disk full")
         done.append(number)
 
-    with Behind(call) as write:
+    with BackgroundWriter(call) as write:
         write(1)
         write(2)
     assert done == [1, 2]
-    with pytest.raises(RuntimeError, match="disk full"), Behind(call) as write:
+    with pytest.raises(RuntimeError, match="disk full"), BackgroundWriter(call) as write:
         write(3)
-    with pytest.raises(RuntimeError, match="disk full"), Behind(call) as write:
+    with pytest.raises(RuntimeError, match="disk full"), BackgroundWriter(call) as write:
         write(3)
         write(4)
     assert 4 not in done

@@ -64,11 +64,11 @@ def test_an_encoder_gives_the_same_states(tiny_model_dir: Path, place: str | Non
     model = load_backbone(tiny_model_dir, moe=config).to(dtype).eval()
     tokens = TokenBatch.from_lists([torch.randint(4, 90, (n,)).tolist() for n in (40, 33, 33, 17, 9, 9, 2, 1)])
     with torch.inference_mode():
-        plain = packed_forward(model, tokens), packed_forward(model, tokens, first_rows_only=True)
+        plain = packed_forward(model, tokens), packed_forward(model, tokens, first_tokens_only=True)
     prepack_weights(model, 2048)
     dense = model.encoder.layer[0].attention.output.dense
     assert ("_prepacked" in dense.__dict__) == (dtype == torch.float32)
     with torch.inference_mode():
-        laid_out = packed_forward(model, tokens), packed_forward(model, tokens, first_rows_only=True)
+        laid_out = packed_forward(model, tokens), packed_forward(model, tokens, first_tokens_only=True)
     for ours, expected in zip(laid_out, plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)

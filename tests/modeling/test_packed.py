@@ -16,10 +16,9 @@ from FlagEmbedding.losses.objective import retrieval_objective
 from FlagEmbedding.losses.penalty import apply_penalty, clp_penalty
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder
-from FlagEmbedding.modeling.feed_forward import FILL
 from FlagEmbedding.modeling.moe import MoEConfig, record_routing
 from FlagEmbedding.modeling.packed import WordTable, packed_forward, why_not_packable
-from FlagEmbedding.modeling.slabs import Layout, plan_slabs
+from FlagEmbedding.modeling.slabs import FILL, Layout, plan_slabs
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -72,12 +71,12 @@ def test_states_and_gradients_equal_rows_alone(
     weight = torch.randn_like(expected)
     (expected * weight).sum().backward()
     wanted = gradients(model)
-    found = packed_forward(model, tokens, first_rows_only=first)
+    found = packed_forward(model, tokens, first_tokens_only=first)
     (found * weight).sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert_same(gradients(model), wanted)
     with torch.inference_mode():
-        found = packed_forward(model.eval(), tokens, first_rows_only=first)
+        found = packed_forward(model.eval(), tokens, first_tokens_only=first)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -177,7 +176,7 @@ def test_the_same_words_looked_up_once(tiny_model_dir: Path) -> None:
     tokens = batch()
     packed_forward(model, tokens).square().sum().backward()
     wanted = gradients(model)
-    table = WordTable.of(model, tokens.ids)
+    (table,) = WordTable.of_slabs(model, [tokens.ids])
     assert len(table.weight) == len(set(tokens.ids.tolist())) < len(tokens.ids)
     packed_forward(model, tokens, words=table).square().sum().backward()
     assert_same(gradients(model), wanted)
