@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test mutants check lint types data-demo figures clean
+.PHONY: help install quickstart test mutants check lint types data-demo figures package clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,17 +26,17 @@ quickstart: $(VENV)/.installed-demo,eval  ## small real base model, CLP + MoE tr
 data-demo: $(VENV)/.installed-demo,eval,mining  ## from the sample's raw topics and corpus to a checked training file
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/data_demo.sh
 
-test: $(VENV)/.installed-test  ## run all tests, two at a time
+test: $(VENV)/.installed-dev  ## run all tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-mutants: $(VENV)/.installed-test  ## plant the faults of tests/mutants/$(ROOM).yaml, see whether the tests notice (ROOM=all: hours)
+mutants: $(VENV)/.installed-dev  ## plant the faults of tests/mutants/$(ROOM).yaml, see whether the tests notice (ROOM=all: hours)
 	$(BIN)/python tests/mutants $(or $(ROOM),all) $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## ruff: rules and layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed-dev
+types: $(VENV)/.installed-dev  ## mypy --strict
 	$(BIN)/mypy
 
 check: lint types  ## lint, types and tests
@@ -45,5 +45,8 @@ check: lint types  ## lint, types and tests
 figures: $(VENV)/.installed-eval  ## draw the pictures in imgs/ again
 	$(BIN)/python imgs/make_figures.py
 
+package:  ## build wheel and sdist, install each in a fresh venv and try it
+	PYTHON="$(PYTHON)" bash .ci/package
+
 clean:  ## remove what quickstart and the tests left
-	rm -rf quickstart .pytest_cache .mypy_cache .ruff_cache
+	rm -rf quickstart build dist .pytest_cache .mypy_cache .ruff_cache

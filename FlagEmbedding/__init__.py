@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "1.4.2+clp.1"
+__version__ = "1.4.2.post1"
 
 _PUBLIC = {
     "BGEM3Model": "FlagEmbedding.finetune.biencoder",
