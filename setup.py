@@ -16,31 +16,36 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "FlagEmbedding/__init__.py").read_text("utf-8"), re.M)
 assert VERSION, "FlagEmbedding/__init__.py holds no __version__"
 
-# CPU kernels: plain C functions, no torch inside. Optional: without a compiler that knows these flags the package works
-# all the same, through torch's operators. They are called on processors that have the instructions, and nowhere else.
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+# CPU kernels: plain C functions, no torch inside, a library for each instruction set; FlagEmbedding/modeling/kernels
+# chooses among them at run time. Optional: without a compiler that knows these flags the package works all the same.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+# -mtune: gcc's default halves every load of 32 bytes that may be unaligned.
+X86_SETS = {"avx512": AVX512, "avx2": ["-mavx2", "-mfma", "-mtune=haswell"]}
+KERNEL_SETS = {"x86_64": X86_SETS, "amd64": X86_SETS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
 KERNEL_FILES = sorted(p for p in (HERE / "FlagEmbedding/modeling/kernels").iterdir() if p.suffix in (".cpp", ".h"))
 # Compiled in, so that kernels of other sources than those that lie beside them are never called.
 SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in KERNEL_FILES)).hexdigest()[:16]
-KERNELS = Extension(
-    "FlagEmbedding.modeling.kernels._kernels",
-    sources=["FlagEmbedding/modeling/kernels/kernels.cpp"],
-    depends=[str(path.relative_to(HERE)) for path in KERNEL_FILES],
-    define_macros=[("KERNEL_SOURCES", f'"{SOURCES}"')],
-    # -Wno-…: gcc's own intrinsics headers set them off.
-    extra_compile_args=[
-        "-O3",
-        "-std=c++17",
-        "-fno-math-errno",
-        *AVX512,
-        *AMX,
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
-    optional=True,
-)
-HAS_KERNELS = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+KERNELS = [
+    Extension(
+        f"FlagEmbedding.modeling.kernels._kernels_{name}",
+        sources=["FlagEmbedding/modeling/kernels/kernels.cpp"],
+        depends=[str(path.relative_to(HERE)) for path in KERNEL_FILES],
+        define_macros=[("KERNEL_SOURCES", f'"{SOURCES}"')],
+        # -ffp-contract: the same roundings from every compiler. -Wno-…: gcc's own intrinsics headers set them off.
+        extra_compile_args=[
+            "-O3",
+            "-std=c++17",
+            "-fno-math-errno",
+            "-ffp-contract=off",
+            *flags,
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+        ],
+        optional=True,
+    )
+    for name, flags in KERNEL_SETS.get(platform.machine().lower(), {}).items()
+    if sys.platform in ("linux", "darwin")
+]
 
 MINING = [
     "openai>=1.60",  # the client for any OpenAI-style endpoint that writes neg_q
@@ -79,7 +84,7 @@ setup(
             "modeling/kernels/*.cpp",
         ]
     },
-    ext_modules=[KERNELS] if HAS_KERNELS else [],
+    ext_modules=KERNELS,
     install_requires=[
         "torch>=2.10",  # half precision on a GPU needs its variable-length attention and grouped products
         "transformers>=5.0,<6",

@@ -36,9 +36,17 @@ def cpu_has_bf16() -> bool:
 
 
 @functools.cache
-def cpu_has_avx512() -> bool:
-    """Whether code for AVX-512 may run: the processor has it, and torch was not told to do with less."""
-    return bool(torch.cpu._is_avx512_supported()) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def cpu_instruction_sets() -> tuple[str, ...]:
+    """Sets of vector instructions for which code may run, best first: of ``avx512``, ``avx2`` (with FMA) and ``neon``.
+
+    The processor has them, and torch was not told to do with less (``ATEN_CPU_CAPABILITY``).
+    """
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ("neon",)
+    told = torch.backends.cpu.get_cpu_capability()
+    has = {"avx512": torch.cpu._is_avx512_supported(), "avx2": torch.cpu._is_avx2_supported()}
+    allowed = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(told, ())
+    return tuple(name for name in allowed if has[name])
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""The compiled kernels against the same mathematics in float64, their masks, their threads, and life without them."""
+"""The compiled kernels of every instruction set of this processor: against the same mathematics in float64, their
+masks, their threads, the switch between them, and life without them."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,24 +23,33 @@ from FlagEmbedding.modeling.attention import packed_attention
 from FlagEmbedding.modeling.attention_rows import RowAttention, takes
 from FlagEmbedding.modeling.pointwise import activate, add_norm
 from FlagEmbedding.modeling.slabs import Layout
-from FlagEmbedding.utils.hardware import cpu_has_avx512
+from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hardware import cpu_instruction_sets
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-# Around every boundary of a vector (16), a pair of vectors (32), a block of queries (24) and a tile (48, 64).
-LENGTHS = [129, 100, 65, 64, 48, 47, 33, 32, 31, 25, 24, 17, 16, 15, 2, 1]
+# Around every boundary of a vector (4, 8, 16), masks drawn at a time (32), a block of queries (24), a tile (48, 64).
+LENGTHS = [129, 100, 65, 64, 48, 47, 33, 32, 31, 25, 24, 17, 16, 15, 9, 8, 7, 5, 4, 3, 2, 1]
 
-compiled = pytest.mark.skipif(
-    kernels.library() is None, reason="no compiled kernels: they need x86-64 with AVX-512 and a C++ compiler"
-)
+SETS = [name for name in cpu_instruction_sets() if kernels.load(name) is not None]
+NONE = pytest.param("", marks=pytest.mark.skip(reason="no compiled kernels: they need AVX2 or NEON and a C++ compiler"))
+
+
+@pytest.fixture(params=SETS or [NONE])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of one instruction set are the ones called."""
+    found = kernels.load(request.param)
+    monkeypatch.setattr(kernels, "library", lambda: found)
+    return str(request.param)
+
+
+compiled = pytest.mark.usefixtures("instruction_set")
 
 
 def test_the_kernels_are_compiled_where_they_can_be() -> None:
-    if not (sys.platform == "linux" and platform.machine() == "x86_64" and cpu_has_avx512()):
-        pytest.skip("another processor")
-    if shutil.which("g++") is None or "FLAGEMBEDDING_KERNELS" in os.environ:
-        pytest.skip("no compiler, or switched off")
-    assert kernels.library() is not None
+    if sys.platform not in ("linux", "darwin") or shutil.which("g++") is None:
+        pytest.skip("another system, or no compiler")
+    assert list(cpu_instruction_sets()) == SETS
 
 
 def drawn_masks(probability: float, rows: int, heads: int, lengths: list[int], first: bool) -> list[Tensor]:
@@ -185,6 +196,62 @@ def test_dropout_repeats_under_checkpointing() -> None:
     assert torch.equal(*gradients)
 
 
+@pytest.mark.skipif(not SETS, reason="no compiled kernels")
+def test_the_switch_names_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(value: str) -> str | None:
+        monkeypatch.setenv("FLAGEMBEDDING_KERNELS", value)
+        found = kernels.library.__wrapped__()
+        return None if found is None else Path(found._name).name.split(".")[0]
+
+    assert [chosen(name) for name in SETS] == [f"_kernels_{name}" for name in SETS]
+    assert [chosen(name) for name in ("", "1", "on", SETS[0].upper())] == [f"_kernels_{SETS[0]}"] * 4
+    assert [chosen(name) for name in ("0", "no", "OFF")] == [None] * 3
+    for unknown in ("sse", "neon" if SETS[0] != "neon" else "avx2"):
+        with pytest.raises(UsageError, match=f"FLAGEMBEDDING_KERNELS={unknown}: .* 0 or {' or '.join(SETS)}$"):
+            chosen(unknown)
+    monkeypatch.setattr(kernels, "load", lambda _: None)
+    assert chosen("") is None
+    with pytest.raises(UsageError, match="not compiled"):
+        chosen(SETS[-1])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch's switch knows levels of x86-64")
+def test_less_than_the_processor_has_when_torch_is_told_so() -> None:
+    code = "from FlagEmbedding.utils.hardware import cpu_instruction_sets; print(*cpu_instruction_sets())"
+    for level, sets in (("default", []), ("avx2", ["avx2"])):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": level}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [name for name in sets if name in cpu_instruction_sets()]
+
+
+def mask_by_numpy(seed: int, stream: int, threshold: int, count: int) -> list[int]:
+    """What ``Keep`` of ``vectors.h`` draws, whatever the width of the vectors that draw it."""
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ x >> 16) * np.uint32(0x21F0AAAD)
+        x = (x ^ x >> 15) * np.uint32(0xD35A2D97)
+        return x ^ x >> 15
+
+    def word(value: int) -> np.ndarray:
+        return np.array([value % 2**32], dtype=np.uint32)
+
+    key = mix(word(seed) ^ mix(word((seed >> 32) + 0x9E3779B9)))
+    key = mix(key ^ mix(word(stream + 0x85EBCA6B)))
+    key = mix(key ^ mix(word((stream >> 32) + 0xC2B2AE35)))
+    turns = -(-count // 32)
+    bits = mix(key + np.arange(16 * turns, dtype=np.uint32) * np.uint32(0x9E3779B9)).reshape(turns, 16)
+    sixteen = np.stack([bits & 0xFFFF, bits >> 16], axis=1).reshape(-1)[:count]
+    return (sixteen >= threshold).astype(int).tolist()
+
+
+@compiled
+@pytest.mark.parametrize("count", [1, 4, 31, 33, 1001])
+def test_masks_are_the_same_on_every_processor(count: int) -> None:
+    for seed, stream, threshold in ((0, 0, 6554), (2**62 - 3, 5, 32768), (77, 2**33 + 1, 1), (1, 1, 0), (9, 9, 65535)):
+        found = kernels.keep_mask(seed, stream, threshold, count).tolist()
+        assert found == mask_by_numpy(seed, stream, threshold, count)
+
+
 @compiled
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_masks_are_drawn_with_the_given_probability(probability: float) -> None:
@@ -271,14 +338,15 @@ def test_other_layers_than_the_kernels_know_are_called() -> None:
     assert add_norm(torch.empty(0, 32), torch.empty(0, 32), empty, 0.0).shape == (0, 32)
 
 
-@compiled
-def test_kernels_of_other_sources_are_not_called(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_of_other_sources_are_not_called(
+    instruction_set: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """After an update without installing again the binary is an old one, whose functions take other arguments."""
     here = Path(kernels.__file__).parent
     for file in here.iterdir():
         if file.suffix in (".cpp", ".h", ".so"):
             shutil.copy(file, tmp_path)
-    (binary,) = tmp_path.glob("_kernels*")
+    (binary,) = tmp_path.glob(f"_kernels_{instruction_set}*")
     assert kernels._open(binary) is not None
     with (tmp_path / "attention.h").open("a") as stream:
         stream.write("// another line\n")
@@ -289,7 +357,7 @@ def test_kernels_of_other_sources_are_not_called(tmp_path: Path, caplog: pytest.
     assert caplog.text.count("install again") == 2
 
 
-@compiled
+@pytest.mark.skipif(not SETS, reason="no compiled kernels")
 def test_everything_works_without_them() -> None:
     """The tests of the packed engine, with the kernels switched off."""
     done = subprocess.run(

@@ -4,7 +4,7 @@
 // the product with the values stay in the second cache. The backward keeps no probabilities: it computes them again
 // from the logarithm of the softmax's sum, and draws the dropout's mask again.
 //
-// Every product is one loop (`multiply`): rows of the left side broadcast, sixteen columns of the right side a vector.
+// Every product is one loop (`multiply`): rows of the left side broadcast, columns of the right side in vectors.
 //
 // Shape legend: L tokens of a row (P: L rounded up to 16), Q queries in a block, d width of a head.
 #pragma once
@@ -20,59 +20,61 @@ namespace kernels {
 #define OWN_LOOP __attribute__((noinline))
 
 constexpr int BLOCK = 24;  // queries at a time, a multiple of both tile heights
+constexpr int PAD = 16;    // keys are padded to a multiple of this, which holds whole vectors of every set
 
-// One tile of C [m, 16 * NV] (+)= A [m, k] B [k, 16 * NV]; A[i][j] lies at a[i * a_row + j * a_col]. m <= MR.
+// One tile of C [m, LANES * NV] (+)= A [m, k] B [k, LANES * NV]; A[i][j] lies at a[i * a_row + j * a_col]. m <= MR.
 template <int MR, int NV, bool ADD>
 OWN_LOOP void tile(const float* a, long a_row, long a_col, const float* b, long b_row, float* c, long c_row, int m, int k) {
-    __m512 sum[MR][NV];
+    vec sum[MR][NV];
     const float* rows[MR];
     for (int i = 0; i < MR; i++) {
         rows[i] = a + std::min(i, m - 1) * a_row;
-        for (int j = 0; j < NV; j++) sum[i][j] = _mm512_setzero_ps();
+        for (int j = 0; j < NV; j++) sum[i][j] = vec{};
     }
     for (long step = 0; step < k; step++) {
-        __m512 right[NV];
+        vec right[NV];
         for (int j = 0; j < NV; j++) right[j] = load(b + step * b_row + j * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-            const __m512 left = _mm512_set1_ps(rows[i][step * a_col]);
-            for (int j = 0; j < NV; j++) sum[i][j] = _mm512_fmadd_ps(left, right[j], sum[i][j]);
+            const vec left = all(rows[i][step * a_col]);
+            for (int j = 0; j < NV; j++) sum[i][j] = fma(left, right[j], sum[i][j]);
         }
     }
     for (int i = 0; i < MR; i++) {
         if (i >= m) break;
         for (int j = 0; j < NV; j++) {
             float* place = c + i * c_row + j * LANES;
-            store(place, ADD ? _mm512_add_ps(load(place), sum[i][j]) : sum[i][j]);
+            store(place, ADD ? load(place) + sum[i][j] : sum[i][j]);
         }
     }
 }
 
-// C [m, n] (+)= A [m, k] B [k, n]; n a multiple of 16, rows of B and C dense or padded.
+// Columns [column, column + NV vectors) of the product below, MR rows at a time.
+template <int MR, int NV, bool ADD>
+inline void multiply_panel(const float* a, long a_row, long a_col, const float* b, long b_row, float* c, long c_row, int m, int k) {
+    for (int i = 0; i < m; i += MR)
+        tile<MR, NV, ADD>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, std::min(MR, m - i), k);
+}
+
+// C [m, n] (+)= A [m, k] B [k, n]; n a multiple of 16, rows of B and C dense or padded. Tiles fill the registers: 32 of
+// AVX-512 and NEON, 16 of AVX2.
 template <bool ADD>
 inline void multiply(const float* a, long a_row, long a_col, const float* b, long b_row, float* c, long c_row, int m,
                      int n, int k) {
     for (int column = 0; column < n;) {
-        const int vectors = std::min((n - column) / LANES, 4);
+        const int vectors = LANES < 16 ? 16 / LANES : std::min((n - column) / LANES, 4);
         const float* right = b + column;
         float* result = c + column;
-        if (vectors >= 3) {
-            for (int i = 0; i < m; i += 6) {
-                const int rest = std::min(6, m - i);
-                if (vectors == 4)
-                    tile<6, 4, ADD>(a + i * a_row, a_row, a_col, right, b_row, result + i * c_row, c_row, rest, k);
-                else
-                    tile<6, 3, ADD>(a + i * a_row, a_row, a_col, right, b_row, result + i * c_row, c_row, rest, k);
-            }
-        } else {
-            for (int i = 0; i < m; i += 12) {
-                const int rest = std::min(12, m - i);
-                if (vectors == 2)
-                    tile<12, 2, ADD>(a + i * a_row, a_row, a_col, right, b_row, result + i * c_row, c_row, rest, k);
-                else
-                    tile<12, 1, ADD>(a + i * a_row, a_row, a_col, right, b_row, result + i * c_row, c_row, rest, k);
-            }
-        }
+        if constexpr (LANES < 16)
+            multiply_panel<6, 16 / LANES, ADD>(a, a_row, a_col, right, b_row, result, c_row, m, k);
+        else if (vectors == 4)
+            multiply_panel<6, 4, ADD>(a, a_row, a_col, right, b_row, result, c_row, m, k);
+        else if (vectors == 3)
+            multiply_panel<6, 3, ADD>(a, a_row, a_col, right, b_row, result, c_row, m, k);
+        else if (vectors == 2)
+            multiply_panel<12, 2, ADD>(a, a_row, a_col, right, b_row, result, c_row, m, k);
+        else
+            multiply_panel<12, 1, ADD>(a, a_row, a_col, right, b_row, result, c_row, m, k);
         column += vectors * LANES;
     }
 }
@@ -95,62 +97,38 @@ inline void fetch_next_head(const T* place, int d) {
 // target [count, d] = factor * source rows.
 template <typename T>
 OWN_LOOP void copy_rows(const T* source, long stride, long count, int d, float factor, float* target) {
-    const __m512 by = _mm512_set1_ps(factor);
+    const vec by = all(factor);
     for (long i = 0; i < count; i++) {
         fetch_next_head<false>(source + i * stride, d);
-        for (int j = 0; j < d; j += LANES) store(target + i * d + j, _mm512_mul_ps(by, load(source + i * stride + j)));
+        for (int j = 0; j < d; j += LANES) store(target + i * d + j, by * load(source + i * stride + j));
     }
-}
-
-inline void transpose_16(__m512 (&v)[16]) {
-    __m512 t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        for (int h = 0; h < 2; h++) {
-            const __m512d low = _mm512_castps_pd(t[i + h]), high = _mm512_castps_pd(t[i + h + 2]);
-            v[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            v[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    }
-    for (int i = 0; i < 4; i++) {
-        const __m512 even = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88), even2 = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
-        const __m512 odd = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD), odd2 = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xDD);
-        t[i] = _mm512_shuffle_f32x4(even, even2, 0x88);
-        t[i + 8] = _mm512_shuffle_f32x4(even, even2, 0xDD);
-        t[i + 4] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
-        t[i + 12] = _mm512_shuffle_f32x4(odd, odd2, 0xDD);
-    }
-    for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
 // target [d, width] = factor * source [count, d] transposed, zeros from `count` to `width`, a multiple of 16.
 template <typename T>
 OWN_LOOP void transpose_rows(const T* source, long stride, long count, int d, float factor, float* target, long width) {
-    const __m512 by = _mm512_set1_ps(factor);
+    const vec by = all(factor);
     for (long i = 0; i < count; i++) fetch_next_head<false>(source + i * stride, d);
     for (long i = 0; i < width; i += LANES)
         for (int j = 0; j < d; j += LANES) {
-            __m512 v[16];
-            for (int r = 0; r < 16; r++)
-                v[r] = i + r < count ? _mm512_mul_ps(by, load(source + (i + r) * stride + j)) : _mm512_setzero_ps();
-            transpose_16(v);
-            for (int r = 0; r < 16; r++) store(target + (j + r) * width + i, v[r]);
+            vec v[LANES];
+            for (int r = 0; r < LANES; r++)
+                v[r] = i + r < count ? by * load(source + (i + r) * stride + j) : vec{};
+            transpose(v);
+            for (int r = 0; r < LANES; r++) store(target + (j + r) * width + i, v[r]);
         }
 }
 
 // target rows = factor * source [d, width] transposed, the first `count` columns.
 template <typename T>
 OWN_LOOP void store_transposed(const float* source, long width, long count, int d, float factor, T* target, long stride) {
-    const __m512 by = _mm512_set1_ps(factor);
+    const vec by = all(factor);
     for (long i = 0; i < count; i += LANES)
         for (int j = 0; j < d; j += LANES) {
-            __m512 v[16];
-            for (int r = 0; r < 16; r++) v[r] = _mm512_mul_ps(by, load(source + (j + r) * width + i));
-            transpose_16(v);
-            for (int r = 0; r < 16 && i + r < count; r++) {
+            vec v[LANES];
+            for (int r = 0; r < LANES; r++) v[r] = by * load(source + (j + r) * width + i);
+            transpose(v);
+            for (int r = 0; r < LANES && i + r < count; r++) {
                 if (j == 0) fetch_next_head<true>(target + (i + r) * stride, d);
                 store(target + (i + r) * stride + j, v[r]);
             }
@@ -160,9 +138,9 @@ OWN_LOOP void store_transposed(const float* source, long width, long count, int 
 // One row of d elements, times factor.
 template <typename T>
 inline void copy_out(const float* source, int d, float factor, T* target) {
-    const __m512 by = _mm512_set1_ps(factor);
+    const vec by = all(factor);
     fetch_next_head<true>(target, d);
-    for (int j = 0; j < d; j += LANES) store(target + j, _mm512_mul_ps(by, load(source + j)));
+    for (int j = 0; j < d; j += LANES) store(target + j, by * load(source + j));
 }
 
 // Chance, scale and seed of the dropout of probabilities; threshold 0: none.
@@ -180,26 +158,21 @@ struct Dropout {
 // Scores of one query become e^(score - greatest), dropped ones 0; gives the sum before dropping, and the greatest.
 OWN_LOOP inline float softmax_row(float* scores, long length, const Dropout& dropout, const Keep& keep, float& greatest) {
     const long whole = length / LANES * LANES;
-    const __mmask16 tail = first_lanes(length - whole);
-    __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    for (long j = 0; j < whole; j += LANES) most = _mm512_max_ps(most, load(scores + j));
-    if (tail) most = _mm512_mask_max_ps(most, tail, most, load(scores + whole));
-    greatest = _mm512_reduce_max_ps(most);
-    const __m512 less = _mm512_set1_ps(greatest);
-    __m512 sum = _mm512_setzero_ps();
-    __mmask16 kept[2] = {0xFFFF, 0xFFFF};
+    const mask tail = first_lanes(length - whole);
+    vec most = all(-std::numeric_limits<float>::infinity());
+    for (long j = 0; j < whole; j += LANES) most = max(most, load(scores + j));
+    if (whole < length) most = max(most, choose(tail, load(scores + whole), most));
+    greatest = greatest_lane(most);
+    const vec less = all(greatest);
+    vec sum = vec{};
+    Masks kept(dropout.threshold ? &keep : nullptr);
     for (long j = 0; j < length; j += LANES) {
-        __m512 e = exp(_mm512_sub_ps(load(scores + j), less));
-        if (j >= whole) e = _mm512_maskz_mov_ps(tail, e);
-        sum = _mm512_add_ps(sum, e);
-        if (dropout.threshold) {
-            const long vector = j / LANES;
-            if (!(vector & 1)) keep.masks(static_cast<uint32_t>(vector >> 1), kept[0], kept[1]);
-            e = _mm512_maskz_mov_ps(kept[vector & 1], e);
-        }
-        store(scores + j, e);
+        vec e = exp(load(scores + j) - less);
+        if (j >= whole) e = only(tail, e);
+        sum += e;
+        store(scores + j, dropout.threshold ? only(kept.at(j), e) : e);
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum_of_lanes(sum);
 }
 
 // What a forward and a backward share.
@@ -220,7 +193,7 @@ void attention_forward(const Problem<T>& p, Rows<T> output, float* log_sums, lon
     long longest = 0;
     for (long row = first; row < last; row++) longest = std::max<long>(longest, p.key_starts[row + 1] - p.key_starts[row]);
     const int d = p.width;
-    const long padded = round_up(longest, LANES);
+    const long padded = round_up(longest, PAD);
     Scratch scratch;
     float* keys = scratch.take<float>(d * padded);
     float* values = scratch.take<float>(longest * d);
@@ -229,7 +202,7 @@ void attention_forward(const Problem<T>& p, Rows<T> output, float* log_sums, lon
     float* mixed = scratch.take<float>(BLOCK * d);
     for (long row = first; row < last; row++) {
         const long begin = p.key_starts[row], length = p.key_starts[row + 1] - begin;
-        const long width = round_up(length, LANES);
+        const long width = round_up(length, PAD);
         for (long head = 0; head < p.heads; head++) {
             transpose_rows(p.key.at(begin, head, d), p.key.stride, length, d, p.scale, keys, width);
             copy_rows(p.value.at(begin, head, d), p.value.stride, length, d, 1.0f, values);
@@ -258,31 +231,30 @@ void attention_forward(const Problem<T>& p, Rows<T> output, float* log_sums, lon
 OWN_LOOP inline void softmax_backward_row(float* scores, float* d_scores, long length, float log_sum, float inner,
                                  const Dropout& dropout, const Keep& keep) {
     const long whole = length / LANES * LANES;
-    const __mmask16 tail = first_lanes(length - whole);
-    const __m512 less = _mm512_set1_ps(log_sum), mean = _mm512_set1_ps(inner), by = _mm512_set1_ps(dropout.scale);
-    __mmask16 kept[2] = {0xFFFF, 0xFFFF};
+    const mask tail = first_lanes(length - whole);
+    const vec less = all(log_sum), mean = all(inner), by = all(dropout.scale);
+    Masks kept(dropout.threshold ? &keep : nullptr);
     for (long j = 0; j < length; j += LANES) {
-        __m512 probability = exp(_mm512_sub_ps(load(scores + j), less));
-        if (j >= whole) probability = _mm512_maskz_mov_ps(tail, probability);
-        __m512 gradient = load(d_scores + j);
-        __m512 dropped = probability;
+        vec probability = exp(load(scores + j) - less);
+        if (j >= whole) probability = only(tail, probability);
+        vec gradient = load(d_scores + j);
+        vec dropped = probability;
         if (dropout.threshold) {
-            const long vector = j / LANES;
-            if (!(vector & 1)) keep.masks(static_cast<uint32_t>(vector >> 1), kept[0], kept[1]);
-            gradient = _mm512_maskz_mul_ps(kept[vector & 1], gradient, by);
-            dropped = _mm512_maskz_mul_ps(kept[vector & 1], probability, by);
+            const mask stays = kept.at(j);
+            gradient = only(stays, gradient * by);
+            dropped = only(stays, probability * by);
         }
         store(scores + j, dropped);
-        store(d_scores + j, _mm512_mul_ps(probability, _mm512_sub_ps(gradient, mean)));
+        store(d_scores + j, probability * (gradient - mean));
     }
 }
 
 template <typename T, typename U>
 inline float inner_product(const T* a, const U* b, int d) {
-    __m512 sum = _mm512_setzero_ps();
+    vec sum = vec{};
     fetch_next_head<false>(a, d);
-    for (int j = 0; j < d; j += LANES) sum = _mm512_fmadd_ps(load(a + j), load(b + j), sum);
-    return _mm512_reduce_add_ps(sum);
+    for (int j = 0; j < d; j += LANES) sum = fma(load(a + j), load(b + j), sum);
+    return sum_of_lanes(sum);
 }
 
 // Gradients of queries, keys and values of rows [first, last); every element of theirs is written.
@@ -292,7 +264,7 @@ void attention_backward(const Problem<T>& p, Rows<const T> output, Rows<const T>
     long longest = 0;
     for (long row = first; row < last; row++) longest = std::max<long>(longest, p.key_starts[row + 1] - p.key_starts[row]);
     const int d = p.width;
-    const long padded = round_up(longest, LANES);
+    const long padded = round_up(longest, PAD);
     Scratch scratch;
     float* keys = scratch.take<float>(longest * d);
     float* keys_t = scratch.take<float>(d * padded);
@@ -306,7 +278,7 @@ void attention_backward(const Problem<T>& p, Rows<const T> output, Rows<const T>
     float* mixed = scratch.take<float>(BLOCK * d);
     for (long row = first; row < last; row++) {
         const long begin = p.key_starts[row], length = p.key_starts[row + 1] - begin;
-        const long width = round_up(length, LANES);
+        const long width = round_up(length, PAD);
         const int columns = static_cast<int>(width);
         for (long head = 0; head < p.heads; head++) {
             copy_rows(p.key.at(begin, head, d), p.key.stride, length, d, p.scale, keys);

@@ -7,6 +7,8 @@
 // Shape legend: L tokens of a row (W: L rounded up to 32), 32 queries at a time, d width of a head, a multiple of 32.
 #pragma once
 
+#ifdef __AMX_TILE__
+
 #include "attention.h"
 
 namespace kernels {
@@ -50,7 +52,7 @@ OWN_LOOP inline void tile_keys(const bf16* source, long stride, long count, long
             for (int r = 0; r < 16; r++)
                 v[r] = i + r < count ? load(reinterpret_cast<const float*>(source + (i + r) * stride + j))
                                      : _mm512_setzero_ps();
-            transpose_16(v);
+            transpose(v);
             for (int r = 0; r < 16; r++) store(reinterpret_cast<float*>(target + r * 32), v[r]);
         }
 }
@@ -113,7 +115,7 @@ OWN_LOOP inline float softmax_to_bf16(float* scores, long length, long padded, f
     const __mmask16 tail = first_lanes(length - whole);
     __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     for (long j = 0; j < whole; j += LANES) most = _mm512_max_ps(most, load(scores + j));
-    if (tail) most = _mm512_mask_max_ps(most, tail, most, load(scores + whole));
+    if (whole < length) most = max(most, choose(tail, load(scores + whole), most));
     greatest = scale * _mm512_reduce_max_ps(most);
     const __m512 less = _mm512_set1_ps(greatest), by = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
@@ -124,7 +126,7 @@ OWN_LOOP inline float softmax_to_bf16(float* scores, long length, long padded, f
         sum = _mm512_add_ps(sum, e);
         if (dropout.threshold) {
             const long vector = j / LANES;
-            if (!(vector & 1)) keep.masks(static_cast<uint32_t>(vector >> 1), kept[0], kept[1]);
+            if (!(vector & 1)) keep.masks(vector >> 1, kept);
             e = _mm512_maskz_mov_ps(kept[vector & 1], e);
         }
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(probabilities + j), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
@@ -186,7 +188,7 @@ OWN_LOOP inline void transpose_queries(const bf16* source, long stride, int d, b
         for (int j = 0; j < d; j += LANES) {
             __m512 v[16];
             for (int r = 0; r < 16; r++) v[r] = load(source + (i + r) * stride + j);
-            transpose_16(v);
+            transpose(v);
             for (int r = 0; r < 16; r++) store(target + (j + r) * QUERIES + i, v[r]);
         }
 }
@@ -218,7 +220,7 @@ OWN_LOOP inline void softmax_backward_pair(const BackwardQuery& one, const Backw
             const __mmask16 lanes = i == 0 || present ? real : 0;
             const __m512 raised = exp(_mm512_fmsub_ps(load(q.scores + j), by, _mm512_set1_ps(q.log_sum)));
             const __m512 probability = _mm512_maskz_mov_ps(lanes, raised);
-            if (dropout.threshold && !(vector & 1)) q.keep.masks(static_cast<uint32_t>(vector >> 1), kept[i][0], kept[i][1]);
+            if (dropout.threshold && !(vector & 1)) q.keep.masks(vector >> 1, kept[i]);
             const __mmask16 stays = kept[i][vector & 1];
             const __m512 gradient = _mm512_maskz_mul_ps(stays, load(q.d_scores + j), kept_by);
             const __m512 through = _mm512_mul_ps(probability, _mm512_sub_ps(gradient, _mm512_set1_ps(q.inner)));
@@ -314,3 +316,5 @@ inline void attention_backward_amx(const Problem<bf16>& p, Rows<const bf16> outp
 }
 
 }  // namespace kernels
+
+#endif

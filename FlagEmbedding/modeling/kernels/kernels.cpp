@@ -112,11 +112,6 @@ extern "C" {
 
 void attention_forward_f32(const AttentionCall* call) { forward<float>(*call); }
 void attention_forward_bf16(const AttentionCall* call) { forward<bf16>(*call); }
-// For a width that is a multiple of 32, where the processor has AMX and the process may use it.
-void attention_forward_bf16_amx(const AttentionCall* call) {
-    attention_forward_amx(problem<bf16>(*call), {static_cast<bf16*>(call->output), call->output_stride}, call->log_sums,
-                          call->first, call->last);
-}
 void attention_backward_f32(const AttentionCall* call) { backward<float>(*call); }
 void attention_backward_bf16(const AttentionCall* call) { backward<bf16>(*call); }
 
@@ -154,6 +149,12 @@ void add_norm_backward_bf16_bf16(const AddNormCall* c, float* d_weight, float* d
     add_norm_backward<bf16, bf16>(*c, d_weight, d_bias, first, last);
 }
 
+#ifdef __AMX_TILE__
+// For a width that is a multiple of 32, where the processor has AMX and the process may use it.
+void attention_forward_bf16_amx(const AttentionCall* call) {
+    attention_forward_amx(problem<bf16>(*call), {static_cast<bf16*>(call->output), call->output_stride}, call->log_sums,
+                          call->first, call->last);
+}
 void attention_backward_bf16_amx(const AttentionCall* call) {
     const AttentionCall& c = *call;
     attention_backward_amx(problem<bf16>(c), {static_cast<const bf16*>(c.output), c.output_stride},
@@ -161,6 +162,7 @@ void attention_backward_bf16_amx(const AttentionCall* call) {
                            {static_cast<bf16*>(c.d_query), c.query_stride}, {static_cast<bf16*>(c.d_key), c.key_stride},
                            {static_cast<bf16*>(c.d_value), c.key_stride}, c.first, c.last);
 }
+#endif
 
 // The sources that this was compiled from (setup.py says).
 const char* kernel_sources() { return KERNEL_SOURCES; }
@@ -168,11 +170,11 @@ const char* kernel_sources() { return KERNEL_SOURCES; }
 // The mask of one stream of dropout, `count` bytes: 1 keep, 0 drop.
 void keep_mask(uint64_t seed, uint64_t stream, uint32_t threshold, int64_t count, uint8_t* mask) {
     const Keep keep(seed, stream, threshold);
-    for (int64_t start = 0; start < count; start += 2 * LANES) {
-        __mmask16 kept[2];
-        keep.masks(static_cast<uint32_t>(start / (2 * LANES)), kept[0], kept[1]);
-        for (int64_t i = start; i < std::min(count, start + 2 * LANES); i++)
-            mask[i] = (kept[(i - start) / LANES] >> (i % LANES)) & 1;
+    Masks kept(&keep);
+    for (int64_t start = 0; start < count; start += LANES) {
+        const auto lanes = kept.at(start);
+        for (int64_t i = start; i < std::min<int64_t>(count, start + LANES); i++)
+            mask[i] = has_lane(lanes, static_cast<int>(i - start));
     }
 }
 }
