@@ -76,7 +76,7 @@ def fingerprints(files: Sequence[Path]) -> list[dict[str, str]]:
         DataError: one cannot be read.
     """
     try:
-        return [{"name": path.name, "sha256": sha256_file(path)} for path in files]
+        return [{"name": path.name, "sha256": _digest_now(path)} for path in files]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
@@ -86,12 +86,17 @@ def model_fingerprint(folder: PathLike) -> str:
     files = sorted({path for pattern in _MODEL_FILES for path in Path(folder).glob(pattern)})
     whole = hashlib.sha256()
     for path in files:
-        stat = path.stat()
         whole.update(path.name.encode())
-        whole.update(_file_digest(str(path), stat.st_mtime_ns, stat.st_size).encode())
+        whole.update(_digest_now(path).encode())
     return whole.hexdigest()
 
 
-@lru_cache(maxsize=256)
+def _digest_now(path: Path) -> str:
+    """SHA-256 of a file, which is read again only where it has changed since this process read it."""
+    stat = path.stat()
+    return _file_digest(str(path.resolve()), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4096)
 def _file_digest(path: str, _mtime_ns: int, _size: int) -> str:
     return sha256_file(path)

@@ -122,6 +122,6 @@ def test_a_command_runs_through_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x"])
-    with pytest.warns(RuntimeWarning), pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended:
         help_main(["hard_negatives", "--output_file", str(tmp_path / "x")])
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: give either --input_file")

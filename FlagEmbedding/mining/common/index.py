@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from FlagEmbedding.indexing.encoding import WORK, EncodingConfig, build_index
 from FlagEmbedding.indexing.retriever import Retriever
@@ -44,7 +45,7 @@ def settle(search: SearchArguments, folder: Path) -> SearchArguments:
     """
     manifest = read_manifest(folder / MANIFEST) or read_manifest(folder / WORK / MANIFEST)
     there = manifest["identity"] if manifest else {}
-    settled = {}
+    settled: dict[str, Any] = {}
     for flag, key, default in (
         ("passage_max_length", "max_passage_length", 512),
         ("passage_instruction_for_retrieval", "passage_instruction", None),
@@ -82,9 +83,16 @@ def open_retriever(
         build_index(encoder, corpus.files, folder, corpus.label, config)
     index = FlatIndex(folder)
     check_index(index, encoder, store)
-    queries = {"query_length": search.query_max_length, "query_instruction": search.query_instruction_for_retrieval}
-    passages = {"passage_length": length, "passage_instruction": instruction}
-    return Retriever(encoder, index, **queries, **passages, threads=search.threads), store
+    retriever = Retriever(
+        encoder,
+        index,
+        query_length=search.query_max_length,
+        passage_length=length,
+        query_instruction=search.query_instruction_for_retrieval,
+        passage_instruction=instruction,
+        threads=search.threads,
+    )
+    return retriever, store
 
 
 def check_index(index: FlatIndex, encoder: TextEncoder, store: PassageStore) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from FlagEmbedding.mining.common.jobs import progress
 from FlagEmbedding.mining.doctor.arguments import ScoreSettings
@@ -116,7 +117,8 @@ class VectorFile:
         window, total = 2_048 * self.dimension * 4, len(texts)
         size = self.path.stat().st_size if self.path.exists() else 0
         done = 2_048 * (size // window) if size < total * self.dimension * 4 else total
-        with open(self.path, "ab") as stream, progress("embedding", total=total, done=done) as bar:
+        bar: tqdm[Any] = progress("embedding", total=total, done=done)
+        with open(self.path, "ab") as stream, bar:
             stream.truncate(done * self.dimension * 4)
             for page in texts.pages(done) if done < total else ():
                 stream.write(self._window(page, encoder, settings).astype("<f4").tobytes())
@@ -136,7 +138,8 @@ class VectorFile:
         ):
             places = [i for i, (role, _, _) in enumerate(page) if role in roles]
             vectors[places] = encode_texts(encoder, [page[i][1] for i in places], length, instruction)
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return unit
 
 
 def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
@@ -163,7 +166,7 @@ def _score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores
 
     query, negatives = take([row.query])[0], take(row.neg)
     positive, negative = take(row.pos) @ query, negatives @ query
-    margin = positive.min() - negative
+    margin: np.ndarray = positive.min() - negative
     scores.rows += 1
     for histogram, values in ((scores.positive, positive), (scores.negative, negative), (scores.margin, margin)):
         histogram.add(values)

@@ -36,6 +36,7 @@ class Reranker:
             ) from error
         from transformers import AutoConfig
 
+        assert options.cross_encoder is not None
         self.options, name = options, f"--cross_encoder {options.cross_encoder}"
         trust = {"trust_remote_code": hub.trust_remote_code}
         try:

@@ -221,7 +221,7 @@ def _read_key(options: EndpointArguments) -> str:
 
 def _pause(repeat: int, retry_after: float | None, backoff: float) -> float:
     """Seconds to wait: doubling up to a minute, jittered down to half of it; at least what the server asked for."""
-    own = min(_LONGEST_WAIT, backoff * 2**repeat) * random.uniform(0.5, 1.0)
+    own: float = min(_LONGEST_WAIT, backoff * 2**repeat) * random.uniform(0.5, 1.0)
     return own if retry_after is None else max(own, retry_after)
 
 
