@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from commands import REPOSITORY, run_script
+
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.dataset import TrainDataset
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NOUNS = [
     "river",
     "mountain",
@@ -86,8 +87,12 @@ def environment() -> dict[str, str]:
 def run_training(
     words: list[str], launcher: list[str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(launcher or []), str(REPOSITORY / "run.py"), *words]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)
+    """run.py with these words: in this process, or in those of a launcher such as torchrun."""
+    if launcher is None:
+        answer = run_script("run.py", words)
+    else:
+        command = [sys.executable, *launcher, str(REPOSITORY / "run.py"), *words]
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)
     if check:
         assert answer.returncode == 0, answer.stderr[-3000:]
     return answer

@@ -33,20 +33,44 @@ def test_cross_device_gradient_is_the_one_process_gradient(options: dict, tiny_m
 
 
 def test_run_under_torchrun_equals_one_process_with_the_whole_batch(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Same rows a step, no neg_q for some: with cross-device negatives the losses are those of one big batch."""
+    """Same rows a step: with cross-device negatives the losses are those of one big batch."""
     write_rows(tmp_path / "data" / "rows.jsonl", rows(16))
-    options = {
-        "max_steps": 3, "save_strategy": "steps", "save_steps": 3, "train_group_size": 5, "moe": "intermediate",
-        "num_experts": 2,
-    }  # fmt: skip
-    two = tmp_path / "two"
+    options = {"max_steps": 3, "train_group_size": 5, "moe": "intermediate", "num_experts": 2}
+    two, one = tmp_path / "two", tmp_path / "one"
     run_training(
         train_words(tiny_model_dir, tmp_path / "data", two, negatives_cross_device=True, **options), launcher=TORCHRUN
     )
-    again = tmp_path / "again"  # a second run on the same host must find no port taken
+    run_training(train_words(tiny_model_dir, tmp_path / "data", one, per_device_train_batch_size=4, **options))
+    for both, alone in zip(log_lines(two), log_lines(one), strict=True):
+        for name in ("loss", "contrastive_loss", "penalty", "grad_norm"):
+            assert both[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_logged_terms_are_means_over_processes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Each process has its own row, and often only one of them a penalty. Weights do not move, so steps compare.
+
+    Also a second start on the same host, which must find no port taken.
+    """
+    records = rows(16)
+    for record in records[::2]:
+        del record["neg_q"]
+    write_rows(tmp_path / "data" / "rows.jsonl", records)
+    two, one = tmp_path / "two", tmp_path / "one"
+    options = {"learning_rate": 0.0}
+    words = train_words(
+        tiny_model_dir, tmp_path / "data", two, per_device_train_batch_size=1, max_steps=7, **options
+    )  # fmt: skip
+    run_training(words, launcher=TORCHRUN)
     run_training(
-        train_words(tiny_model_dir, tmp_path / "data", again, negatives_cross_device=True, **options), launcher=TORCHRUN
+        train_words(tiny_model_dir, tmp_path / "data", one, per_device_train_batch_size=2, max_steps=8, **options)
     )
-    first, second = log_lines(two), log_lines(again)
-    assert [line["loss"] for line in first] == [line["loss"] for line in second]
-    assert all(line["grad_norm"] > 0 for line in first)
+    both, alone = log_lines(two), log_lines(one)
+    # The penalty knows no other rows of the batch: it is the same in one process that holds both rows. (An epoch of one
+    # process has a step more: a step of the last two rows.)
+    penalties, expected = ([line.get("penalty", -1.0) for line in lines] for lines in (both, alone))
+    assert any(penalties == pytest.approx(expected[:i] + expected[i + 1 :], rel=1e-4) for i in range(8))
+    # Where there is no penalty, the contrastive loss is all there is, and the Trainer itself averages the loss.
+    plain = [line for line in both if "penalty" not in line]
+    assert 1 <= len(plain) <= 4
+    for line in plain:
+        assert line["contrastive_loss"] == pytest.approx(line["loss"], rel=1e-4)
