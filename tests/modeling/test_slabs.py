@@ -1,4 +1,4 @@
-"""Slabs: planned once, filled up where it pays, the same bits on any number of threads; dropout in the packed engine."""
+"""Slabs: planned once, filled where it pays, the same bits on any number of threads; dropout when packed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_budget_is_an_argument(tiny_model_dir: Path) -> None:
 
 @pytest.mark.parametrize("place", ["embeddings", "attention", "attention output", "feed-forward"])
 def test_dropout_acts_at_every_place(tiny_model_dir: Path, place: str) -> None:
-    """A place alone, at 0.3: random while training, absent in evaluation; its mean over many draws that of no dropout."""
+    """A place alone, at 0.3: random while training, repeated by the seed, absent in evaluation."""
     model = load_backbone(tiny_model_dir).train()
     layer = model.encoder.layer[0]
     module = {
