@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from FlagEmbedding.inference.arguments import WINDOW, DtypeName, EncoderArguments, EngineName, FfnPart, Pooling
+from FlagEmbedding.inference.arguments import WINDOW, DtypeName, EncoderArguments, Pooling
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
+from FlagEmbedding.modeling.options import EngineName, FfnPart
 from FlagEmbedding.utils.errors import UsageError
 
 T = TypeVar("T")

@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from FlagEmbedding.inference.arguments import DtypeName, EncoderArguments, EngineName, Pooling
+from FlagEmbedding.inference.arguments import DtypeName, EncoderArguments, Pooling
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
+from FlagEmbedding.modeling.options import EngineName
 from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.errors import UsageError
 

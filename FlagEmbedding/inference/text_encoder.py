@@ -1,9 +1,9 @@
 """One loaded checkpoint that turns texts into vectors: the only place where inference meets the model.
 
-Texts come in windows. A window is tokenized ahead (``tokenization.py``), its sequences are sorted by token count and
-cut into slabs, and come back in the order they went in. What a slab holds depends on the window alone,
-and on a CPU each slab is computed by one thread (``modeling/slabs.py``), so the same windows give the same bytes, whoever
-encodes them, on however many cores, and whenever.
+Texts come in windows. A window is tokenized ahead (``tokenization.py``), its sequences are sorted by length and cut
+into slabs, and come back in the order they went in. What a slab holds depends on the window alone, and on a CPU each
+slab is computed by one thread (``modeling/slabs.py``), so the same windows give the same bytes, whoever encodes them,
+on however many cores, and whenever.
 
 The token budget of a slab is ``batch_size x max_length``, the most a published batch could reach, held below what
 suits the machine: 2,048 tokens stay in a CPU's cache, and a GPU wants many more.

@@ -44,7 +44,7 @@ def packed_attention(
             return _varlen(projections, layout, heads, queries, dropout)
         return _fused_groups(projections, layout, heads, queries, dropout)
     way = RowAttention if takes(projections, heads, parts=3 if queries is None else 2) else GroupedAttention
-    return way.apply(projections, queries, layout, heads, dropout)
+    return way.apply(projections, queries, layout, heads, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def _varlen(projections: Tensor, layout: Layout, heads: int, queries: Tensor | N
         result = torch.ops.aten._flash_attention_forward(
             query, key, value, query_ends, layout.cumulative, most, layout.longest, dropout, False, False
         )[0]
-    return result.reshape(len(query), -1)
+    return result.reshape(len(query), -1)  # type: ignore[no-any-return]
 
 
 def _fused_groups(projections: Tensor, layout: Layout, heads: int, queries: Tensor | None, dropout: float) -> Tensor:
@@ -83,8 +83,8 @@ def _fused_groups(projections: Tensor, layout: Layout, heads: int, queries: Tens
     parts = 3 if queries is None else 2
     sizes = [group.count * group.length for group in layout.groups]
     # One split, not a slice a group: the gradient of a split is one concatenation.
-    pieces = projections.split(sizes)
-    asking = pieces if queries is None else queries.split([group.count for group in layout.groups])
+    pieces = projections.split(sizes)  # type: ignore[no-untyped-call]
+    asking = pieces if queries is None else queries.split([group.count for group in layout.groups])  # type: ignore[no-untyped-call]
     results = []
     for group, piece, asked in zip(layout.groups, pieces, asking, strict=True):
         key, value = (row_view(piece, 0, group.count, group.length, heads, i, parts) for i in (parts - 2, parts - 1))

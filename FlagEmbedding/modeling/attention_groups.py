@@ -82,7 +82,7 @@ class GroupedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         projections, queries, *saved = ctx.saved_tensors
         asking = projections if queries is None else queries
         d_projections = torch.empty_like(projections)

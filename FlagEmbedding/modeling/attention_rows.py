@@ -46,7 +46,7 @@ class RowAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         projections, queries, output, log_sums = ctx.saved_tensors
         gradient = gradient.contiguous()
         d_projections = torch.empty_like(projections)

@@ -54,7 +54,7 @@ class _Dropout(torch.autograd.Function):
         return x.mul(mask).mul_(source.scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return gradient.mul(mask).mul_(ctx.scale), None
 
@@ -65,4 +65,4 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or not x.is_floating_point():
         return F.dropout(x, probability)
-    return _Dropout.apply(x, probability)
+    return _Dropout.apply(x, probability)  # type: ignore[no-any-return, no-untyped-call]

@@ -123,7 +123,7 @@ class M3Encoder(nn.Module):
         return [results[i] for i in range(len(batches))]
 
     def infer(self, tokens: TokenBatch, want: Iterable[str], slab_tokens: int) -> Representations:
-        """Encode a batch without gradients: with either engine in slabs, on a CPU the same bits on any number of threads.
+        """Encode a batch without gradients, in slabs; on a CPU with the same bits on any number of threads.
 
         Args:
             tokens: the sequences.

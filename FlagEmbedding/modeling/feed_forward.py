@@ -43,7 +43,7 @@ class _Permute(torch.autograd.Function):
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (back,) = ctx.saved_tensors
         d_x = gradient.index_select(0, back)
         for rows in ctx.fillers:
@@ -85,7 +85,7 @@ class Assignment:
         counts = self.counts()
         self._rows = [count + -count % fill for count in counts]
         pieces, places, begin = [], [], 0
-        for piece, count, whole in zip(self.order.split(counts), counts, self._rows, strict=True):
+        for piece, count, whole in zip(self.order.split(counts), counts, self._rows, strict=True):  # type: ignore[no-untyped-call]
             pieces += [piece, piece.new_zeros(whole - count)]
             places.append(rows[:count] + begin)
             if whole > count:
@@ -96,11 +96,11 @@ class Assignment:
 
     def group(self, x: Tensor) -> Tensor:
         """Rows ``[T, ...]`` sorted by expert, ``[P, ...]``."""
-        return _Permute.apply(x, self.order, self.back, [])
+        return _Permute.apply(x, self.order, self.back, [])  # type: ignore[no-any-return, no-untyped-call]
 
     def restore(self, x: Tensor) -> Tensor:
         """Rows sorted by expert, put back."""
-        return _Permute.apply(x, self.back, self.order, self._fillers)
+        return _Permute.apply(x, self.back, self.order, self._fillers)  # type: ignore[no-any-return, no-untyped-call]
 
     def counts(self) -> list[int]:
         """Tokens of each expert; waits for the device."""
@@ -129,7 +129,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
         elif _drops_nothing(layer.output):
             # The residual of these tokens is what the experts read, in the same order.
             y = _by_slices(wide, grouped, assignment, activation, narrow, residual=True)
-            return layer.output.LayerNorm(wide.with_gate(assignment.restore(y), routing))
+            return layer.output.LayerNorm(wide.with_gate(assignment.restore(y), routing))  # type: ignore[no-any-return]
         else:
             y = _by_slices(wide, grouped, assignment, activation, narrow)
         y = wide.with_gate(assignment.restore(y), routing)
@@ -153,7 +153,7 @@ def residual_block(block: Any, x: Tensor | None, residual: Tensor, *, projected:
     if projected is None:
         assert x is not None
         if _drops_nothing(block):
-            return block.LayerNorm(linear_add(block.dense, x, residual))
+            return block.LayerNorm(linear_add(block.dense, x, residual))  # type: ignore[no-any-return]
         projected = apply_linear(block.dense, x)
     return add_norm(projected, residual, block.LayerNorm, block.dropout.p if block.training else 0.0)
 
@@ -182,9 +182,9 @@ def _by_slices(
     With ``residual``, ``x`` itself is added to what comes out.
     """
     rows = assignment.rows()
-    weights = [None] * len(rows) if assignment.weights is None else assignment.weights.split(rows)
+    weights = [None] * len(rows) if assignment.weights is None else assignment.weights.split(rows)  # type: ignore[no-untyped-call]
     results = []
-    for expert, piece, weight in zip(layer.experts, x.split(rows), weights, strict=True):
+    for expert, piece, weight in zip(layer.experts, x.split(rows), weights, strict=True):  # type: ignore[no-untyped-call]
         # An expert without tokens runs on zero rows: its parameters take part in the backward, as DDP expects.
         if weight is None and activation is not None:
             y = linear_gelu(expert, activation, piece)

@@ -1,7 +1,7 @@
 """The forward of an XLM-R, RoBERTa or BERT encoder over sequences without padding.
 
 Runs transformers' own modules and parameters, layer by layer, on the real tokens alone: every linear layer and every
-pointwise operation sees all tokens of a slab as one matrix ``[T, D]``, attention runs sequence by sequence (``attention.py``),
+pointwise operation sees all tokens of a slab as one matrix ``[T, D]``, attention runs by sequence (``attention.py``),
 queries, keys and values come from one product, experts keep their tokens grouped (``feed_forward.py``), and
 there is no pooler. If only the first token of each sequence is asked for, the last layer computes queries, output and
 feed-forward for those alone, which changes nothing: other tokens' last states are read by nobody.
@@ -35,8 +35,8 @@ from FlagEmbedding.utils.errors import UsageError
 class WordTable(NamedTuple):
     """The word embeddings that a whole batch needs, looked up once for all its slabs.
 
-    A lookup's gradient has the size of what it looked in. With one lookup per slab, every slab's backward would fill and
-    add up a matrix of the whole vocabulary (1 GB in BGE-M3).
+    A lookup's gradient has the size of what it looked in. With one lookup per slab, every slab's backward would
+    fill and add up a matrix of the whole vocabulary (1 GB in BGE-M3).
 
     Attributes:
         weight: ``[U, D]``, a vector for each distinct token.
@@ -144,7 +144,7 @@ def _positions(embeddings: Any, ids: Tensor, layout: Layout) -> Tensor:
     real = ids.ne(padding).long()
     counted = real.cumsum(0)
     before = (counted - real).index_select(0, begins)
-    return (counted - before) * real + padding
+    return (counted - before) * real + padding  # type: ignore[no-any-return]
 
 
 def _layer(layer: Any, x: Tensor, *, layout: Layout, first_only: bool) -> Tensor:

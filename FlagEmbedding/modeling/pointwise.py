@@ -24,7 +24,7 @@ class _Gelu(torch.autograd.Function):
         return kernels.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return kernels.gelu(x, gradient.contiguous())
 
@@ -39,8 +39,8 @@ def is_exact_gelu(activation: Any) -> bool:
 def activate(activation: Any, x: Tensor) -> Tensor:
     """``activation(x)``."""
     if x.numel() and is_exact_gelu(activation) and kernels.available(x):
-        return _Gelu.apply(x.contiguous())
-    return activation(x)
+        return _Gelu.apply(x.contiguous())  # type: ignore[no-any-return, no-untyped-call]
+    return activation(x)  # type: ignore[no-any-return]
 
 
 class _AddNorm(torch.autograd.Function):
@@ -67,9 +67,7 @@ class _AddNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         sums, means, inverses, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         d_y = torch.empty(sums.shape, dtype=ctx.y_dtype)
@@ -100,8 +98,8 @@ def _call(
 def add_norm(y: Tensor, residual: Tensor, norm: nn.Module, probability: float) -> Tensor:
     """``norm(dropout(y) + residual)``, ``[T, D]``, with the chance ``probability`` of dropping (0: nothing is)."""
     if _takes(y, residual, norm):
-        return _AddNorm.apply(y, residual, norm.weight, norm.bias, norm.eps, probability)
-    return norm(dropout(y, probability, training=probability > 0) + residual)
+        return _AddNorm.apply(y, residual, norm.weight, norm.bias, norm.eps, probability)  # type: ignore[no-any-return, no-untyped-call]
+    return norm(dropout(y, probability, training=probability > 0) + residual)  # type: ignore[no-any-return]
 
 
 def _takes(y: Tensor, residual: Tensor, norm: nn.Module) -> bool:

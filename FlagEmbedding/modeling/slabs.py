@@ -70,8 +70,8 @@ class Slabs:
     Args:
         tokens: the batch.
         budget, padded: see :func:`plan_slabs`.
-        fill_price: fill a slab up to a multiple of ``FILL`` tokens with a sequence that nobody reads, where that adds at
-            most this share of its tokens and stays within the budget; 0: never. Sequences do not see each other, so
+        fill_price: fill a slab up to a multiple of ``FILL`` tokens with a sequence that nobody reads, where that adds
+            at most this share of its tokens and stays within the budget; 0: never. Sequences do not see each other, so
             the one more changes none of them.
 
     Attributes:

@@ -127,6 +127,19 @@ def test_instructions_go_before_the_text(tiny_heads_dir: Path) -> None:
     np.testing.assert_array_equal(told.encode(TEXTS), plain.encode(TEXTS))
 
 
+def test_instructions_of_the_three_outputs(tiny_heads_dir: Path, m3: BGEM3FlagModel) -> None:
+    told = BGEM3FlagModel(
+        str(tiny_heads_dir),
+        query_instruction_for_retrieval="query",
+        query_instruction_format="{}: {}",
+        passage_instruction_for_retrieval="passage",
+        passage_instruction_format="{} > {}",
+    )
+    for found, prefix in ((told.encode_queries(TEXTS), "query: "), (told.encode_corpus(TEXTS), "passage > ")):
+        expected = m3.encode([prefix + text for text in TEXTS])
+        np.testing.assert_array_equal(found["dense_vecs"], expected["dense_vecs"])
+
+
 def test_lengths_of_queries_and_passages(tiny_heads_dir: Path) -> None:
     model = FlagModel(str(tiny_heads_dir), query_max_length=8, passage_max_length=12)
     np.testing.assert_array_equal(model.encode_queries(TEXTS), model.encode(TEXTS, max_length=8))

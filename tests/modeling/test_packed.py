@@ -216,7 +216,7 @@ def objective(encoder: M3Encoder, roles: list[TokenBatch], group: int) -> Tensor
         dense_scores(q.dense, p.dense, 0.05), sparse, colbert, group_size=group, self_distill=True
     )
     owner = torch.tensor([row for row in range(len(p.tokens)) if row % group][: len(n.tokens)])
-    loss = apply_penalty(terms["total"], clp_penalty(p.dense, n.dense, owner), 0.1)
+    loss = apply_penalty(terms["loss"], clp_penalty(p.dense, n.dense, owner), 0.1)
     logits = [torch.cat([routing.logits for routing in calls]) for calls in tape.layers]
     return loss + sum((layer.logsumexp(-1).square().mean() for layer in logits), torch.zeros(())) * 0.01
 
