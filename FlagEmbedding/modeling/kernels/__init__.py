@@ -41,7 +41,7 @@ def available(tensor: Tensor) -> bool:
 
     Where there are kernels, all of them are used. Times of torch's operators over theirs with ``avx2`` (EPYC of 2017,
     one thread, float32): fused attention forward 2.0 at rows of 15 tokens, 1.3 at 117, 1.1 to 1.2 at 256 and 512;
-    forward and backward 1.3, with dropout 1.9 to 2.6; GELU 1.2; residual and LayerNorm 1.2, with dropout and backward 2.0.
+    forward and backward 1.3, with dropout 1.9 to 2.6; GELU 1.2; residual and norm 1.2, with dropout 2.0.
     """
     return tensor.device.type == "cpu" and tensor.dtype in SUFFIXES and library() is not None
 
