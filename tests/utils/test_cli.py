@@ -1,4 +1,4 @@
-"""The frame of every command: what a terminal without some characters, a user's mistake and a closed reader do to it."""
+"""The frame of every command: what a terminal without some characters and a user's mistake do to it."""
 
 from __future__ import annotations
 
