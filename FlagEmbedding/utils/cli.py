@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -198,11 +199,15 @@ class Parser(argparse.ArgumentParser):
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap ``main``: configure logging, turn a ``UserError`` into ``error: …`` on stderr and exit code 2.
 
-    Ctrl-C exits with 130, a reader that closed our output (``| head``) with 141, both quietly.
+    Ctrl-C exits with 130, a reader that closed our output (``| head``) with 141, both quietly. Characters that the
+    terminal's encoding does not have are written as escapes.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal that has no "×" or "한" must not end a command
+                stream.reconfigure(errors="backslashreplace")
         configure_logging()
         try:
             return main(*args, **kwargs) or 0

@@ -76,7 +76,7 @@ class _ScaleGradient(torch.autograd.Function):
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
 
 
@@ -102,5 +102,8 @@ def all_gather_rows(rows: Tensor, scale_gradient: bool = True) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     gathered = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-    gathered[me] = _ScaleGradient.apply(rows, float(world)) if scale_gradient and rows.requires_grad else rows
+    if scale_gradient and rows.requires_grad:
+        gathered[me] = _ScaleGradient.apply(rows, float(world))  # type: ignore[no-untyped-call]
+    else:
+        gathered[me] = rows
     return torch.cat(gathered)

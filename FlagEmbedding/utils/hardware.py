@@ -19,7 +19,8 @@ from FlagEmbedding.utils.distributed import local_rank
 def onednn_takes_bf16() -> bool:
     """Whether oneDNN's products take bfloat16 on this processor; where it does not, calling them raises."""
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.backends.mkldnn.is_available() and asked is not None and bool(asked())
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and asked is not None and asked())
 
 
 @functools.cache
