@@ -182,6 +182,18 @@ def test_scores_are_inner_products(mine: Mine, ranking: dict[str, list[tuple[int
         np.testing.assert_allclose(row["neg_scores"], [score[text] for text in row["neg"]], atol=5e-6)
 
 
+def test_titles_are_part_of_texts_and_vectors(collection: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    words = ["--data_dir", str(collection), "--language", "ko", "--encoder", str(tiny_model_dir), "--with_title"]
+    words += ["--index_save_dir", str(tmp_path / "index"), *WINDOW, "--with_scores"]
+    assert main([*words, "--output_file", str(tmp_path / "o.jsonl")]) == 0
+    texts = [f"t{i} {text}".strip() for i, text in enumerate(TEXTS)]
+    vectors = dict(zip(texts, brute_force(tiny_model_dir, texts), strict=True))
+    queries = dict(zip(QUERIES.values(), brute_force(tiny_model_dir, list(QUERIES.values())), strict=True))
+    for row in read_rows(tmp_path / "o.jsonl"):
+        for text, score in zip(row["neg"] + row["pos"], row["neg_scores"] + row["pos_scores"], strict=True):
+            assert score == pytest.approx(vectors[text] @ queries[row["query"]], abs=5e-6)
+
+
 @pytest.mark.parametrize("fill", ["next", "random", "none"])
 def test_filling_up(mine: Mine, ranking: dict[str, list[tuple[int, float]]], fill: str) -> None:
     rows = mine("--range_for_sampling", "0-6", "--negative_number", "6", "--relative_margin", "0.002", "--fill", fill)
