@@ -342,6 +342,8 @@ def test_broken_rows_are_all_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_report_reads_well(mine: Mine) -> None:
     mine(*WINDOW, "--relative_margin", "0.02")
     page = (mine.folder / "reports/out.md").read_text()
+    identity = json.loads((mine.folder / "reports/out.json").read_text())["identity"]
+    assert identity["passage_max_length"] == 100  # as the index was made, where no flag says otherwise
     assert "6 negatives per query, random of ranks 3 to 20 of 63 passages" in page
     assert "filters: relative_margin 0.02; fill: random; seed 42" in page
     assert re.search(r"\| topics left out: no relevant passage +\| +1 \|", page)
