@@ -183,6 +183,18 @@ def test_scores_are_inner_products(mine: Mine, ranking: dict[str, list[tuple[int
         np.testing.assert_allclose(row["neg_scores"], [score[text] for text in row["neg"]], atol=5e-6)
 
 
+def test_titles_are_part_of_texts_and_vectors(collection: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    words = ["--data_dir", str(collection), "--language", "ko", "--encoder", str(tiny_model_dir), "--with_title"]
+    words += ["--index_save_dir", str(tmp_path / "index"), *WINDOW, "--with_scores"]
+    assert main([*words, "--output_file", str(tmp_path / "o.jsonl")]) == 0
+    texts = [f"t{i} {text}".strip() for i, text in enumerate(TEXTS)]
+    vectors = dict(zip(texts, brute_force(tiny_model_dir, texts), strict=True))
+    queries = dict(zip(QUERIES.values(), brute_force(tiny_model_dir, list(QUERIES.values())), strict=True))
+    for row in read_rows(tmp_path / "o.jsonl"):
+        for text, score in zip(row["neg"] + row["pos"], row["neg_scores"] + row["pos_scores"], strict=True):
+            assert score == pytest.approx(vectors[text] @ queries[row["query"]], abs=5e-6)
+
+
 @pytest.mark.parametrize("fill", ["next", "random", "none"])
 def test_filling_up(mine: Mine, ranking: dict[str, list[tuple[int, float]]], fill: str) -> None:
     rows = mine("--range_for_sampling", "0-6", "--negative_number", "6", "--relative_margin", "0.002", "--fill", fill)
@@ -331,6 +343,8 @@ def test_broken_rows_are_all_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_report_reads_well(mine: Mine) -> None:
     mine(*WINDOW, "--relative_margin", "0.02")
     page = (mine.folder / "reports/out.md").read_text()
+    identity = json.loads((mine.folder / "reports/out.json").read_text())["identity"]
+    assert identity["passage_max_length"] == 100  # as the index was made, where no flag says otherwise
     assert "6 negatives per query, random of ranks 3 to 20 of 63 passages" in page
     assert "filters: relative_margin 0.02; fill: random; seed 42" in page
     assert re.search(r"\| topics left out: no relevant passage +\| +1 \|", page)

@@ -158,7 +158,7 @@ MINING_CASES = {
     "min_score": Case("--min_score 0.99", only=("rows",)),
     "cross_encoder": Case("--cross_encoder reranker", given="--with_scores", only=("rows",)),
     "cross_encoder_max_length": Case(
-        "--cross_encoder_max_length 14", given="--with_scores --cross_encoder reranker", only=("rows",)
+        "--cross_encoder_max_length 60", given="--with_scores --cross_encoder reranker", only=("rows",)
     ),
     "cross_encoder_batch_size": Case(
         "--cross_encoder_batch_size 3", given="--with_scores --cross_encoder reranker", only=("identity",)
