@@ -1,0 +1,283 @@
+"""Every option of run.py acts: with another value something that is built, drawn, computed or trained differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_tiny
+from finetune.helpers import rows, write_rows
+from options_walk import Case, assert_acts, assert_complete
+from transformers import TrainingArguments, set_seed
+
+from FlagEmbedding.finetune.arguments import (
+    DataArguments,
+    EngineConfig,
+    ModelArguments,
+    MoEConfig,
+    ObjectiveArguments,
+    RefreshArguments,
+    RetrieverTrainingArguments,
+)
+from FlagEmbedding.finetune.checks import check_arguments
+from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.finetune.refresh import RefreshNegatives
+from FlagEmbedding.finetune.runner import build_trainer
+from FlagEmbedding.modeling import encoder as engine_module
+from FlagEmbedding.modeling.backbone import load_trained_state
+
+GROUPS = (ModelArguments, MoEConfig, DataArguments, ObjectiveArguments, EngineConfig, RefreshArguments)
+UNIFIED, MOE = "--unified_finetuning True", "--moe intermediate --num_experts 2"
+SELF = f"{UNIFIED} --use_self_distill True"
+REFRESH = "--refresh_negatives_every_n_epochs 1 --num_train_epochs 3"
+LOSS, ROWS, FIRST = ("loss",), ("drawn",), ("tokens",)
+
+CASES = {
+    # model
+    "model_name_or_path": Case("--model_name_or_path {other}", only=LOSS),
+    "config_name": Case("--config_name {other}", only=LOSS),  # dropout of 0.5 there
+    "tokenizer_name": Case("--tokenizer_name {bert}", only=FIRST),
+    "cache_dir": Case("--cache_dir {hub_b}", given="--model_name_or_path org/tiny --cache_dir {hub_a}", only=LOSS),
+    "fix_position_embedding": Case("--fix_position_embedding", only=("trained", "moved")),
+    "fix_encoder": Case("--fix_encoder", given=UNIFIED, only=("trained", "moved")),
+    "sentence_pooling_method": Case("--sentence_pooling_method mean", only=LOSS),
+    "normalize_embeddings": Case("--normlized False", only=LOSS),
+    "colbert_dim": Case("--colbert_dim 8", given=UNIFIED, only=("shapes", "loss")),
+    # experts
+    "moe": Case("--moe output", given="--moe intermediate", only=("trained", "shapes")),
+    "only_train": Case("--only_train output", only=("trained", "moved")),
+    "num_experts": Case("--num_experts 3", given="--moe intermediate", only=("shapes",)),
+    "num_experts_per_tok": Case("--num_experts_per_tok 2", given=MOE, only=("moved",)),
+    "router_gradient": Case("--router_gradient straight_through", given=MOE, only=("moved",)),
+    "router_jitter": Case("--router_jitter 0.5", given=f"{MOE} --router_aux_loss_coef 0.1", only=LOSS),
+    # data
+    "train_data": Case("--train_data {other_rows}", only=ROWS),
+    "knowledge_distillation": Case("--knowledge_distillation", given="--train_data {scored}", only=("drawn", "loss")),
+    "cache_path": Case("--cache_path {other_cache}", only=("prepared",)),
+    "train_group_size": Case("--train_group_size 4", only=ROWS),
+    "query_max_len": Case("--query_max_len 6", only=FIRST),
+    "passage_max_len": Case("--passage_max_len 9", only=FIRST),
+    "max_example_num_per_dataset": Case("--max_example_num_per_dataset 5", only=("batches", "drawn")),
+    "query_instruction_for_retrieval": Case("--query_instruction_for_retrieval 'find: '", only=("drawn", "tokens")),
+    "passage_instruction_for_retrieval": Case("--passage_instruction_for_retrieval 'text: '", only=("drawn", "tokens")),
+    "same_task_within_batch": Case("--same_task_within_batch True", only=("batches",)),
+    "shuffle_ratio": Case("--shuffle_ratio 1.0", only=ROWS),
+    "small_threshold": Case("--small_threshold 15", given="--same_task_within_batch True", only=("batches",)),
+    "drop_threshold": Case(
+        "--drop_threshold 30", given="--same_task_within_batch True --small_threshold 11", only=("batches",)
+    ),
+    "batch_size_by_length": Case(
+        "--batch_size_by_length",
+        given="--same_task_within_batch True --train_data {by_length} --train_group_size 8",
+        only=("batches",),
+    ),
+    # objective
+    "penalty_weight": Case("--penalty_weight 0.5", only=LOSS),
+    "temperature": Case("--temperature 0.1", only=LOSS),
+    "negatives_cross_device": Case("--negatives_cross_device", only=("warnings",)),  # losses: test_distributed.py
+    "unified_finetuning": Case("--unified_finetuning True", only=("loss", "terms", "trained")),
+    "use_self_distill": Case("--use_self_distill True", given=UNIFIED, only=("loss", "terms")),
+    "self_distill_start_step": Case("--self_distill_start_step 1", given=SELF, only=("terms",)),
+    "router_aux_loss_coef": Case("--router_aux_loss_coef 0.1", given=MOE, only=("loss", "moved")),
+    "router_z_loss_coef": Case("--router_z_loss_coef 0.1", given=MOE, only=("loss", "moved")),
+    # engine: no loss depends on it, the calls do
+    "engine": Case("--engine padded", only=("calls",)),
+    "slab_tokens": Case("--slab_tokens 40", only=("calls",)),
+    "grad_cache": Case("--grad_cache", only=("calls",)),
+    "enable_sub_batch": Case(
+        "--enable_sub_batch False",
+        given="--engine padded --per_device_train_batch_size 8 --train_group_size 5",
+        only=("calls",),
+    ),
+    # refresh
+    "refresh_negatives_every_n_epochs": Case(
+        "--refresh_negatives_every_n_epochs 2", given="--num_train_epochs 3", only=("refresh",)
+    ),
+    "refresh_corpus": Case("--refresh_corpus {corpus}", given=REFRESH, only=("refresh",)),
+    "refresh_range_for_sampling": Case("--refresh_range_for_sampling 2-30", given=REFRESH, only=("refresh",)),
+    "refresh_relative_margin": Case("--refresh_relative_margin 0.05", given=REFRESH, only=("refresh",)),
+}
+
+# Groups that are read by two rooms: each must hear of them.
+ALSO = {
+    "refresh queries": Case("--query_max_len 6", given=REFRESH, only=("refresh",)),
+    "refresh passages": Case("--passage_max_len 9", given=REFRESH, only=("refresh",)),
+    "refresh query instruction": Case("--query_instruction_for_retrieval q", given=REFRESH, only=("refresh",)),
+    "refresh passage instruction": Case("--passage_instruction_for_retrieval p", given=REFRESH, only=("refresh",)),
+    "refresh pooling": Case("--sentence_pooling_method mean", given=REFRESH, only=("refresh",)),
+    "refresh normalization": Case("--normlized False", given=REFRESH, only=("refresh",)),
+    "refresh precision": Case("--bf16", given=REFRESH, only=("refresh",)),
+    "refresh seed": Case("--data_seed 5", given=REFRESH, only=("refresh",)),
+    "cache_dir of the heads": Case(
+        "--cache_dir {hub_b}", given=f"--model_name_or_path org/tiny --cache_dir {{hub_a}} {UNIFIED}", only=LOSS
+    ),
+    "no penalty": Case("--penalty_weight 0", only=("tokens", "terms")),
+    "config of the router": Case("--router_jitter 0.5", given="--model_name_or_path {moe}", only=LOSS),
+}
+
+# Of Hugging Face's arguments the Trainer reads most by itself; these are read by our code, or set by it.
+TRAINING = {
+    "seed": Case("--seed 4", only=("drawn", "batches")),
+    "data_seed": Case("--data_seed 5", only=("drawn", "batches")),
+    "per_device_train_batch_size": Case("--per_device_train_batch_size 3", only=("batches",)),
+    "dataloader_drop_last": Case(
+        "--dataloader_drop_last True", given="--per_device_train_batch_size 5", only=("batches",)
+    ),
+    "dataloader_num_workers": Case("--dataloader_num_workers 1", only=("loader",)),
+    "dataloader_prefetch_factor": Case(
+        "--dataloader_prefetch_factor 3", given="--dataloader_num_workers 1", only=("loader",)
+    ),
+    "dataloader_persistent_workers": Case(
+        "--dataloader_persistent_workers True", given="--dataloader_num_workers 1", only=("loader",)
+    ),
+    "gradient_checkpointing": Case("--gradient_checkpointing True", only=("args",)),  # test_activation_memory.py
+    "warmup_ratio": Case("--warmup_ratio 0.5", only=("args",)),
+    "learning_rate": Case("--learning_rate 0.1", only=("moved",)),
+}
+
+
+@pytest.fixture(scope="module")
+def places(
+    tiny_model_dir: Path, tiny_bert_dir: Path, tiny_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Models, hubs and rows that the cases name."""
+    base = tmp_path_factory.mktemp("walk")
+    found = {"model": tiny_model_dir, "bert": tiny_bert_dir, "moe": tiny_moe_dir, "base": base}
+    found["other"] = write_tiny(base / "other", "xlmr", hidden_dropout_prob=0.5, initializer_range=0.3)
+    for hub, source in (("hub_a", tiny_model_dir), ("hub_b", found["other"])):
+        repository = base / hub / "models--org--tiny"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("0" * 40)
+        (repository / "snapshots").mkdir()
+        (repository / "snapshots" / ("0" * 40)).symlink_to(source)
+        found[hub] = base / hub
+    write_rows(base / "rows/a.jsonl", rows(16))
+    found["rows"] = write_rows(base / "rows/b.jsonl", rows(10)).parent
+    found["other_rows"] = write_rows(base / "others/a.jsonl", rows(16)[::-1]).parent
+    scored = [{**row, "pos_scores": [3.0], "neg_scores": [0.0, 2.0, 1.0, 0.5]} for row in rows(16)]
+    found["scored"] = write_rows(base / "scored/a.jsonl", scored).parent
+    found["by_length"] = write_rows(base / "split/x_len-0-500.jsonl", rows(16)).parent
+    found["corpus"] = base / "corpus.jsonl"
+    found["corpus"].write_text(json.dumps({"docid": "1", "text": "Alone."}) + "\n")
+    found["other_cache"] = base / "other_cache"
+    return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a slab went through the packed engine."""
+    counted = {"packed": 0}
+    forward = engine_module.packed_forward
+
+    def packed_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        counted["packed"] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine_module, "packed_forward", packed_forward)
+    return counted
+
+
+def observe(
+    words: list[str], places: dict[str, Path], calls: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> dict[str, Any]:
+    """Build all of a run by these words, draw, and train three forwards of it."""
+    caplog.clear()
+    calls["packed"] = 0
+    standard = ["--model_name_or_path", "{model}", "--train_data", "{rows}", "--cache_path", "{base}/cache"]
+    standard += ["--output_dir", "{base}/out", "--per_device_train_batch_size", "2", "--train_group_size", "3"]
+    standard += ["--query_max_len", "24", "--passage_max_len", "48", "--learning_rate", "1e-3", "--seed", "3"]
+    arguments = parse_arguments([word.format(**places) for word in [*standard, *words]])
+    check_arguments(arguments)
+    trainer = build_trainer(arguments)
+    model, dataset = trainer.bare_model, trainer.train_dataset
+    batches = list(trainer.batch_sampler)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    set_seed(1)
+    loader = trainer.get_train_dataloader()
+    padded = 0
+
+    def count(*_: Any) -> None:
+        nonlocal padded
+        padded += 1
+
+    model.model.register_forward_pre_hook(count)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=trainer.args.learning_rate)
+    losses, terms, tokens = [], [], []
+    for batch in take(loader, 3):
+        tokens.append({k: (v.ids.tolist(), v.lengths) for k, v in batch.items() if hasattr(v, "lengths")})
+        output = model.train()(**{k: v for k, v in batch.items() if k != "rows"})
+        output.loss.backward()
+        losses.append(float(output.loss))
+        terms.append(sorted(output.terms))
+        optimizer.step()
+        optimizer.zero_grad()
+    refreshers = [c for c in trainer.callback_handler.callbacks if isinstance(c, RefreshNegatives)]
+    return {
+        "drawn": [dataset[key] for key in batches[0] + batches[1]],
+        "batches": batches,
+        "tokens": tokens,
+        "prepared": dataset.files[0].table.cache_files,
+        "trained": sorted(name for name, p in model.named_parameters() if p.requires_grad),
+        "shapes": {name: tuple(p.shape) for name, p in model.named_parameters()},
+        "moved": {name: (p.detach() - before[name]).double().norm().item() for name, p in model.named_parameters()},
+        "loss": losses,
+        "terms": terms,
+        "calls": (calls["packed"], padded),
+        "refresh": [(c.every, c.settings) for c in refreshers],
+        "warnings": [r.getMessage() for r in caplog.records if r.levelname == "WARNING"],
+        "loader": (loader.num_workers, loader.prefetch_factor, loader.persistent_workers),
+        "args": {**vars(trainer.args), "logging_dir": None},
+    }
+
+
+def take(loader: Any, count: int) -> Iterator[dict[str, Any]]:
+    for number, batch in enumerate(loader):
+        yield batch
+        if number + 1 == count:
+            return
+
+
+def test_no_field_is_left_out() -> None:
+    assert_complete(GROUPS, CASES, {})
+    ours = {f for f in RetrieverTrainingArguments.__annotations__ if f not in TRAINING}
+    # Three are Hugging Face's with another default, one does nothing.
+    assert ours == {
+        "remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters", "overwrite_output_dir",
+    }  # fmt: skip
+    assert set(TRAINING) - {"warmup_ratio"} <= set(TrainingArguments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", [*CASES, *ALSO, *TRAINING])
+def test_every_option_acts(
+    name: str, places: dict[str, Path], calls: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    case = {**CASES, **ALSO, **TRAINING}[name]
+    assert_acts(case, partial(observe, places=places, calls=calls, caplog=caplog))
+
+
+def test_the_same_words_build_the_same(
+    places: dict[str, Path], calls: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the walk looks at depends on nothing but the options: a difference is never chance."""
+    words = [*UNIFIED.split(), *MOE.split()]
+    one, two = (observe(words, places, calls, caplog) for _ in range(2))
+    assert {part for part in one if one[part] != two[part]} <= {"args"}
+
+
+def test_a_run_goes_by_the_trainers_arguments_as_parsed(places: dict[str, Path]) -> None:
+    arguments = parse_arguments(
+        f"--model_name_or_path {places['model']} --train_data {places['rows']} --output_dir {places['base']}/out "
+        f"--cache_path {places['base']}/cache".split()
+    )
+    trainer = build_trainer(arguments)
+    assert trainer.args is arguments.training
+    recorded = trainer.train_arguments
+    assert recorded["data"]["train_data"] == [str(places["rows"])]
+    assert {"model", "experts", "data", "objective", "engine", "refresh", "training", "provenance"} == set(recorded)
+    json.dumps(recorded)
+    load_trained_state(trainer.bare_model, places["model"])
