@@ -79,7 +79,7 @@ def parse_encode_arguments(argv: Sequence[str] | None = None) -> EncodeArguments
     add_bool_flag(parser, "--allow_empty", help="embed passages without text instead of refusing them")
     add("--shard_size", type=int, default=2048, help="passages of a shard: sorted together, lost by a kill at most")
     add_bool_flag(parser, "--overwrite", help="encode anew what is there")
-    return parser.parse(EncodeArguments, argv)
+    return parser.parse(EncodeArguments, argv)  # type: ignore[no-any-return]
 
 
 def parse_search_arguments(argv: Sequence[str] | None = None) -> SearchArguments:
@@ -98,7 +98,7 @@ def parse_search_arguments(argv: Sequence[str] | None = None) -> SearchArguments
     add("--n_probe", type=int, default=32, help="lists that an IVF index looks into")
     add("--ef_search", type=int, default=128, help="candidates that an HNSW index keeps (at least --hits)")
     add_bool_flag(parser, "--overwrite", default=True, help="False: keep a run file that is there")
-    return parser.parse(SearchArguments, argv)
+    return parser.parse(SearchArguments, argv)  # type: ignore[no-any-return]
 
 
 def query_instruction(arguments: SearchArguments) -> str | None:

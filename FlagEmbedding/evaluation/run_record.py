@@ -32,7 +32,7 @@ def read_record(path: Path, index_folder: Path | None = None) -> Record:
             raise TypeError("encoder, index and arguments are not objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a record of step 1 ({error!r}); run step 1 again") from error
-    return record
+    return record  # type: ignore[no-any-return]
 
 
 def check_record(

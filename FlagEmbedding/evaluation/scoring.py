@@ -73,7 +73,7 @@ def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
     add("--resamples", type=int, default=RESAMPLES, help="of the randomisation test and of the bootstrap")
     add("--seed", type=int, default=0, help="of the same")
     add("--cache_dir", help="where the hub's files are kept")
-    return parser.parse(ScoreArguments, argv)
+    return parser.parse(ScoreArguments, argv)  # type: ignore[no-any-return]
 
 
 def eval_dense(argv: Sequence[str] | None = None) -> int:

@@ -176,7 +176,7 @@ class RetrieverTrainingArguments(TrainingArguments):
             logger.warning(
                 "--bf16: this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
             )
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if self.report_to:
             _check_reporters(self.report_to)
 

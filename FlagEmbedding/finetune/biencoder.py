@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from FlagEmbedding.finetune.arguments import ModelArguments, Pooling
 from FlagEmbedding.finetune.gather import gather_owners, gather_representations
@@ -123,7 +123,7 @@ class BiEncoder(M3Encoder):
         if hasattr(self.model, "activation_checkpointing_enable"):
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
         else:  # transformers before it was renamed
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[no-untyped-call]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The older name of ``activation_checkpointing_enable``."""

@@ -102,7 +102,7 @@ class RefreshNegatives(TrainerCallback):
         """The files that the resumed epoch was drawn from."""
         record = read_refresh(folder)
         known = [line[DIGEST] for line in state.log_history if line.get("refresh_epoch") == due and DIGEST in line]
-        if record is None or (known and known[-1] != digest_of(record)):
+        if record is None or (known and str(known[-1]) != digest_of(record)):
             what = "is missing or damaged" if record is None else "belongs to another run"
             raise UsageError(
                 f"{folder}: the negatives that epoch {due} was trained on: {what}, so the run cannot go on as it was; "

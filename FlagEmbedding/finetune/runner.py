@@ -38,7 +38,7 @@ def run(arguments: Arguments) -> TrainingSummary:
     if training.device.type == "cpu":
         keep_freed_memory()
     if is_main():
-        transformers.utils.logging.set_verbosity_warning()
+        transformers.utils.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
     trainer = build_trainer(arguments)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)

@@ -67,7 +67,7 @@ class BiEncoderTrainer(Trainer):
 
     # ---- batches ----
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of our sampler; accelerate gives every process its share of them."""
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
@@ -80,7 +80,7 @@ class BiEncoderTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
         )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
     # ---- loss ----
 

@@ -107,7 +107,7 @@ def colbert_scores(q_vectors: Tensor, q_mask: Tensor, p_vectors: Tensor, tempera
     """
     per_passage = max(1, q_vectors.shape[0] * q_vectors.shape[1] * p_vectors.shape[1])
     parts = []
-    for chunk in p_vectors.split(max(1, _COLBERT_CHUNK // per_passage)):
+    for chunk in p_vectors.split(max(1, _COLBERT_CHUNK // per_passage)):  # type: ignore[no-untyped-call]
         # max rather than amax: its backward needs the indices, amax's the whole similarity tensor.
         best = torch.einsum("iad,mbd->iamb", q_vectors, chunk).max(dim=-1).values  # [B, Lq, m]
         parts.append((best * q_mask[:, :, None]).sum(dim=1))

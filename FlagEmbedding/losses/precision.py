@@ -27,7 +27,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         with torch.autocast(device_type=device, enabled=False):
-            return function(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})  # type: ignore[arg-type]
+            return function(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
 
     return run
 

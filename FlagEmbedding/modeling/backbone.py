@@ -161,21 +161,21 @@ def _read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: to
     # weights then give the same bits, whichever file they come from.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model.eval()
+    return model.eval()  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bar, no table of keys: what is missing or left over is checked here, and is an error."""
     level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         hf_logging.set_verbosity(level)
         if bar:
-            hf_logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
@@ -196,7 +196,7 @@ def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
             f"got {type(model).__name__}"
         )
     for place in places:
-        place.dense = MoELinear.from_linear(place.dense, config)  # type: ignore[arg-type]
+        place.dense = MoELinear.from_linear(place.dense, config)
     for name in MOE_FIELDS:
         setattr(model.config, name, getattr(config, name))
     # The class that the same model has when it is loaded: it knows how to save itself so that nobody misreads it.

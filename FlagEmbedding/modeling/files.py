@@ -24,7 +24,7 @@ def load_config(
     """The configuration of a checkpoint folder or hub id, expert fields included."""
     folder = resolve_folder(name_or_path, cache_dir=cache_dir, revision=revision)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}/config.json is nothing that transformers knows: {first_line(error)}") from error
 

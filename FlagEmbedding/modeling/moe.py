@@ -37,7 +37,7 @@ class _PreciseLinear(torch.autograd.Function):
             return F.linear(x.to(precise), weight.to(precise))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             to_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -54,7 +54,7 @@ class _ZeroGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.like
         return gradient, torch.zeros(shape, dtype=dtype, device=device)
 
@@ -106,7 +106,7 @@ class MoELinear(ExpertLinear):
             precise = x.to(torch.promote_types(x.dtype, torch.float32))
             noise = torch.empty_like(precise).uniform_(1 - self.router_jitter, 1 + self.router_jitter)
             x = precise * noise
-        return _PreciseLinear.apply(x, self.gate.weight)
+        return _PreciseLinear.apply(x, self.gate.weight)  # type: ignore[no-any-return, no-untyped-call]
 
     def route(self, x: Tensor) -> Routing:
         """The published choice and weights; the weights carry the router's gradient as configured."""
@@ -128,7 +128,7 @@ class MoELinear(ExpertLinear):
     def with_gate(self, y: Tensor, routing: Routing) -> Tensor:
         """``y`` itself; where the router gets no gradient through it, one of zeros (see the class)."""
         if not routing.weights.requires_grad and torch.is_grad_enabled() and self.gate.weight.requires_grad:
-            y = _ZeroGradient.apply(y, self.gate.weight)
+            y = _ZeroGradient.apply(y, self.gate.weight)  # type: ignore[no-untyped-call]
         return y
 
 

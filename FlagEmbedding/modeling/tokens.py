@@ -70,7 +70,7 @@ class TokenBatch:
 
     def select(self, rows: Sequence[int]) -> TokenBatch:
         """The given rows, in the given order; ``padded_length`` stays."""
-        pieces = self.ids.split(self.lengths)
+        pieces = self.ids.split(self.lengths)  # type: ignore[no-untyped-call]
         ids = torch.cat([pieces[row] for row in rows]) if len(rows) else self.ids[:0]
         return TokenBatch(ids, [self.lengths[row] for row in rows], self.padded_length)
 

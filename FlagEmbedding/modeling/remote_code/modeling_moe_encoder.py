@@ -81,18 +81,18 @@ class ExpertLinear(nn.Module):
             counts = torch.bincount(slots, minlength=len(self.experts)).tolist()
             # Expanding before the permutation makes the backward a permutation and a sum: no atomics, so it repeats.
             wide = x if per_token == 1 else x.unsqueeze(1).expand(-1, per_token, -1).reshape(-1, x.shape[-1])
-            pieces = wide.index_select(0, order).split(counts)
+            pieces = wide.index_select(0, order).split(counts)  # type: ignore[no-untyped-call]
             # An expert without tokens runs on zero rows, so that its parameters take part in the backward (DDP).
             y = torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
             back = torch.empty_like(order)
             back[order] = torch.arange(order.numel(), device=order.device)
             y = y.index_select(0, back)  # [T*K, I]
         if per_token == 1 and not routing.weights.requires_grad:
-            return y  # the weight is exactly 1
+            return y  # type: ignore[no-any-return]  # the weight is exactly 1
         weights = routing.weights.to(y.dtype)
         if per_token == 1:
-            return y * weights
-        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+            return y * weights  # type: ignore[no-any-return]
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)  # type: ignore[no-any-return]
 
 
 def expert_places(model: Any, moe: str) -> list[Any]:
