@@ -4,12 +4,8 @@ python evaluation/step1-search_results.py --encoder MODEL --languages ko fa hi -
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
-
-from FlagEmbedding.evaluation.steps import search_results
-from FlagEmbedding.utils.cli import entry_point
+from FlagEmbedding.evaluation.__main__ import search
 
 if __name__ == "__main__":
-    sys.exit(entry_point(search_results)())
+    sys.exit(search())

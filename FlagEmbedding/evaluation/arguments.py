@@ -1,134 +1,126 @@
-"""Command lines of the evaluation steps: the published flags as they were, and the new ones.
-
-``--fp16`` stands bare or with a value, booleans take True/False/y/n.
-"""
+"""Command lines of the evaluation steps: the published flags as they were, and the new ones. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from FlagEmbedding.utils.cli import Parser, add_bool_flag
+from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.inference.arguments import EncoderArguments, FfnPart, Pooling
+from FlagEmbedding.utils.cli import choice, option, parse, parse_whole, switch
 from FlagEmbedding.utils.errors import UsageError
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
+RESAMPLES = 10_000  # of the randomization test and of the bootstrap
+Split = Literal["train", "dev", "testA", "testB"]
 
 
 @dataclass(frozen=True)
-class EncoderArguments:
-    """Which checkpoint, and how it is run; common to step 0 and step 1."""
+class CollectionArguments:
+    """Collection."""
 
-    encoder: str
-    pooling_method: str | None
-    normalize_embeddings: bool
-    fp16: bool
-    dtype: str | None
-    moe: str | None
-    engine: str
-    batch_size: int
-    workers: int | None
-    cache_dir: str | None
-    trust_remote_code: bool
+    languages: list[str] = option(help="MIRACL languages, such as ko fa hi")
+    split: Split = choice(Split, "dev", "queries; the corpus has no splits")
+    data_dir: str | None = option(None, "folder in the hub's layout (miracl-corpus-v1.0-ko/…); asked before the hub")
+    index_save_dir: str = option("./corpus-index", "indexes go to {this}/{encoder}/{lang}")
 
 
 @dataclass(frozen=True)
-class EncodeArguments(EncoderArguments):
-    """step0-generate_embedding.py."""
+class SearchArguments:
+    """Search."""
 
-    languages: list[str]
-    split: str
-    data_dir: str | None
-    index_save_dir: str
-    max_passage_length: int
-    with_title: bool
-    passage_instruction_for_retrieval: str | None
-    allow_empty: bool
-    shard_size: int
-    overwrite: bool
+    result_save_dir: str = option("./search_results", "run files go to {this}/{encoder}/{lang}.txt")
+    max_query_length: int = option(512, "tokens per query; the rest is cut off")
+    add_instruction: bool | None = switch(None, "put an instruction before every query")
+    query_instruction_for_retrieval: str | None = option(
+        None, f"that instruction; by default {BGE_INSTRUCTION!r}", metavar="TEXT"
+    )
+    threads: int = option(1, "CPU threads of the search")
+    hits: int = option(1000, "passages per query")
+    index_type: str = option("Flat", "Flat: exact; else a faiss index_factory string such as HNSW32, SQ8")
+    n_probe: int = option(32, "lists that an IVF index looks into")
+    ef_search: int = option(128, "candidates that an HNSW index keeps (at least --hits)")
+    overwrite: bool = switch(True, "False: keep a run file that is there")
+
+    def __post_init__(self) -> None:
+        if self.hits < 1 or self.threads < 1:
+            raise UsageError(f"--hits {self.hits} --threads {self.threads}: both must be at least 1")
+        if self.add_instruction is False and self.query_instruction_for_retrieval is not None:
+            raise UsageError("--add_instruction False and --query_instruction_for_retrieval contradict each other")
+
+    @property
+    def query_instruction(self) -> str | None:
+        """The text before each query, from the two flags that decide it."""
+        if self.add_instruction and self.query_instruction_for_retrieval is None:
+            return BGE_INSTRUCTION
+        return self.query_instruction_for_retrieval
 
 
 @dataclass(frozen=True)
-class SearchArguments(EncoderArguments):
-    """step1-search_results.py."""
+class ScoreArguments:
+    """Runs, judgments and results."""
 
-    languages: list[str]
-    split: str
-    data_dir: str | None
-    index_save_dir: str
-    result_save_dir: str
-    max_query_length: int
-    add_instruction: bool | None
-    query_instruction_for_retrieval: str | None
-    threads: int
-    hits: int
-    index_type: str
-    n_probe: int
-    ef_search: int
-    overwrite: bool
+    encoder: list[str] = option(help="model(s) as in step 1; --compare takes the first as the baseline")
+    languages: list[str] = option(help="MIRACL languages, such as ko fa hi")
+    split: Split = choice(Split, "dev", "which judgments")
+    search_result_save_dir: str = option("./search_results", "runs are {this}/{encoder}/{lang}.txt")
+    qrels_dir: str = option("../qrels", "folder (or, for one language, the file) of the judgments")
+    data_dir: str | None = option(
+        None, "folder in the hub's layout; also gives comparisons the texts of queries and passages"
+    )
+    index_save_dir: str | None = option(
+        None, "of step 0: says where a run came from that has no record of step 1 beside it"
+    )
+    eval_result_save_dir: str = option("./eval_results", "results go to {this}/{encoder}.json and .md")
+    metrics: list[str] = option(["ndcg@10"], "ndcg@k recall@k mrr@k map@k p@k")
+    pooling_method: Pooling | None = choice(Pooling, None, "recorded; must agree with the run")
+    normalize_embeddings: bool | None = switch(None, "recorded; must agree with the run")
+    moe: FfnPart | None = choice(FfnPart, None, "accepted from older scripts; nothing depends on it here")
+    compare: bool = switch(False, "test the encoders against each other (two or more)")
+    compare_save_dir: str | None = option(None, "default: {eval_result_save_dir}/{first}_vs_{others}")
+    resamples: int = option(RESAMPLES, "of the randomization test and of the bootstrap")
+    seed: int = option(0, "of the same")
+    cache_dir: str | None = option(None, "where the hub's files are kept")
+
+    def __post_init__(self) -> None:
+        if self.compare and len(self.encoder) < 2:
+            raise UsageError("--compare needs two or more models: --encoder base tuned --compare")
+        if self.resamples < 100:
+            raise UsageError(f"--resamples {self.resamples}: give 100 or more")
 
 
-def parse_encode_arguments(argv: Sequence[str] | None = None) -> EncodeArguments:
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Step 0."""
+
+    encoder: EncoderArguments
+    collection: CollectionArguments
+    index: IndexArguments
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Step 1."""
+
+    encoder: EncoderArguments
+    collection: CollectionArguments
+    search: SearchArguments
+
+
+def parse_embed_options(argv: Sequence[str] | None = None) -> EmbedOptions:
     """The command line of step 0."""
-    parser = Parser("Embed the passages of MIRACL languages into an index on disk.")
-    _add_encoder_flags(parser, batch_size=256)
-    _add_data_flags(parser)
-    add = parser.add_argument
-    add("--max_passage_length", type=int, default=512, help="tokens of a passage; the rest is cut off")
-    add_bool_flag(parser, "--with_title", help="embed title and text (MIRACL's own rule); published: text alone")
-    add("--passage_instruction_for_retrieval", metavar="TEXT", help="text put before every passage")
-    add_bool_flag(parser, "--allow_empty", help="embed passages without text instead of refusing them")
-    add("--shard_size", type=int, default=2048, help="passages of a shard: sorted together, lost by a kill at most")
-    add_bool_flag(parser, "--overwrite", help="encode anew what is there")
-    return parser.parse(EncodeArguments, argv)  # type: ignore[no-any-return]
+    return parse_whole(EmbedOptions, argv, "Embed the passages of MIRACL languages into an index on disk.")
 
 
-def parse_search_arguments(argv: Sequence[str] | None = None) -> SearchArguments:
+def parse_search_options(argv: Sequence[str] | None = None) -> SearchOptions:
     """The command line of step 1."""
-    parser = Parser("Search the index of MIRACL languages for their queries; writes TREC run files.")
-    _add_encoder_flags(parser, batch_size=256)
-    _add_data_flags(parser)
-    add = parser.add_argument
-    add("--result_save_dir", default="./search_results", help="run files go to {this}/{encoder}/{lang}.txt")
-    add("--max_query_length", type=int, default=512, help="tokens of a query; the rest is cut off")
-    add_bool_flag(parser, "--add_instruction", default=None, help="put an instruction before every query")  # type: ignore[arg-type]
-    add("--query_instruction_for_retrieval", metavar="TEXT", help=f"that instruction; by default {BGE_INSTRUCTION!r}")
-    add("--threads", type=int, default=1, help="CPU threads of the search")
-    add("--hits", type=int, default=1000, help="passages a query")
-    add("--index_type", default="Flat", help="Flat: exact; else a faiss index_factory string such as HNSW32, SQ8")
-    add("--n_probe", type=int, default=32, help="lists that an IVF index looks into")
-    add("--ef_search", type=int, default=128, help="candidates that an HNSW index keeps (at least --hits)")
-    add_bool_flag(parser, "--overwrite", default=True, help="False: keep a run file that is there")
-    return parser.parse(SearchArguments, argv)  # type: ignore[no-any-return]
+    what = "Search the index of MIRACL languages for their queries; writes TREC run files."
+    return parse_whole(SearchOptions, argv, what)
 
 
-def query_instruction(arguments: SearchArguments) -> str | None:
-    """The text before each query, from the two flags that decide it."""
-    text = arguments.query_instruction_for_retrieval
-    if arguments.add_instruction is False and text is not None:
-        raise UsageError("--add_instruction False and --query_instruction_for_retrieval contradict each other")
-    if arguments.add_instruction and text is None:
-        return BGE_INSTRUCTION
-    return text
-
-
-def _add_encoder_flags(parser: Parser, batch_size: int) -> None:
-    add = parser.add_argument
-    add("--encoder", required=True, help="hub id or folder of the checkpoint")
-    add("--pooling_method", choices=["cls", "mean"], help="default: what the checkpoint says, else cls")
-    add_bool_flag(parser, "--normalize_embeddings", default=True, help="L2-normalise the vectors")
-    add_bool_flag(parser, "--fp16", help="half precision: fp16 on a GPU, --dtype auto on a CPU")
-    add("--dtype", choices=["auto", "fp32", "bf16", "fp16"], help="default fp32; auto: bf16 where the hardware has it")
-    add("--moe", choices=["intermediate", "output"], help="not needed; must agree with the checkpoint")
-    add("--engine", choices=["packed", "padded"], default="packed", help="padded: transformers' own forward")
-    add("--batch_size", type=int, default=batch_size, help="at most this many texts of full length at a time")
-    add("--workers", type=int, help="processes that tokenise ahead; 0: a thread. Default: 0, on a GPU up to 8")
-    add("--cache_dir", help="where the hub's files are kept")
-    add_bool_flag(parser, "--trust_remote_code", help="run code that comes with the checkpoint")
-
-
-def _add_data_flags(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--languages", nargs="+", required=True, help="MIRACL languages, such as ko fa hi")
-    add("--split", choices=["train", "dev", "testA", "testB"], default="dev", help="queries; the corpus has no splits")
-    add("--data_dir", help="folder in the hub's layout (miracl-corpus-v1.0-ko/…); asked before the hub")
-    add("--index_save_dir", default="./corpus-index", help="indexes go to {this}/{encoder}/{lang}")
+def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
+    """The command line of step 2."""
+    what = "Score the runs of step 1 against the judgments of MIRACL languages; compare models."
+    arguments: ScoreArguments = parse([ScoreArguments], argv, what)[0]
+    return arguments

@@ -1,6 +1,6 @@
-"""Is a difference between two systems more than luck of the queries? Paired tests over the same queries.
+"""Paired significance tests of two systems over the same queries.
 
-One number a query (its difference) comes in one array a language; the statistic is the mean over languages of the
+One number per query (its difference) comes in one array per language; the statistic is the mean over languages of the
 languages' means, which for one language is the plain mean.
 
 - Randomisation test (Fisher; for retrieval: Smucker, Allan, Carterette 2007): under the null hypothesis the two
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from FlagEmbedding.evaluation.arguments import RESAMPLES as RESAMPLES
 from FlagEmbedding.utils.errors import UsageError
 
-RESAMPLES = 10_000
 _BATCH_NUMBERS = 2_000_000  # random numbers held at a time
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from FlagEmbedding.collections.corpus import passage_text, stream, survey
+from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
 from FlagEmbedding.retrieval.approximate import index_paths
 from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index
@@ -35,35 +36,20 @@ WORK = "shards"
 _REPORT_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class EncodingConfig:
-    """What decides a corpus's vectors beside the encoder, and how a run treats what is there."""
-
-    max_length: int = 512
-    batch_size: int = 256
-    with_title: bool = False
-    instruction: str | None = None
-    shard_size: int = 2048
-    allow_empty: bool = False
-    overwrite: bool = False
-
-
-def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang: str, config: EncodingConfig) -> bool:
+def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang: str, config: IndexArguments) -> bool:
     """Embed the corpus ``files`` into the index ``folder``; False when it was there already.
 
     Call it from every process. Raises ``UsageError`` when what is on disk was made by other arguments, ``DataError``
     for a corpus, a shard or a disk that cannot be used; finished shards stay and the same command goes on.
     """
-    if config.shard_size < 1:
-        raise UsageError(f"--shard_size {config.shard_size}: give 1 or more")
-    max_length = encoder.max_length(config.max_length)
+    max_length = encoder.max_length(config.max_passage_length)
     identity = {
         "language": lang,
         **encoder.describe(),
         "max_passage_length": max_length,
         "with_title": config.with_title,
-        "passage_instruction": config.instruction,
-        "slab_tokens": encoder.slab_tokens(config.batch_size, max_length),
+        "passage_instruction": config.passage_instruction_for_retrieval,
+        "slab_tokens": encoder.slab_tokens(encoder.options.batch_size, max_length),
         "shard_size": config.shard_size,
     }
     if not on_main(lambda: _prepare(files, folder, identity, config)):
@@ -83,7 +69,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], config: EncodingConfig) -> bool:
+def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], config: IndexArguments) -> bool:
     """Decide what there is to do and open the working folder (main process); False: nothing to do."""
     identity = {**identity, "corpus": fingerprints(files)}
     work, lang = folder / WORK, identity["language"]
@@ -96,7 +82,7 @@ def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], conf
             logger.warning("%s: %s is there, made by another program and taken as it is", lang, folder)
         else:
             check_manifest(manifest, identity, folder / MANIFEST)
-            logger.info("%s: %s is there already (--overwrite True encodes anew)", lang, folder)
+            logger.info("%s: %s is there already (--overwrite True encodes again)", lang, folder)
             shutil.rmtree(work, ignore_errors=True)  # a kill may have left some of it
         return False
     rule = "title and text (with_title)" if config.with_title else "text alone, as published"
@@ -134,7 +120,7 @@ def _check_room(store: ShardStore, folder: Path) -> None:
 
 
 def _encode_missing(
-    encoder: TextEncoder, files: Sequence[Path], store: ShardStore, lang: str, config: EncodingConfig, max_length: int
+    encoder: TextEncoder, files: Sequence[Path], store: ShardStore, lang: str, config: IndexArguments, max_length: int
 ) -> None:
     missing = [shard for shard in range(len(store)) if shard not in store.finished()]
     mine = missing[rank() :: world_size()]
@@ -143,14 +129,14 @@ def _encode_missing(
     passages = store.manifest["passages"]
 
     def windows() -> Iterator[tuple[list[str], tuple[int, list[str]]]]:
-        prefix = config.instruction or ""
+        prefix = config.passage_instruction_for_retrieval or ""
         for shard, found in zip(mine, stream(files, passages, [store.span(i) for i in mine]), strict=True):
             texts = [prefix + passage_text(passage, config.with_title) for passage in found]
             yield texts, (shard, [passage.docid for passage in found])
 
     progress = _Progress(store, lang)
     with BackgroundWriter(store.write) as write:
-        for found, (shard, docids) in encoder.encode(windows(), max_length, DENSE, config.batch_size):
+        for found, (shard, docids) in encoder.encode(windows(), max_length, DENSE, encoder.options.batch_size):
             assert found.dense is not None
             vectors = found.dense.float().cpu().numpy()
             _check_finite(vectors, docids)
@@ -166,7 +152,7 @@ def _check_finite(vectors: np.ndarray, docids: list[str]) -> None:
         )
 
 
-def _finish(store: ShardStore, folder: Path, lang: str, config: EncodingConfig, seconds: float) -> None:
+def _finish(store: ShardStore, folder: Path, lang: str, config: IndexArguments, seconds: float) -> None:
     """Join the shards (main process) and drop the working folder."""
     for path in index_paths(folder):
         path.unlink()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from FlagEmbedding.modeling.options import EngineName, FfnPart
+from FlagEmbedding.modeling.options import EngineName as EngineName
+from FlagEmbedding.modeling.options import FfnPart as FfnPart
 from FlagEmbedding.utils.cli import choice, internal, option, switch
 from FlagEmbedding.utils.errors import UsageError
 

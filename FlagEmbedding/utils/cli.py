@@ -163,6 +163,11 @@ def parse_whole(kind: type[Whole], argv: Sequence[str] | None, description: str,
     return kind(*parse([hints[field.name] for field in fields(cast(Any, kind))], argv, description, epilog))
 
 
+def flag_values(*groups: Any) -> dict[str, Any]:
+    """The values of all fields that flags set, flat, for a record of what a command was told."""
+    return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.metadata.get("cmd", True)}
+
+
 def add_bool_flag(
     parser: argparse._ActionsContainer, *names: str, default: bool = False, help: str = "", dest: str | None = None
 ) -> None:

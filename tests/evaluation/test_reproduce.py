@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.evaluation.arguments import parse_encode_arguments, parse_search_arguments
+from FlagEmbedding.evaluation.arguments import parse_embed_options, parse_score_arguments, parse_search_options
 from FlagEmbedding.evaluation.metrics import parse_measures
 from FlagEmbedding.evaluation.reproduce import build_options, parse_reproduce_arguments, reproduce
 from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
 from FlagEmbedding.evaluation.reproduce_report import _duration, spread
 from FlagEmbedding.evaluation.reproduce_run import gpu_memory_mb, last_words, run_command
-from FlagEmbedding.evaluation.scoring import parse_score_arguments
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.utils.cli import entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
@@ -99,8 +98,8 @@ def test_every_command_is_one_that_a_user_could_type(
     assert len(commands) == 2 * 3 + 5 * 2 * 2 * 4
     assert not list(tmp_path.iterdir())
     parsers = {
-        "run.py": parse_arguments, "step0-generate_embedding.py": parse_encode_arguments,
-        "step1-search_results.py": parse_search_arguments, "step2-eval_dense_mldr.py": parse_score_arguments,
+        "run.py": parse_arguments, "step0-generate_embedding.py": parse_embed_options,
+        "step1-search_results.py": parse_search_options, "step2-eval_dense_mldr.py": parse_score_arguments,
     }  # fmt: skip
     seen = set()
     for command in commands:
@@ -112,7 +111,7 @@ def test_every_command_is_one_that_a_user_could_type(
             assert parsed.data.query_instruction_for_retrieval == "-q: "
             assert Path(parsed.data.train_data[0]).is_file()
         elif name == "step1-search_results.py":
-            assert parsed.query_instruction_for_retrieval == "-q: "
+            assert parsed.search.query_instruction_for_retrieval == "-q: "
     assert seen == set(parsers)
 
 

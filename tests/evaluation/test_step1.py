@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from FlagEmbedding.evaluation.arguments import BGE_INSTRUCTION, parse_search_arguments, query_instruction
-from FlagEmbedding.evaluation.steps import generate_embedding, search_results
+from FlagEmbedding.evaluation.arguments import BGE_INSTRUCTION, parse_search_options
+from FlagEmbedding.evaluation.commands import generate_embedding, search_results
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.utils.errors import DataError, UsageError
 from tests.evaluation.conftest import QUERIES
@@ -104,13 +104,13 @@ def test_an_instruction_changes_the_queries(
 
 def test_flags_of_the_instruction() -> None:
     base = ["--encoder", "m", "--languages", "ko"]
-    assert query_instruction(parse_search_arguments(base)) is None
-    assert query_instruction(parse_search_arguments([*base, "--add_instruction", "False"])) is None
-    assert query_instruction(parse_search_arguments([*base, "--add_instruction", "True"])) == BGE_INSTRUCTION
+    assert parse_search_options(base).search.query_instruction is None
+    assert parse_search_options([*base, "--add_instruction", "False"]).search.query_instruction is None
+    assert parse_search_options([*base, "--add_instruction", "True"]).search.query_instruction == BGE_INSTRUCTION
     text = ["--query_instruction_for_retrieval", "query: "]
-    assert query_instruction(parse_search_arguments([*base, *text])) == "query: "
+    assert parse_search_options([*base, *text]).search.query_instruction == "query: "
     with pytest.raises(UsageError, match="contradict"):
-        query_instruction(parse_search_arguments([*base, *text, "--add_instruction", "False"]))
+        parse_search_options([*base, *text, "--add_instruction", "False"])
 
 
 @pytest.mark.parametrize("index_type", ["HNSW8", "SQ8", "IVF4,Flat"])
@@ -165,8 +165,9 @@ def test_what_is_missing_is_said_before_any_work(
 
 
 def test_the_published_command_parses() -> None:
-    found = parse_search_arguments(PUBLISHED.split())
-    assert found.languages == ["ko", "fa", "hi"]
+    options = parse_search_options(PUBLISHED.split())
+    found = options.search
+    assert options.collection.languages == ["ko", "fa", "hi"]
     assert (found.threads, found.hits, found.add_instruction) == (4, 20, False)
-    defaults = parse_search_arguments(["--encoder", "m", "--languages", "ko"])
+    defaults = parse_search_options(["--encoder", "m", "--languages", "ko"]).search
     assert (defaults.threads, defaults.hits, defaults.result_save_dir) == (1, 1000, "./search_results")

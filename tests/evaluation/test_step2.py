@@ -13,7 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from FlagEmbedding.evaluation.scoring import eval_dense
+from FlagEmbedding.evaluation.commands import eval_dense
 from FlagEmbedding.utils.cli import entry_point
 
 REPOSITORY = Path(__file__).resolve().parents[2]

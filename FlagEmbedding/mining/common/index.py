@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.indexing.encoding import WORK, EncodingConfig, build_index
+from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.encoding import WORK, build_index
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
@@ -79,7 +80,7 @@ def open_retriever(
     if (folder / INDEX).is_file() and (folder / DOCID).is_file() and not (folder / WORK).is_dir():
         logger.info("%s: using the index that is there", folder)
     else:
-        config = EncodingConfig(length, options.batch_size, with_title, instruction)
+        config = IndexArguments(length, with_title, instruction)
         build_index(encoder, corpus.files, folder, corpus.label, config)
     index = FlatIndex(folder)
     check_index(index, encoder, store)

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.indexing.encoding import EncodingConfig, build_index
+from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.encoding import build_index
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
@@ -108,8 +109,10 @@ def refresh_negatives(
     # The passages are the same at every refresh of a run.
     shared = folder.parent / CORPUS
     files = on_main(lambda: _corpus(train_files, settings, shared))
-    config = EncodingConfig(
-        max_length=settings.passage_length, instruction=settings.passage_instruction, overwrite=True
+    config = IndexArguments(
+        max_passage_length=settings.passage_length,
+        passage_instruction_for_retrieval=settings.passage_instruction,
+        overwrite=True,
     )
     build_index(encoder, files, folder / "index", "refresh", config)
     return on_main(lambda: _mine(encoder, files, train_files, folder, settings, identity))

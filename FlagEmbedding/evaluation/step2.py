@@ -8,19 +8,18 @@ which model, index and title rule it came from; a run without one is scored all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import corpus, miracl
 from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run, read_topics
+from FlagEmbedding.evaluation.arguments import ScoreArguments
 from FlagEmbedding.evaluation.compare import AVERAGE, LanguageScores, System, compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
 from FlagEmbedding.evaluation.run_record import check_record, read_record, run_origin, warn_of_different_conditions
-from FlagEmbedding.evaluation.significance import RESAMPLES
 from FlagEmbedding.retrieval.index import index_name
-from FlagEmbedding.utils.cli import Parser, add_bool_flag
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -29,60 +28,18 @@ from FlagEmbedding.utils.provenance import provenance
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ScoreArguments:
-    """step2-eval_dense_mldr.py."""
+def score_models(arguments: ScoreArguments) -> None:
+    """Result files and tables of every model, and with ``--compare`` their comparison.
 
-    encoder: list[str]
-    languages: list[str]
-    split: str
-    search_result_save_dir: str
-    qrels_dir: str
-    data_dir: str | None
-    index_save_dir: str | None
-    eval_result_save_dir: str
-    metrics: list[str]
-    pooling_method: str | None
-    normalize_embeddings: bool | None
-    moe: str | None
-    compare: bool
-    compare_save_dir: str | None
-    resamples: int
-    seed: int
-    cache_dir: str | None
-
-
-def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
-    """The command line of step 2."""
-    parser = Parser("Score the runs of step 1 against the judgements of MIRACL languages; compare models.")
-    add = parser.add_argument
-    add("--encoder", nargs="+", required=True, help="model(s) as in step 1; --compare takes the first as the baseline")
-    add("--languages", nargs="+", required=True, help="MIRACL languages, such as ko fa hi")
-    add("--split", choices=["train", "dev", "testA", "testB"], default="dev", help="which judgements")
-    add("--search_result_save_dir", default="./search_results", help="runs are {this}/{encoder}/{lang}.txt")
-    add("--qrels_dir", default="../qrels", help="folder (or, for one language, the file) of the judgements")
-    add("--data_dir", help="folder in the hub's layout; also gives comparisons the texts of queries and passages")
-    add("--index_save_dir", help="of step 0: says where a run came from that has no record of step 1 beside it")
-    add("--eval_result_save_dir", default="./eval_results", help="results go to {this}/{encoder}.json and .md")
-    add("--metrics", nargs="+", default=["ndcg@10"], help="ndcg@k recall@k mrr@k map@k p@k")
-    add("--pooling_method", choices=["cls", "mean"], help="recorded; must agree with the run")
-    add_bool_flag(parser, "--normalize_embeddings", default=None, help="recorded; must agree with the run")  # type: ignore[arg-type]
-    add("--moe", choices=["intermediate", "output"], help="accepted from older scripts; nothing depends on it here")
-    add_bool_flag(parser, "--compare", help="test the encoders against each other (two or more)")
-    add("--compare_save_dir", help="default: {eval_result_save_dir}/{first}_vs_{others}")
-    add("--resamples", type=int, default=RESAMPLES, help="of the randomisation test and of the bootstrap")
-    add("--seed", type=int, default=0, help="of the same")
-    add("--cache_dir", help="where the hub's files are kept")
-    return parser.parse(ScoreArguments, argv)  # type: ignore[no-any-return]
-
-
-def eval_dense(argv: Sequence[str] | None = None) -> int:
-    """Step 2."""
-    arguments = parse_score_arguments(argv)
+    Raises:
+        UserError: a run, qrels or measure that cannot be used; nothing has been written then.
+    """
     languages = miracl.check_languages(arguments.languages)
     measures = parse_measures(arguments.metrics)
     names = [index_name(encoder) for encoder in arguments.encoder]
-    _check(arguments, names)
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--encoder: two models are called {name!r} and would share their runs; rename one")
     qrels = {lang: read_qrels(qrels_path(arguments, lang, len(languages) == 1)) for lang in languages}
     systems, records = [], []
     for name in names:
@@ -103,17 +60,6 @@ def eval_dense(argv: Sequence[str] | None = None) -> int:
             for name, record in zip(names, records, strict=True)
         }
         print(write_comparison(folder, systems, measures, comparisons, texts, {"runs": runs, **origin}))
-    return 0
-
-
-def _check(arguments: ScoreArguments, names: list[str]) -> None:
-    if arguments.compare and len(names) < 2:
-        raise UsageError("--compare needs two or more models: --encoder base tuned --compare")
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--encoder: two models are called {name!r} and would share their runs; rename one")
-    if arguments.resamples < 100:
-        raise UsageError(f"--resamples {arguments.resamples}: give 100 or more")
 
 
 def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Path:

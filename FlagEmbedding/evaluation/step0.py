@@ -1,0 +1,31 @@
+"""Step 0: the passages of MIRACL languages into an index on disk."""
+
+from __future__ import annotations
+
+from FlagEmbedding.collections import miracl
+from FlagEmbedding.evaluation.arguments import EmbedOptions
+from FlagEmbedding.indexing.encoding import build_index
+from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.retrieval.index import index_folder
+from FlagEmbedding.utils.processes import on_main, processes
+
+
+def embed_collections(options: EmbedOptions) -> None:
+    """An index of every language's corpus, shared out over the processes that torchrun started.
+
+    Raises:
+        UserError: options, corpus, shard or disk that cannot be used.
+    """
+    collection = options.collection
+    languages = miracl.check_languages(collection.languages)
+    with processes():
+        # The main process fetches what is not on disk; the others then find it there.
+        files = on_main(
+            lambda: {
+                lang: miracl.corpus_files(lang, collection.data_dir, options.encoder.cache_dir) for lang in languages
+            }
+        )
+        encoder = TextEncoder(options.encoder)
+        for lang in languages:
+            folder = index_folder(collection.index_save_dir, options.encoder.encoder, lang)
+            build_index(encoder, files[lang], folder, lang, options.index)

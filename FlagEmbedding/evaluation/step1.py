@@ -1,0 +1,108 @@
+"""Step 1: the queries of MIRACL languages against their indexes, as TREC run files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.trec import read_topics, write_run
+from FlagEmbedding.evaluation.arguments import SearchArguments, SearchOptions
+from FlagEmbedding.indexing.retriever import Retriever
+from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.retrieval.approximate import SearchEffort, recall, search_approximate
+from FlagEmbedding.retrieval.index import FlatIndex, index_folder, index_name
+from FlagEmbedding.retrieval.searcher import Hit
+from FlagEmbedding.retrieval.shards import clear_disk_errors
+from FlagEmbedding.utils.cli import flag_values
+from FlagEmbedding.utils.distributed import world_size
+from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.io import write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.provenance import provenance
+
+logger = get_logger(__name__)
+
+
+def search_collections(options: SearchOptions) -> None:
+    """A run file of every language's queries, and a record of where it came from beside it.
+
+    Raises:
+        UserError: options, an index or topics that cannot be used; known before the first query is encoded.
+    """
+    if world_size() > 1:
+        raise UsageError("step 1 runs in one process (--threads shares out the work); start it without torchrun")
+    name, place, chosen = options.encoder.encoder, options.collection, options.search
+    languages = miracl.check_languages(place.languages)
+    indexes = {lang: FlatIndex(index_folder(place.index_save_dir, name, lang)) for lang in languages}
+    topics = {
+        lang: read_topics(miracl.topics_file(lang, place.split, place.data_dir, options.encoder.cache_dir))
+        for lang in languages
+    }
+    encoder = TextEncoder(options.encoder)
+    for index in indexes.values():
+        index.check_encoder(encoder.describe(), "give step 1 the flags of step 0, or run step 0 with --overwrite True")
+    for lang in languages:
+        path = Path(chosen.result_save_dir) / index_name(name) / f"{lang}.txt"
+        if path.exists() and not chosen.overwrite:
+            logger.info("%s: %s is there already and kept (--overwrite False)", lang, path)
+            continue
+        retriever = Retriever(
+            encoder,
+            indexes[lang],
+            query_length=chosen.max_query_length,
+            query_instruction=chosen.query_instruction,
+            threads=chosen.threads,
+        )
+        hits = _search_language(retriever, lang, list(topics[lang].values()), chosen)
+        with clear_disk_errors(f"writing {path}"):
+            path.with_suffix(".json").unlink(missing_ok=True)  # never a new run beside an old record
+            write_run(path, _lines(topics[lang], hits))
+            write_json_atomic(path.with_suffix(".json"), _record(options, retriever, len(hits)))
+        logger.info("%s: %d queries, %d hits each at most: %s", lang, len(hits), chosen.hits, path)
+
+
+def _search_language(
+    retriever: Retriever, lang: str, queries: Sequence[str], chosen: SearchArguments
+) -> list[list[Hit]]:
+    vectors = retriever.embed_queries(queries)
+    started = time.perf_counter()
+    exact = retriever.search(vectors, chosen.hits)
+    exact_seconds = time.perf_counter() - started
+    if chosen.index_type.lower() == "flat":
+        logger.info("%s: exact search of %d vectors took %.2f s", lang, retriever.index.rows, exact_seconds)
+        return exact
+    effort = SearchEffort(chosen.n_probe, chosen.ef_search)
+    found, seconds = search_approximate(
+        retriever.index, vectors, chosen.hits, chosen.index_type, threads=chosen.threads, effort=effort
+    )
+    logger.info(
+        "%s: %s finds %.2f %% of the exact top %d in %.3f s (exact: %.3f s)",
+        lang,
+        chosen.index_type,
+        100 * recall(found, exact),
+        chosen.hits,
+        seconds,
+        exact_seconds,
+    )
+    return found
+
+
+def _lines(qids: Iterable[str], hits: Iterable[Sequence[Hit]]) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    for qid, found in zip(qids, hits, strict=True):
+        yield qid, [(hit.docid, hit.score) for hit in found]
+
+
+def _record(options: SearchOptions, retriever: Retriever, queries: int) -> dict[str, Any]:
+    """What the run came from, beside it."""
+    index = retriever.index
+    return {
+        "arguments": flag_values(options.encoder, options.collection, options.search),
+        "queries": queries,
+        "query_instruction": retriever.query_instruction,
+        "encoder": retriever.encoder.describe(),
+        "index": {"folder": str(index.folder), "rows": index.rows, **(index.manifest or {}).get("identity", {})},
+        "provenance": provenance(),
+    }
