@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from FlagEmbedding.evaluation.metrics import parse_measures
-from FlagEmbedding.evaluation.reproduce_plan import Cell, Options, Row, Table, cells
-from FlagEmbedding.evaluation.reproduce_report import collect, compare_rows, write_table
+from paper_table.plan import Cell, Options, Row, Table, cells
+from paper_table.report import collect, compare_rows, write_table
 
 MEASURES = parse_measures(["ndcg@5", "recall@5"])
 ROWS = [

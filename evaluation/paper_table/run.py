@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.evaluation import measured
-from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
+from paper_table import measured
+from paper_table.plan import STAGES, Cell, Options
 
-logger = get_logger(__name__)
+logger = get_logger(f"FlagEmbedding.{__name__}")
 _GPU_SECONDS = 1.0
 
 

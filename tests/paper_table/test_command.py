@@ -16,13 +16,13 @@ import pytest
 
 from FlagEmbedding.evaluation.arguments import parse_embed_options, parse_score_arguments, parse_search_options
 from FlagEmbedding.evaluation.metrics import parse_measures
-from FlagEmbedding.evaluation.reproduce import build_options, parse_reproduce_arguments, reproduce
-from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
-from FlagEmbedding.evaluation.reproduce_report import _duration, spread
-from FlagEmbedding.evaluation.reproduce_run import gpu_memory_mb, last_words, run_command
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.utils.cli import entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
+from paper_table.command import build_options, parse_reproduce_arguments, reproduce
+from paper_table.plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
+from paper_table.report import _duration, spread
+from paper_table.run import gpu_memory_mb, last_words, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TABLE = REPOSITORY / "configs" / "paper" / "table.yaml"
@@ -174,10 +174,10 @@ def test_time_memory_and_last_words_of_a_command(tmp_path: Path) -> None:
 def test_a_command_does_not_outlive_its_caller(tmp_path: Path) -> None:
     code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(120)"
     caller = (
-        "import sys; from pathlib import Path; from FlagEmbedding.evaluation.reproduce_run import run_command; "
+        "import sys; from pathlib import Path; from paper_table.run import run_command; "
         f"run_command([sys.executable, '-c', {code!r}], Path('log'), 'x')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "evaluation")])}
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         (tmp_path / "pid").unlink(missing_ok=True)
         with subprocess.Popen([sys.executable, "-c", caller], cwd=tmp_path, env=environment) as process:
@@ -247,7 +247,7 @@ def test_a_small_real_table_and_going_on_with_it(
     def run(*words: str) -> tuple[int, list[str]]:
         caplog.clear()
         code = entry_point(reproduce)(REPOSITORY, [*places, *SMALL, *words])
-        lines = [record.getMessage() for record in caplog.records if "reproduce_run" in record.name]
+        lines = [record.getMessage() for record in caplog.records if "paper_table.run" in record.name]
         return code, [line.split("] ", 1)[1] for line in lines]
 
     # Fails where a user's run may fail, half-way through a chain. What was done stays.

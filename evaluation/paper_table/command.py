@@ -2,7 +2,7 @@
 
     python evaluation/reproduce_table.py --base_model BAAI/bge-m3 --languages ko fa hi --train_dir DIR --seeds 42 43 44
 
-``--train_dir`` holds {lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl; corpus, queries and judgements
+``--train_dir`` holds {lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl; corpus, queries and judgments
 come from ``--data_dir`` or the hub. Recipes are configs/paper/*.yaml; flags here override them for every row. Started
 again, it goes on where it was.
 """
@@ -14,112 +14,106 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from FlagEmbedding.collections import miracl
 from FlagEmbedding.collections.trec import find_qrels
+from FlagEmbedding.evaluation.arguments import RESAMPLES
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
-from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
-from FlagEmbedding.evaluation.reproduce_report import write_table
-from FlagEmbedding.evaluation.reproduce_run import run_cell
-from FlagEmbedding.evaluation.significance import RESAMPLES
-from FlagEmbedding.utils.cli import Parser, add_bool_flag
+from FlagEmbedding.inference.arguments import Pooling
+from FlagEmbedding.utils.cli import choice, option, parse, switch
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import fingerprints as corpus_fingerprints
 from FlagEmbedding.utils.identity import model_fingerprint
 from FlagEmbedding.utils.io import sha256_file
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import provenance
+from paper_table.plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
+from paper_table.report import write_table
+from paper_table.run import run_cell
 
-logger = get_logger(__name__)
+logger = get_logger(f"FlagEmbedding.{__name__}")
 
-# Flags of run.py that are given here under the same name, for every row.
-_TRAIN_FLAGS: dict[str, type] = {
-    "learning_rate": float, "max_steps": int, "num_train_epochs": float, "per_device_train_batch_size": int,
-    "gradient_accumulation_steps": int, "train_group_size": int, "temperature": float, "query_max_len": int,
-    "passage_max_len": int, "warmup_ratio": float,
-}  # fmt: skip
+
+JudgedSplit = Literal["train", "dev"]
 
 
 @dataclass(frozen=True)
 class ReproduceArguments:
-    """reproduce_table.py, without the flags handed on to run.py."""
+    """The table."""
 
-    base_model: str
-    languages: list[str]
-    train_dir: list[str]
-    data_dir: str | None
-    qrels_dir: str | None
-    split: str
-    output_dir: str
-    seeds: list[int]
-    rows: list[str] | None
-    table: str | None
-    metrics: list[str]
-    pooling_method: str
-    query_instruction_for_retrieval: str | None
-    passage_instruction_for_retrieval: str | None
-    fp16: bool
-    max_query_length: int
-    max_passage_length: int
-    batch_size: int
-    hits: int
-    threads: int
-    with_title: bool
-    train_args: str
-    train_launcher: str | None
-    keep_indexes: bool
-    dry_run: bool
-    resamples: int
+    base_model: str = option(help="hub id or folder of the model that is the baseline and is trained")
+    languages: list[str] = option(help="MIRACL languages, such as ko fa hi")
+    train_dir: list[str] = option(
+        help="folder(s) that hold {lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl"
+    )
+    data_dir: str | None = option(None, "corpus, queries and judgments in the hub's layout; otherwise the hub")
+    qrels_dir: str | None = option(None, "judgments, when they are elsewhere")
+    split: JudgedSplit = choice(JudgedSplit, "dev", "queries and judgments")
+    output_dir: str = option("./reproduced", "models, runs, scores, records, logs and the table")
+    seeds: list[int] = option([42], "each row is trained once per seed")
+    rows: list[str] = option([], "some of the rows, such as baseline ance-clp")
+    table: str | None = option(None, "rows and recipes; default: configs/paper/table.yaml")
+    metrics: list[str] = option(["ndcg@5", "ndcg@10", "recall@20"], "the first one is tested")
+    pooling_method: Pooling = choice(Pooling, "cls", "in training and evaluation")
+    query_instruction_for_retrieval: str | None = option(
+        None, "text before queries, in training and evaluation", metavar="TEXT"
+    )
+    passage_instruction_for_retrieval: str | None = option(None, "text before passages, likewise", metavar="TEXT")
+    fp16: bool = switch(True, "as published; False: fp32 in training and evaluation")
+    max_query_length: int = option(512, "step 1: tokens per query")
+    max_passage_length: int = option(8192, "step 0: tokens per passage")
+    batch_size: int = option(4, "step 0 and 1: texts of full length at a time")
+    hits: int = option(100, "step 1: passages per query")
+    threads: int = option(4, "step 1: threads of the search")
+    with_title: bool = switch(False, "step 0: embed title and text; published: text alone")
+    train_args: str = option("", "more words for run.py, in one string", metavar="WORDS")
+    train_launcher: str | None = option(
+        None, "instead of python, such as 'torchrun --nproc_per_node 4'", metavar="WORDS"
+    )
+    keep_indexes: bool = switch(False, "keep every index; default: delete each once it was searched")
+    dry_run: bool = switch(False, "print the commands and stop")
+    resamples: int = option(RESAMPLES, "of the randomization test")
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise UsageError(f"--seeds {' '.join(map(str, self.seeds))}: each seed once")
+
+
+@dataclass(frozen=True)
+class TrainOverrides:
+    """Training: in place of what the recipes say."""
+
+    learning_rate: float | None = option(None, "overrides the recipes")
+    max_steps: int | None = option(None, "likewise")
+    num_train_epochs: float | None = option(None, "likewise")
+    per_device_train_batch_size: int | None = option(None, "likewise")
+    gradient_accumulation_steps: int | None = option(None, "likewise")
+    train_group_size: int | None = option(None, "likewise")
+    temperature: float | None = option(None, "likewise")
+    query_max_len: int | None = option(None, "likewise")
+    passage_max_len: int | None = option(None, "likewise")
+    warmup_ratio: float | None = option(None, "likewise")
+
+    def given(self) -> dict[str, Any]:
+        """Those that the command line names."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def parse_reproduce_arguments(argv: Sequence[str] | None) -> tuple[ReproduceArguments, dict[str, Any]]:
     """The command line, and what of it overrides the recipes."""
-    parser = Parser("Train, embed, search and score every row of the paper's table.")
-    add = parser.add_argument
-    add("--base_model", required=True, help="hub id or folder of the model that is the baseline and is trained")
-    add("--languages", nargs="+", required=True, help="MIRACL languages, such as ko fa hi")
-    files = "{lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl"
-    add("--train_dir", nargs="+", required=True, help=f"folder(s) that hold {files}")
-    add("--data_dir", help="corpus, queries and judgements in the hub's layout; otherwise the hub")
-    add("--qrels_dir", help="judgements, when they are elsewhere")
-    add("--split", choices=["train", "dev"], default="dev", help="queries and judgements")
-    add("--output_dir", default="./reproduced", help="models, runs, scores, records, logs and the table")
-    add("--seeds", nargs="+", type=int, default=[42], help="each row is trained once a seed")
-    add("--rows", nargs="+", help="some of the rows, such as baseline ance-clp")
-    add("--table", help="rows and recipes; default: configs/paper/table.yaml")
-    add("--metrics", nargs="+", default=["ndcg@5", "ndcg@10", "recall@20"], help="the first one is tested")
-    add("--pooling_method", choices=["cls", "mean"], default="cls", help="in training and evaluation")
-    add("--query_instruction_for_retrieval", metavar="TEXT", help="text before queries, in training and evaluation")
-    add("--passage_instruction_for_retrieval", metavar="TEXT", help="text before passages, likewise")
-    add_bool_flag(parser, "--fp16", default=True, help="as published; False: fp32 in training and evaluation")
-    add("--max_query_length", type=int, default=512, help="step 1: tokens of a query")
-    add("--max_passage_length", type=int, default=8192, help="step 0: tokens of a passage")
-    add("--batch_size", type=int, default=4, help="step 0 and 1: texts of full length at a time")
-    add("--hits", type=int, default=100, help="step 1: passages a query")
-    add("--threads", type=int, default=4, help="step 1: threads of the search")
-    add_bool_flag(parser, "--with_title", help="step 0: embed title and text; published: text alone")
-    for name, kind in _TRAIN_FLAGS.items():
-        add(f"--{name}", type=kind, help="overrides the recipes" if name == "learning_rate" else "likewise")
-    add("--train_args", default="", metavar="WORDS", help="more words for run.py, in one string")
-    add("--train_launcher", metavar="WORDS", help="instead of python, such as 'torchrun --nproc_per_node 4'")
-    add_bool_flag(parser, "--keep_indexes", help="keep every index; default: delete each once it was searched")
-    add_bool_flag(parser, "--dry_run", help="print the commands and stop")
-    add("--resamples", type=int, default=RESAMPLES, help="of the randomisation test")
-    found = vars(parser.parse_args(argv))
-    overrides = {name: found.pop(name) for name in _TRAIN_FLAGS}
-    return ReproduceArguments(**found), {name: value for name, value in overrides.items() if value is not None}
+    what = "Train, embed, search and score every row of the paper's table."
+    arguments, overrides = parse([ReproduceArguments, TrainOverrides], argv, what)
+    return arguments, overrides.given()
 
 
 def reproduce(root: Path, argv: Sequence[str] | None = None) -> int:
     """``evaluation/reproduce_table.py``; ``root`` is the checkout with run.py and evaluation/."""
     arguments, overrides = parse_reproduce_arguments(argv)
     languages = miracl.check_languages(arguments.languages)
-    if len(set(arguments.seeds)) != len(arguments.seeds):
-        raise UsageError(f"--seeds {' '.join(map(str, arguments.seeds))}: each seed once")
     measures = parse_measures(arguments.metrics)
     table = read_table(Path(arguments.table) if arguments.table else root / "configs" / "paper" / "table.yaml")
-    rows = choose_rows(table, arguments.rows)
+    rows = choose_rows(table, arguments.rows or None)
     options = build_options(root, arguments, overrides, measures)
     todo = list(cells(rows, languages, arguments.seeds))
     if arguments.dry_run:
@@ -196,11 +190,11 @@ class _Files:
         self._known: dict[Any, Any] = {}
 
     def qrels(self, lang: str) -> Path:
-        """A language's judgements; ``DataError`` where there are none."""
+        """A language's judgments; ``DataError`` where there are none."""
         place = self.qrels_dir or self.options.data_dir
         found = find_qrels(place, lang, self.options.split, only_language=False) if place else None
         if self.qrels_dir and found is None:
-            raise DataError(f"--qrels_dir {self.qrels_dir}: no judgements of {lang} for {self.options.split} in it")
+            raise DataError(f"--qrels_dir {self.qrels_dir}: no judgments of {lang} for {self.options.split} in it")
         return found or miracl.qrels_file(lang, self.options.split, self.options.data_dir)
 
     def fingerprints(self, cell: Cell) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from typing import Any
 from FlagEmbedding.collections.trec import read_qrels, read_run
 from FlagEmbedding.evaluation.compare import AVERAGE, Comparison, LanguageScores, System, compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, mean
-from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, Row, Table
-from FlagEmbedding.evaluation.reproduce_plot import plot_table
 from FlagEmbedding.evaluation.tables import markdown_table, p_text, signed_points
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from paper_table.plan import STAGES, Cell, Options, Row, Table
+from paper_table.plot import plot_table
 
 
 @dataclass(frozen=True)
