@@ -59,7 +59,7 @@ def stored_experts(config: PreTrainedConfig, source: PathLike) -> MoEConfig | No
     try:
         return MoEConfig(moe=config.moe, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     except UsageError as error:
-        raise DataError(f"{source}/config.json: {error}") from error
+        raise DataError(f"{source}/config.json: {str(error).removeprefix('--')}") from error
 
 
 def load_backbone(

@@ -66,8 +66,8 @@ CASES = {
     "query_instruction_for_retrieval": Case("--query_instruction_for_retrieval 'find: '", only=("drawn", "tokens")),
     "passage_instruction_for_retrieval": Case("--passage_instruction_for_retrieval 'text: '", only=("drawn", "tokens")),
     "same_task_within_batch": Case("--same_task_within_batch True", only=("batches",)),
-    "shuffle_ratio": Case("--shuffle_ratio 1.0", only=ROWS),
-    "small_threshold": Case("--small_threshold 15", given="--same_task_within_batch True", only=("batches",)),
+    "shuffle_ratio": Case("--shuffle_ratio 1.0", given="--train_data {long}", only=ROWS),
+    "small_threshold": Case("--small_threshold 20", given="--same_task_within_batch True", only=("batches",)),
     "drop_threshold": Case(
         "--drop_threshold 30", given="--same_task_within_batch True --small_threshold 11", only=("batches",)
     ),
@@ -126,7 +126,7 @@ TRAINING = {
     "data_seed": Case("--data_seed 5", only=("drawn", "batches")),
     "per_device_train_batch_size": Case("--per_device_train_batch_size 3", only=("batches",)),
     "dataloader_drop_last": Case(
-        "--dataloader_drop_last True", given="--per_device_train_batch_size 5", only=("batches",)
+        "--dataloader_drop_last True", given="--per_device_train_batch_size 6", only=("batches",)
     ),
     "dataloader_num_workers": Case("--dataloader_num_workers 1", only=("loader",)),
     "dataloader_prefetch_factor": Case(
@@ -161,6 +161,8 @@ def places(
     found["other_rows"] = write_rows(base / "others/a.jsonl", rows(16)[::-1]).parent
     scored = [{**row, "pos_scores": [3.0], "neg_scores": [0.0, 2.0, 1.0, 0.5]} for row in rows(16)]
     found["scored"] = write_rows(base / "scored/a.jsonl", scored).parent
+    long = [{**row, "pos": [3 * row["pos"][0]], "neg": [3 * text for text in row["neg"]]} for row in rows(16)]
+    found["long"] = write_rows(base / "long/a.jsonl", long).parent
     found["by_length"] = write_rows(base / "split/x_len-0-500.jsonl", rows(16)).parent
     found["corpus"] = base / "corpus.jsonl"
     found["corpus"].write_text(json.dumps({"docid": "1", "text": "Alone."}) + "\n")
@@ -218,7 +220,7 @@ def observe(
         optimizer.zero_grad()
     refreshers = [c for c in trainer.callback_handler.callbacks if isinstance(c, RefreshNegatives)]
     return {
-        "drawn": [dataset[key] for key in batches[0] + batches[1]],
+        "drawn": [dataset[key] for batch in batches[:2] for key in batch],
         "batches": batches,
         "tokens": tokens,
         "prepared": dataset.files[0].table.cache_files,

@@ -57,8 +57,8 @@ def test_the_table_has_the_papers_rows_after_the_published_command() -> None:
             True,
             True,
         )
-        assert parsed.model.router_gradient == "none"
-        values = {**vars(parsed.model), **vars(parsed.loss)}
+        assert parsed.experts.router_gradient == "none"
+        values = {**vars(parsed.experts), **vars(parsed.objective)}
         found[row.name] = tuple(values[name] for name in sorted(differing))
     assert found == {  # moe, num_experts, only_train, penalty_weight
         "random dataset": (None, 1, None, 0.0),
@@ -288,7 +288,7 @@ def test_a_small_real_table_and_going_on_with_it(
         (["--train_dir", "/nowhere"], "no fa_CLPL_train_data.jsonl there, which row 'ANCE-CLP' is trained on"),
         (["--data_dir", "/nowhere"], "--data_dir /nowhere: no such folder"),
         (["--metrics", "foo"], "--metrics foo"),
-        (["--qrels_dir", "/nowhere"], "no judgements of fa"),
+        (["--qrels_dir", "/nowhere"], "no judgments of fa"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(
