@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections.trec import read_qrels, read_run
-from FlagEmbedding.evaluation.compare import AVERAGE, Comparison, LanguageScores, System, compare_runs, score_run
+from FlagEmbedding.evaluation.compare import compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, mean
 from FlagEmbedding.evaluation.reproduce_plan import STAGES, Cell, Options, Row, Table
 from FlagEmbedding.evaluation.reproduce_plot import plot_table
+from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
 from FlagEmbedding.evaluation.tables import markdown_table, p_text, signed_points
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 
