@@ -101,7 +101,6 @@ setup(
         "filelock>=3.13",
         "PyYAML>=6",
         "tqdm>=4.66",
-        "rich>=13",
         "tabulate>=0.9",
         "wcwidth>=0.2",  # tabulate's widths of Korean and Hindi text
         "Jinja2>=3.1",

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import PathLike
@@ -30,6 +30,7 @@ SHOWN_PROBLEMS = 20
 SUFFIXES = (".json", ".jsonl")
 
 Report = Callable[[str, str, str], None]  # key, what was found, what to do
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Problem:
     line: int
     key: str
     found: str
-    cure: str
+    hint: str
 
     def __str__(self) -> str:
         place = f"{self.path}:{self.line}" if self.line else self.path
-        return f"{place}: {self.key} {self.found}; {self.cure}" if self.key else f"{place}: {self.found}; {self.cure}"
+        return f"{place}: {self.key} {self.found}; {self.hint}" if self.key else f"{place}: {self.found}; {self.hint}"
 
 
 @dataclass
@@ -117,8 +118,8 @@ def find_files(paths: Sequence[PathLike], problems: Problems) -> list[DataFile]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != ".")
             if not inside:
-                cure = "put the training rows there, one JSON object a line"
-                problems.add(Problem(str(given), 0, "", "the folder holds no .json or .jsonl file", cure))
+                hint = "put the training rows there, one JSON object a line"
+                problems.add(Problem(str(given), 0, "", "the folder holds no .json or .jsonl file", hint))
             files += [DataFile(str(p), str(path)) for p in inside]
         elif path.exists():
             files.append(DataFile(str(path), str(path.parent)))
@@ -130,26 +131,38 @@ def find_files(paths: Sequence[PathLike], problems: Problems) -> list[DataFile]:
 def read_rows(path: PathLike, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) for every row of a file that is JSON at all; the rest goes to ``problems``."""
     path = str(path)
-    rows = 0
     try:
-        with _open_bytes(path) as stream:
-            for number, raw in enumerate(stream, 1):
-                if not raw.strip():
-                    continue
-                text = _decode(path, number, raw if number > 1 else raw.removeprefix(b"\xef\xbb\xbf"), problems)
-                if rows == 0 and text is not None and text.lstrip().startswith("["):
-                    rest = _decode(path, number + 1, stream.read(), problems)
-                    pairs = [] if rest is None else _array_items(path, number, text + rest, problems)
-                    rows += 1
-                    for line, value in pairs:
-                        yield from _as_object(path, line, value, problems)
-                    break
-                rows += 1
-                if text is not None:
-                    yield from _parse_line(path, number, text, problems)
+        for line, value in _values(path, problems):
+            if isinstance(value, dict):
+                yield line, value
+            else:
+                hint = 'write an object: {"query": …, "pos": […], "neg": […]}'
+                problems.add(Problem(path, line, "", f"the row is {_kind(value)}", hint))
     except (OSError, EOFError) as error:
         problems.add(unreadable(path, error))
-        return
+
+
+def _values(path: str, problems: Problems) -> Iterator[tuple[int, Any]]:
+    """(line, JSON value) of every line, or of every item where the file is one array."""
+    rows = 0
+    with _open_bytes(path) as stream:
+        for number, raw in enumerate(stream, 1):
+            if not raw.strip():
+                continue
+            rows += 1
+            text = _decode(path, number, raw if number > 1 else raw.removeprefix(b"\xef\xbb\xbf"), problems)
+            if text is None:
+                continue
+            if rows == 1 and text.lstrip().startswith("["):
+                rest = _decode(path, number + 1, stream.read(), problems)
+                yield from () if rest is None else _array_items(path, number, text + rest, problems)
+                return
+            try:
+                value = json.loads(text.rstrip())
+            except (ValueError, RecursionError) as error:
+                problems.add(_broken(path, number, error, "write one whole JSON object a line"))
+            else:
+                yield number, value
     if not rows:
         problems.add(Problem(path, 0, "", "the file is empty", "write one JSON object a line, or remove the file"))
 
@@ -174,15 +187,6 @@ def _decode(path: str, number: int, raw: bytes, problems: Problems) -> str | Non
         return None
 
 
-def _parse_line(path: str, number: int, text: str, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        value = json.loads(text.rstrip())
-    except (ValueError, RecursionError) as error:
-        problems.add(_broken(path, number, error, "write one whole JSON object a line"))
-        return
-    yield from _as_object(path, number, value, problems)
-
-
 def _array_items(path: str, first_line: int, text: str, problems: Problems) -> list[tuple[int, Any]]:
     """The items of a file that is one JSON array, each with the line it starts on."""
     try:
@@ -205,21 +209,13 @@ def _array_items(path: str, first_line: int, text: str, problems: Problems) -> l
     return items
 
 
-def _broken(path: str, line: int, error: Exception, cure: str) -> Problem:
+def _broken(path: str, line: int, error: Exception, hint: str) -> Problem:
     detail = (
         f"{error.msg.removesuffix(' at')} at column {error.colno}"
         if isinstance(error, json.JSONDecodeError)
         else str(error)
     )
-    return Problem(path, line, "", f"broken JSON ({detail})", cure)
-
-
-def _as_object(path: str, line: int, value: Any, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    if isinstance(value, dict):
-        yield line, value
-    else:
-        cure = 'write an object: {"query": …, "pos": […], "neg": […]}'
-        problems.add(Problem(path, line, "", f"the row is {_kind(value)}", cure))
+    return Problem(path, line, "", f"broken JSON ({detail})", hint)
 
 
 # ---- records ----
@@ -239,21 +235,12 @@ def read_records(path: PathLike, problems: Problems | None = None) -> Iterator[T
         found.raise_if_any()
 
 
-def check_files(paths: Sequence[PathLike]) -> Problems:
-    """Read everything that ``paths`` name and return the problems: the first 20, and how many there are."""
-    problems = Problems()
-    for file in find_files(paths, problems):
-        for _ in read_records(file.path, problems):
-            pass
-    return problems
-
-
 def parse_record(row: dict[str, Any], path: str, line: int, problems: Problems) -> TrainRecord | None:
     """A record out of one JSON object, or None when something is wrong with it."""
     before = problems.count
 
-    def report(key: str, found: str, cure: str) -> None:
-        problems.add(Problem(path, line, key, found, cure))
+    def report(key: str, found: str, hint: str) -> None:
+        problems.add(Problem(path, line, key, found, hint))
 
     query = _query(row, report)
     pos, neg = (_passages(row, key, report) for key in ("pos", "neg"))
@@ -284,12 +271,12 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "an object"
 
 
-def _text(value: Any, key: str, report: Report, cure: str) -> str | None:
+def _text(value: Any, key: str, report: Report, hint: str) -> str | None:
     """``value`` if it is text that can be encoded and is not blank; otherwise reported."""
     if not isinstance(value, str):
-        report(key, f"is {_kind(value)}", cure)
+        report(key, f"is {_kind(value)}", hint)
     elif not value.strip():
-        report(key, "is empty text", cure)
+        report(key, "is empty text", hint)
     else:
         try:
             value.encode("utf-8")
@@ -301,81 +288,73 @@ def _text(value: Any, key: str, report: Report, cure: str) -> str | None:
 
 
 def _query(row: dict[str, Any], report: Report) -> str | None:
-    if "query" not in row:
-        report("query", "is missing", "give the query's text")
-        return None
-    return _text(row["query"], "query", report, "give the query's text")
+    if "query" in row:
+        return _text(row["query"], "query", report, "give the query's text")
+    report("query", "is missing", "give the query's text")
+    return None
 
 
 def _passages(row: dict[str, Any], key: str, report: Report) -> list[str] | None:
-    cure = "give a list of at least one passage"
-    if key not in row:
-        report(key, "is missing", cure)
-        return None
-    value = row[key]
+    hint, value = "give a list of at least one passage", row.get(key)
     if isinstance(value, str):
-        text = _text(value, key, report, cure)
+        text = _text(value, key, report, hint)
         return None if text is None else [text]
-    if not isinstance(value, list):
-        report(key, f"is {_kind(value)}", cure)
-        return None
-    if not value:
-        report(key, "is an empty list", cure)
-        return None
-    item_cure = "give the passage's text, or take the item out"
-    texts = [_text(item, f"{key}[{i}]", report, item_cure) for i, item in enumerate(value)]
-    return value if None not in texts else None
+    if isinstance(value, list) and value:
+        item_hint = "give the passage's text, or take the item out"
+        return _items(value, key, lambda item, at: _text(item, at, report, item_hint))
+    report(key, "is missing" if key not in row else "is an empty list" if value == [] else f"is {_kind(value)}", hint)
+    return None
+
+
+def _items(values: list[Any], key: str, read: Callable[[Any, str], Item | None]) -> list[Item] | None:
+    """Every item as ``read`` makes it of the value and its key; None where one was reported."""
+    read_items = [read(value, f"{key}[{i}]") for i, value in enumerate(values)]
+    found = [item for item in read_items if item is not None]
+    return found if len(found) == len(values) else None
 
 
 def _scores(row: dict[str, Any], key: str, report: Report) -> list[float] | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = [value]
-        else:
-            report(key, f"is {_kind(value)}", "give a list of numbers, or leave the key out")
-            return None
-    scores = [_score(item, f"{key}[{i}]", report) for i, item in enumerate(value)]
-    return [score for score in scores if score is not None] if None not in scores else None
+    value = [row[key]] if _is_number(row.get(key)) else row.get(key)
+    if isinstance(value, list):
+        return _items(value, key, lambda item, at: _score(item, at, report))
+    if value is not None:
+        report(key, f"is {_kind(value)}", "give a list of numbers, or leave the key out")
+    return None
 
 
 def _score(value: Any, key: str, report: Report) -> float | None:
-    cure = "give a finite number"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        report(key, f"is {_kind(value)}", cure)
-        return None
-    try:
-        score = float(value)
-    except OverflowError:
-        score = math.inf
-    if not math.isfinite(score):
-        report(key, "is NaN" if math.isnan(score) else "is infinite", cure)
-        return None
-    return score
+    found = f"is {_kind(value)}"
+    if _is_number(value):
+        try:
+            score = float(value)
+        except OverflowError:
+            score = math.inf
+        if math.isfinite(score):
+            return score
+        found = "is NaN" if math.isnan(score) else "is infinite"
+    report(key, found, "give a finite number")
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _negative_queries(row: dict[str, Any], report: Report) -> list[list[str]] | None:
-    value = row.get("neg_q")
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list):
+    value = [row["neg_q"]] if isinstance(row.get("neg_q"), str) else row.get("neg_q")
+    if isinstance(value, list):
+        return _items(value, "neg_q", lambda item, at: _queries_of(item, at, report))
+    if value is not None:
         report("neg_q", f"is {_kind(value)}", "give a list parallel to neg, or leave the key out")
-        return None
-    items = [_queries_of(item, f"neg_q[{i}]", report) for i, item in enumerate(value)]
-    return [item for item in items if item is not None] if None not in items else None
+    return None
 
 
 def _queries_of(value: Any, key: str, report: Report) -> list[str] | None:
+    if isinstance(value, list):
+        hint = "give the query's text, or take the item out"
+        return _items(value, key, lambda item, at: _text(item, at, report, hint))
     if isinstance(value, str) and not value.strip():
         return []
-    if isinstance(value, str) or not isinstance(value, list):
-        cure = 'give a query that this negative answers, several in a list, or "" for none'
-        text = _text(value, key, report, cure)
-        return None if text is None else [text]
-    cure = "give the query's text, or take the item out"
-    texts = [_text(item, f"{key}[{i}]", report, cure) for i, item in enumerate(value)]
-    return value if None not in texts else None
+    hint = 'give a query that this negative answers, several in a list, or "" for none'
+    text = _text(value, key, report, hint)
+    return None if text is None else [text]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,20 +14,33 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "FlagEmbedding"
 
-# What each room may import from the package, besides itself, `schema` and `utils`.
+# What each room may import from the package, besides itself, `schema`, `row_counts` and `utils`.
 MAY_IMPORT = {
     "utils": set(),
     "schema": set(),
+    "row_counts": set(),
     "modeling": set(),
     "losses": set(),
     "retrieval": set(),
     "collections": set(),
     "demo": set(),
     "inference": {"modeling"},
-    "finetune": {"modeling", "losses", "mining"},  # mining: negatives mined again between epochs
+    "finetune": {"modeling", "losses"},
     "indexing": {"inference", "retrieval", "collections"},
     "mining": {"inference", "retrieval", "collections", "indexing", "modeling"},
     "evaluation": {"inference", "retrieval", "collections", "indexing"},
+}
+# The same between the subrooms of mining; files beside them may use all that is in `common`.
+MINING_MAY_IMPORT = {
+    "common": {"common"},
+    "hard_negatives": {"common", "hard_negatives"},
+    "query_generation": {"common", "query_generation"},
+    "doctor": {"common", "doctor"},
+}
+# One file's leave to import from a room that is closed to the rest of its own.
+FILE_MAY_IMPORT = {
+    "finetune/refresh.py": {"mining"},  # negatives mined again between epochs
+    "mining/__main__.py": {"finetune"},  # the page of all data commands names check_data
 }
 # Libraries that one room alone may touch.
 ALONE = {"faiss": "retrieval", "openai": "mining", "ir_measures": "evaluation", "pytrec_eval": "evaluation"}
@@ -44,7 +59,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names imported anywhere in a file, also inside functions."""
+    """Dotted names imported anywhere in a file: also inside functions, under TYPE_CHECKING, and by a string."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,7 +67,22 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 or "remote_code" in path.parts, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and str(node.value) in FILES:
+            found.add(str(node.value))  # for importlib.import_module or runpy.run_module
     return found
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {dotted(path): path for path in modules()}
+
+
+def files_behind(name: str) -> set[str]:
+    """The file that an imported dotted name lies in, and the packages around it, which are imported first."""
+    parts = name.split(".")
+    return {".".join(parts[:length]) for length in range(2, len(parts) + 1)} & set(FILES)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(REPOSITORY)))
@@ -61,9 +91,41 @@ def test_imports_go_down_only(path: Path) -> None:
     if room == "__init__":
         return  # the package's face names its public classes
     assert room in MAY_IMPORT, f"a new room {room!r}: give it a line in MAY_IMPORT"
-    allowed = MAY_IMPORT[room] | {room, "schema", "utils", "__version__"}
+    allowed = MAY_IMPORT[room] | {room, "schema", "row_counts", "utils", "__version__"}
+    allowed |= FILE_MAY_IMPORT.get(str(path.relative_to(PACKAGE)), set())
     used = {name.split(".")[1] for name in imports(path) if name.startswith("FlagEmbedding.")}
     assert used <= allowed, f"{path.relative_to(REPOSITORY)} may not import {sorted(used - allowed)}"
+
+
+def test_the_commands_of_mining_do_not_know_each_other() -> None:
+    subrooms = {folder.name for folder in (PACKAGE / "mining").iterdir() if (folder / "__init__.py").is_file()}
+    assert subrooms == set(MINING_MAY_IMPORT), "a new subroom: give it a line in MINING_MAY_IMPORT"
+    for path in modules():
+        room, *rest = path.relative_to(PACKAGE).parts
+        if room != "mining" or rest == ["__main__.py"]:  # the page that names every command
+            continue
+        allowed = MINING_MAY_IMPORT[rest[0]] if len(rest) > 1 else {"common"}
+        names = {name.split(".")[2] for name in imports(path) if name.startswith("FlagEmbedding.mining.")}
+        assert names <= allowed, f"{path.relative_to(REPOSITORY)} may not import mining's {sorted(names - allowed)}"
+
+
+def test_no_circle_between_files() -> None:
+    """A file never comes back to itself, whichever way an import is written, and wherever it stands."""
+    graph = TopologicalSorter[str]()
+    for name, path in FILES.items():
+        if name == "FlagEmbedding":
+            continue  # the package's face; what it imports, it imports when asked
+        behind = set().union(*(files_behind(used) for used in imports(path)))
+        graph.add(name, *(behind - {name} - set(packages_around(name))))
+    try:
+        graph.prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(reversed(error.args[1])))
+
+
+def packages_around(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 @pytest.mark.parametrize(("library", "room"), ALONE.items())
@@ -103,8 +165,36 @@ def test_entry_scripts_stay_thin(script: str) -> None:
     assert path.read_text("utf-8").count("\n") <= 50
 
 
+def loaded(code: str) -> set[str]:
+    """Names of all modules that are there once ``code`` has run in a fresh interpreter."""
+    code = f"{code}\nimport sys; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return set(done.stdout.split())
+
+
 def test_importing_the_package_is_light() -> None:
-    heavy = ("torch", "transformers", "datasets", "faiss")
-    code = f"import sys, FlagEmbedding; print([m for m in {heavy} if m in sys.modules])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
+    assert not loaded("import FlagEmbedding") & {"torch", "transformers", "datasets", "faiss"}
+
+
+def test_options_are_light() -> None:
+    """``--help`` and a mistyped flag are answered without torch: no module of options brings it."""
+    names = [name for name in FILES if name.endswith(".arguments") and ".finetune." not in name]
+    names += ["FlagEmbedding.mining.common.options", "FlagEmbedding.modeling.options", "FlagEmbedding.utils.cli"]
+    assert {"FlagEmbedding.inference.arguments", "FlagEmbedding.mining.hard_negatives.arguments"} < set(names)
+    there = loaded("import " + ", ".join(names))
+    assert set(names) <= there
+    assert not there & {"torch", "transformers", "datasets", "faiss"}
+
+
+def test_training_without_refresh_imports_nothing_of_mining() -> None:
+    """What ``run.py`` loads, and the check of its options; mining comes with ``finetune.refresh`` alone."""
+    there = loaded(
+        "from FlagEmbedding.finetune import __main__, checks, parsing, runner\n"
+        "words = '--model_name_or_path m --train_data d --output_dir /nowhere --report_to none'.split()\n"
+        "checks.check_arguments(parsing.parse_arguments(words))"
+    )
+    assert "FlagEmbedding.finetune.trainer" in there and "FlagEmbedding.finetune.refresh" not in there
+    for room in ("mining", "inference", "retrieval", "indexing"):
+        assert not [name for name in there if name.startswith(f"FlagEmbedding.{room}")]
+    assert "FlagEmbedding.mining.hard_negatives.refresh" in loaded("import FlagEmbedding.finetune.refresh")

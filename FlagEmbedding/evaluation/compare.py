@@ -10,69 +10,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from FlagEmbedding.collections.trec import Qrels, Run, ranking, read_qrels, read_run
-from FlagEmbedding.evaluation.metrics import Measure, PerQuery, evaluate, mean, parse_measures
+from FlagEmbedding.collections.trec import Qrels, Run, ranking, read_qrels, read_run, read_topics
+from FlagEmbedding.evaluation.metrics import Measure, evaluate, parse_measures
+from FlagEmbedding.evaluation.report import Texts, write_comparison
 from FlagEmbedding.evaluation.significance import RESAMPLES, bootstrap_interval, holm, randomisation_p
+from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
 from FlagEmbedding.utils.cli import Parser, entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
-
-AVERAGE = "average"
-
-
-@dataclass(frozen=True)
-class LanguageScores:
-    """One system on one language's queries.
-
-    Attributes:
-        values: measure key -> qid -> value (0 to 1), the same qids for every measure and system.
-        first_relevant: qid -> rank of the first relevant passage, None where none was found.
-        top: qid -> docid of the first hit, None where there is no hit.
-    """
-
-    values: PerQuery
-    first_relevant: dict[str, int | None]
-    top: dict[str, str | None]
-
-
-@dataclass(frozen=True)
-class System:
-    """A model or run with its scores on every language."""
-
-    name: str
-    languages: dict[str, LanguageScores]
-
-    def mean(self, lang: str, measure: Measure) -> float:
-        """Mean of a language, or for ``average`` the mean of the languages' means."""
-        if lang == AVERAGE:
-            return float(np.mean([self.mean(each, measure) for each in self.languages]))
-        return mean(self.languages[lang].values[measure.key])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One test: ``system`` minus ``baseline`` on one language (or ``average``) and one measure, values 0 to 1."""
-
-    baseline: str
-    system: str
-    language: str
-    measure: str
-    queries: int
-    baseline_mean: float
-    system_mean: float
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    p_holm: float
-    better: int
-    worse: int
-    equal: int
+from FlagEmbedding.utils.provenance import provenance
 
 
 def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageScores:
@@ -164,10 +114,6 @@ def unique_names(places: Sequence[str]) -> list[str]:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare run files of one query set."""
-    from FlagEmbedding.collections.trec import read_topics
-    from FlagEmbedding.evaluation.report import Texts, write_comparison
-    from FlagEmbedding.utils.provenance import provenance
-
     parser = Parser("Compare two or more TREC run files on the same queries; the first one is the baseline.")
     add = parser.add_argument
     add("runs", nargs="+", help="run files: qid Q0 docid rank score tag")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from FlagEmbedding.evaluation.compare import AVERAGE, Comparison, System
 from FlagEmbedding.evaluation.metrics import Measure
+from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, System
 from FlagEmbedding.evaluation.tables import shorten, signed_points
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import PathLike, atomic_open

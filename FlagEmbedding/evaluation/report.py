@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections.trec import Qrels
-from FlagEmbedding.evaluation.compare import AVERAGE, Comparison, System
 from FlagEmbedding.evaluation.metrics import Measure
 from FlagEmbedding.evaluation.plots import plot_comparison
+from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, System
 from FlagEmbedding.evaluation.tables import markdown_table, p_text, points, shorten, signed_points
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import PathLike, atomic_open, write_json_atomic

@@ -15,10 +15,11 @@ from typing import Any
 from FlagEmbedding.collections import corpus, miracl
 from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run, read_topics
 from FlagEmbedding.evaluation.arguments import ScoreArguments
-from FlagEmbedding.evaluation.compare import AVERAGE, LanguageScores, System, compare_runs, score_run
+from FlagEmbedding.evaluation.compare import compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
 from FlagEmbedding.evaluation.run_record import check_record, read_record, run_origin, warn_of_different_conditions
+from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
 from FlagEmbedding.retrieval.index import index_name
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic

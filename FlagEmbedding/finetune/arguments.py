@@ -20,6 +20,7 @@ from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.ranks import parse_range
 
 logger = get_logger(__name__)
 
@@ -125,6 +126,7 @@ class RefreshArguments:
             for name, value in vars(self).items():
                 if value != untouched[name]:
                     raise UsageError(f"--{name} has no effect without {given}")
+        parse_range(self.refresh_range_for_sampling)
         if (self.refresh_relative_margin or 0.0) < 0:
             raise UsageError(f"--refresh_relative_margin must not be negative, got {self.refresh_relative_margin}")
 

@@ -6,41 +6,41 @@ number, each as file:line, key, what was found, what to do) and exits 2.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from FlagEmbedding.finetune.store import FileStatistics, report_missing_scores, scan_file
+from FlagEmbedding.row_counts import FileStatistics, report_missing_scores, scan_file
 from FlagEmbedding.schema import Problem, Problems, find_files
-from FlagEmbedding.utils.cli import add_bool_flag, entry_point
+from FlagEmbedding.utils.cli import entry_point, option, parse, positional, switch
 from FlagEmbedding.utils.errors import UsageError
 
 
-def check(
-    paths: Sequence[str], knowledge_distillation: bool = False, train_group_size: int | None = None
-) -> dict[str, FileStatistics]:
-    """What each file holds, in the order of training.
+@dataclass(frozen=True)
+class CheckArguments:
+    """What is checked."""
 
-    Args:
-        paths: folders and files, as for ``--train_data``.
-        knowledge_distillation: teacher scores are needed, in all rows of a file or in none, and in some file.
-        train_group_size: only checked to make sense; ``notes`` uses it.
+    paths: list[str] = positional("a folder of .json/.jsonl files, or such a file")
+    knowledge_distillation: bool = switch(False, "check that teacher scores are there, in all rows of a file or none")
+    train_group_size: int | None = option(None, "note rows that hold too few negatives for it")
 
-    Raises:
-        DataError: the problems.
-    """
-    if train_group_size is not None and train_group_size < 1:
-        raise UsageError(f"--train_group_size must be at least 1, got {train_group_size}")
+    def __post_init__(self) -> None:
+        if self.train_group_size is not None and self.train_group_size < 1:
+            raise UsageError(f"--train_group_size must be at least 1, got {self.train_group_size}")
+
+
+def check(options: CheckArguments) -> dict[str, FileStatistics]:
+    """What each file holds, in the order of training. Raises ``DataError``: the problems."""
     problems = Problems()
     statistics: dict[str, FileStatistics] = {}
-    for file in find_files(paths, problems):
+    for file in find_files(options.paths, problems):
         statistics[file.path] = scan_file(file.path, problems)
-        if knowledge_distillation:
+        if options.knowledge_distillation:
             report_missing_scores(file, statistics[file.path], problems)
     problems.raise_if_any()
-    if knowledge_distillation and not any(counts.scored for counts in statistics.values()):
-        cure = "add them, or leave --knowledge_distillation out"
-        problems.add(Problem(next(iter(statistics)), 0, "", "no row has pos_scores and neg_scores", cure))
+    if options.knowledge_distillation and not any(counts.scored for counts in statistics.values()):
+        hint = "add them, or leave --knowledge_distillation out"
+        problems.add(Problem(next(iter(statistics)), 0, "", "no row has pos_scores and neg_scores", hint))
         problems.raise_if_any()
     return statistics
 
@@ -55,35 +55,24 @@ def describe(path: str, counts: FileStatistics) -> str:
     return line
 
 
-def notes(counts: FileStatistics, knowledge_distillation: bool, train_group_size: int | None) -> list[str]:
+def notes(counts: FileStatistics, options: CheckArguments) -> list[str]:
     """What training will do with a file that its owner may not expect."""
-    found = []
-    if train_group_size is not None and counts.fewest_negatives < train_group_size - 1:
-        found.append(
-            f"rows with fewer than {train_group_size - 1} negatives repeat them to fill a group of {train_group_size}"
-        )
-    if knowledge_distillation and not counts.scored:
+    found, group = [], options.train_group_size
+    if group is not None and counts.fewest_negatives < group - 1:
+        found.append(f"rows with fewer than {group - 1} negatives repeat them to fill a group of {group}")
+    if options.knowledge_distillation and not counts.scored:
         found.append("no teacher scores: its batches train without distillation")
     return found
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m FlagEmbedding.finetune.check_data", description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder of .json/.jsonl files, or such a file")
-    add_bool_flag(parser, "--knowledge_distillation", help="check that teacher scores are there")
-    parser.add_argument("--train_group_size", type=int, help="note rows that hold too few negatives for it")
-    return parser
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, check, print."""
-    options = build_parser().parse_args(argv)
-    statistics = check(options.paths, options.knowledge_distillation, options.train_group_size)
+    (options,) = parse([CheckArguments], argv, __doc__ or "")
+    statistics = check(options)
     for path, counts in statistics.items():
         print(describe(path, counts))
-        for note in notes(counts, options.knowledge_distillation, options.train_group_size):
+        for note in notes(counts, options):
             print(f"  note: {note}")
     print(f"ok: {sum(counts.rows for counts in statistics.values())} rows in {len(statistics)} files")
 

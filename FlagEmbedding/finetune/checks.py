@@ -100,10 +100,6 @@ def _refresh(a: Arguments) -> Iterator[str]:
     every, given = a.refresh.refresh_negatives_every_n_epochs, "--refresh_negatives_every_n_epochs"
     if every == 0:
         return
-    # Mining is asked only when negatives are mined.
-    from FlagEmbedding.mining.hard_negatives.filters import parse_range
-
-    parse_range(a.refresh.refresh_range_for_sampling)
     for path in a.refresh.refresh_corpus:
         if not Path(path).exists():
             yield f"--refresh_corpus {path}: there is no such file or folder"

@@ -26,8 +26,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.store import StoredFile, cache_folder, record_of, report_missing_scores, store_file
+from FlagEmbedding.finetune.store import StoredFile, cache_folder, record_of, store_file
 from FlagEmbedding.finetune.tasks import Task, make_tasks
+from FlagEmbedding.row_counts import report_missing_scores
 from FlagEmbedding.schema import DataFile, Problems, TrainRecord, find_files
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import PathLike

@@ -8,7 +8,7 @@ written to. With several processes the first converts, the others wait for its l
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 
-from FlagEmbedding.schema import SHOWN_PROBLEMS, DataFile, Problem, Problems, TrainRecord, read_records, unreadable
+from FlagEmbedding.row_counts import FileStatistics
+from FlagEmbedding.schema import DataFile, Problems, TrainRecord, read_records, unreadable
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import atomic_open, sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -44,47 +45,12 @@ FEATURES = datasets.Features(
 
 
 @dataclass
-class FileStatistics:
-    """Counts over the valid rows of one file; ``unscored`` are the first lines without teacher scores."""
-
-    rows: int = 0
-    scored: int = 0
-    with_neg_q: int = 0
-    negatives: int = 0
-    negatives_with_query: int = 0
-    fewest_negatives: int = 0
-    unscored: list[int] = field(default_factory=list)
-
-    def observe(self, record: TrainRecord) -> None:
-        """Count one row."""
-        negatives = len(record.neg)
-        self.fewest_negatives = min(self.fewest_negatives, negatives) if self.rows else negatives
-        self.rows += 1
-        self.negatives += negatives
-        if record.pos_scores is not None and record.neg_scores is not None:
-            self.scored += 1
-        elif len(self.unscored) < SHOWN_PROBLEMS:
-            self.unscored.append(record.line)
-        if record.neg_q is not None:
-            self.with_neg_q += 1
-            self.negatives_with_query += sum(map(bool, record.neg_q))
-
-
-@dataclass
 class StoredFile:
     """One training file, opened: ``table`` holds its rows with the columns of ``FEATURES``."""
 
     file: DataFile
     table: datasets.Dataset
     statistics: FileStatistics
-
-
-def scan_file(path: str, problems: Problems) -> FileStatistics:
-    """Check and count a file without converting it."""
-    statistics = FileStatistics()
-    for record in read_records(path, problems):
-        statistics.observe(record)
-    return statistics
 
 
 def cache_folder(cache_path: str | None) -> Path:
@@ -144,15 +110,6 @@ def _convert(file: DataFile, arrow: Path, counts: Path, problems: Problems) -> b
 
 class _Unusable(Exception):
     """Leaves the atomic block, which throws the half-written table away."""
-
-
-def report_missing_scores(file: DataFile, statistics: FileStatistics, problems: Problems) -> None:
-    """Add the rows without teacher scores of a file whose other rows have them."""
-    if 0 < statistics.scored < statistics.rows:
-        cure = f"{statistics.scored} of {statistics.rows} rows here have both: give them to all rows, or to none"
-        for line in statistics.unscored:
-            problems.add(Problem(file.path, line, "pos_scores, neg_scores", "are missing", cure))
-        problems.count += statistics.rows - statistics.scored - len(statistics.unscored)
 
 
 def record_of(row: dict[str, Any]) -> TrainRecord:

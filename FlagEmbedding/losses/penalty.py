@@ -44,7 +44,7 @@ def apply_penalty(loss: Tensor, penalty: Tensor, weight: float) -> Tensor:
     A batch without any keeps its plain loss: scaling it by 1 − λ would weigh such batches less for no reason.
 
     Args:
-        loss: scalar, everything else that is minimised.
+        loss: scalar, everything else that is minimized.
         penalty: scalar, ``clp_penalty``.
         weight: λ in [0, 1]; 0.1 in the paper.
 

@@ -66,9 +66,9 @@ def choice(kind: Any, default: Any = MISSING, help: str = "", *aliases: str) -> 
     return _field(default, help, aliases, {"type": str, "choices": list(get_args(kind))})
 
 
-def positional(help: str = "", metavar: str = "PATH") -> Any:
-    """A ``list[str]`` field whose values stand without a flag, one or more."""
-    return simple_parsing.field(positional=True, nargs="+", help=help, metavar=metavar)
+def positional(help: str = "", metavar: str = "PATH", nargs: str | None = "+") -> Any:
+    """A field whose values stand without a flag: a ``list[str]``, one or more; with ``nargs=None`` one ``str``."""
+    return simple_parsing.field(positional=True, nargs=nargs, help=help, metavar=metavar)
 
 
 def internal(default: Any) -> Any:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections.trec import read_qrels, read_run
-from FlagEmbedding.evaluation.compare import AVERAGE, Comparison, LanguageScores, System, compare_runs, score_run
+from FlagEmbedding.evaluation.compare import compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, mean
+from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
 from FlagEmbedding.evaluation.tables import markdown_table, p_text, signed_points
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from paper_table.plan import STAGES, Cell, Options, Row, Table

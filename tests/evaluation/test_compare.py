@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from FlagEmbedding.evaluation.compare import AVERAGE, System, compare_runs, main, score_run, unique_names
+from FlagEmbedding.evaluation.compare import compare_runs, main, score_run, unique_names
 from FlagEmbedding.evaluation.metrics import parse_measures
 from FlagEmbedding.evaluation.significance import bootstrap_interval, holm, randomisation_p
+from FlagEmbedding.evaluation.systems import AVERAGE, System
 from FlagEmbedding.evaluation.tables import markdown_table, p_text, shorten, signed_points, width
 from FlagEmbedding.utils.errors import DataError
 

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from FlagEmbedding import FlagModel
 from FlagEmbedding.collections.corpus import read_file
+from FlagEmbedding.finetune.check_data import CheckArguments, check
 from FlagEmbedding.mining.query_generation.command import main
-from FlagEmbedding.schema import check_files
 
 PROMPT = "Ask about: <p>{passage}</p>"
 
@@ -68,7 +68,7 @@ def test_real_queries_are_reused_exactly(rows: list[dict], tmp_path: Path) -> No
     assert list(out[0]) == ["query", "pos", "neg", "neg_q", "pos_scores", "extra"]
     assert report(tmp_path)["negatives"] == {"reused": 60, "none": 40}
     assert report(tmp_path)["different"] == {"reused": 20, "none": 40}
-    assert check_files([tmp_path]).count == 0
+    assert check(CheckArguments([str(tmp_path)])), "training would read it"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "reports"]
 
 

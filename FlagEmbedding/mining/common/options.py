@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.utils.cli import option, switch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -79,7 +79,7 @@ class SearchArguments:
     index_save_dir: str = option(
         "./corpus-index", "without --index_dir: {this}/{encoder}/{language}, as step 0", metavar="DIR"
     )
-    search_batch_size: int = option(2048, "queries that are embedded and searched together")
+    search_batch_size: int = option(WINDOW, "queries that are embedded and searched together")
     threads: int = option(1, "CPU threads of the search")
     use_gpu_for_searching: bool = switch(False, "accepted as published: the search runs where the encoder does")
 

@@ -62,7 +62,7 @@ def examine(options: DoctorOptions) -> tuple[dict[str, Any], Problems]:
 
 
 def _record(options: DoctorOptions, found: Scan, scores: Scores | None, sizes: dict[str, Any]) -> dict[str, Any]:
-    files = {path: asdict(counts) for path, counts in found.files.items()}
+    files = {path: counts.figures() for path, counts in found.files.items()}
     totals = {key: sum(counts[key] for counts in files.values()) for key in ("negatives", "with_query", "queries")}
     return {
         "what": " ".join(options.reading.paths),

@@ -22,11 +22,12 @@ from FlagEmbedding.mining.common.jobs import progress
 from FlagEmbedding.mining.common.negative_table import NegativeTable
 from FlagEmbedding.mining.common.rows import KeySet, row_key
 from FlagEmbedding.mining.doctor.arguments import ReadingArguments
+from FlagEmbedding.row_counts import FileStatistics
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
 
 SHOWN = 10
 ROLES = ("query", "pos", "neg", "neg_q")
-_PAGE = 2_048
+PAGE = 2_048  # texts read at once; vectors are written, and a report taken up again, by this many
 
 # What a finding is called: what was found, and what to do about it.
 FINDINGS = {
@@ -64,16 +65,26 @@ class Finding:
 
 
 @dataclass
-class FileCounts:
-    """One file in numbers."""
+class FileCounts(FileStatistics):
+    """One file in numbers; ``known_answers`` are negatives that another row holds as its positive."""
 
-    rows: int = 0
     positives: int = 0
-    negatives: int = 0
-    with_query: int = 0
     queries: int = 0
-    with_scores: int = 0
     known_answers: int = 0
+
+    def observe(self, record: TrainRecord) -> None:
+        """Count one row."""
+        super().observe(record)
+        self.positives += len(record.pos)
+        self.queries += sum(map(len, record.neg_q or ()))
+
+    def figures(self) -> dict[str, int]:
+        """What the report says of the file."""
+        return {
+            "rows": self.rows, "positives": self.positives, "negatives": self.negatives,
+            "with_query": self.negatives_with_query, "queries": self.queries, "with_scores": self.scored,
+            "known_answers": self.known_answers,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,9 @@ class Texts:
         return int(self._db.execute("SELECT COUNT(*) FROM texts").fetchone()[0])
 
     def pages(self, first: int = 0) -> Iterator[list[tuple[str, str, int]]]:
-        """``(role, text, places)`` of all texts from number ``first`` on, 2,048 at a time."""
+        """``(role, text, places)`` of all texts from number ``first`` on, ``PAGE`` at a time."""
         while page := self._db.execute(
-            "SELECT role, text, places FROM texts WHERE id > ? ORDER BY id LIMIT ?", (first, _PAGE)
+            "SELECT role, text, places FROM texts WHERE id > ? ORDER BY id LIMIT ?", (first, PAGE)
         ).fetchall():
             yield page
             first += len(page)
@@ -201,12 +212,7 @@ def _look_at(
     group: int | None,
 ) -> None:  # fmt: skip
     own, neg_q = text_key(record.query), record.neg_q or [[] for _ in record.neg]
-    counts.rows += 1
-    counts.positives += len(record.pos)
-    counts.negatives += len(record.neg)
-    counts.with_query += sum(map(bool, neg_q))
-    counts.queries += sum(map(len, neg_q))
-    counts.with_scores += record.pos_scores is not None and record.neg_scores is not None
+    counts.observe(record)
     if (record.pos_scores is None) != (record.neg_scores is None):
         findings["one_sided_scores"].add(place)
     if group is not None and len(record.neg) < group - 1:

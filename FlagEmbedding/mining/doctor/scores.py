@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from FlagEmbedding.mining.common.jobs import progress
 from FlagEmbedding.mining.doctor.arguments import ScoreSettings
-from FlagEmbedding.mining.doctor.scan import SHOWN, Row, Texts, short
+from FlagEmbedding.mining.doctor.scan import PAGE, SHOWN, Row, Texts, short
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.identity import made_by
 from FlagEmbedding.utils.io import write_json_atomic
@@ -114,9 +114,9 @@ class VectorFile:
         if not made_by(record, identity):
             self.path.write_bytes(b"")
             write_json_atomic(record, identity)
-        window, total = 2_048 * self.dimension * 4, len(texts)
+        window, total = PAGE * self.dimension * 4, len(texts)
         size = self.path.stat().st_size if self.path.exists() else 0
-        done = 2_048 * (size // window) if size < total * self.dimension * 4 else total
+        done = PAGE * (size // window) if size < total * self.dimension * 4 else total
         bar: tqdm[Any] = progress("embedding", total=total, done=done)
         with open(self.path, "ab") as stream, bar:
             stream.truncate(done * self.dimension * 4)

@@ -29,6 +29,7 @@ from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.options import check_least
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.ranks import parse_range
 
 REASONS = (
     "judged_positive", "same_as_positive", "same_as_query", "repeated",
@@ -121,14 +122,6 @@ class Sampling:
     def generator(self, key: str) -> random.Random:
         """The stream of one query. Seeding by text goes through SHA-512, the same everywhere."""
         return random.Random(f"{self.seed}/{key}")
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """``2-30`` as (2, 30). Raises ``UsageError``."""
-    first, _, last = text.partition("-")
-    if not (first.strip().isdigit() and last.strip().isdigit()) or int(first) >= int(last):
-        raise UsageError(f"range_for_sampling {text!r}: give two ranks such as 2-30, the first below the second")
-    return int(first), int(last)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.encoding import build_index
 from FlagEmbedding.indexing.retriever import Retriever
-from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.alignment import realign, text_keys, written
 from FlagEmbedding.mining.common.jobs import Job
@@ -45,7 +45,6 @@ from FlagEmbedding.utils.processes import on_main
 logger = get_logger(__name__)
 
 CORPUS, RECORD = "corpus", "refresh.json"
-_CHUNK = 2_048
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _mine(
             miner = Miner(store, _sampling(rows, settings, folder), filters, retriever)
             name = f"{number:03d}-{path.name.split('.')[0]}.jsonl"
             with Job(folder / name, {**identity, **describe_miner(miner)}, overwrite=True) as job:
-                mine_into(job, rows, miner, _CHUNK, lambda mined: _row(mined, known))
+                mine_into(job, rows, miner, WINDOW, lambda mined: _row(mined, known))
                 notes += job.notes()
                 job.finish()
             names.append(name)
