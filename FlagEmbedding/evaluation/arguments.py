@@ -8,7 +8,7 @@ from typing import Literal
 
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.inference.arguments import EncoderArguments, FfnPart, Pooling
-from FlagEmbedding.utils.cli import choice, option, parse, parse_whole, switch
+from FlagEmbedding.utils.cli import choice, option, parse, parse_whole, positional, switch
 from FlagEmbedding.utils.errors import UsageError
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
@@ -91,6 +91,21 @@ class ScoreArguments:
 
 
 @dataclass(frozen=True)
+class CompareArguments:
+    """Runs of one query set."""
+
+    runs: list[str] = positional("run files: qid Q0 docid rank score tag", metavar="RUN")
+    qrels: str = option(help="qrels file: qid 0 docid grade")
+    topics: str | None = option(None, "queries for the tables: qid, tab, text")
+    names: list[str] = option([], "names of the runs; by default their file names")
+    language: str = option("all", "what the query set is called in tables")
+    metrics: list[str] = option(["ndcg@5", "ndcg@10", "recall@20"], "ndcg@k recall@k mrr@k map@k p@k")
+    output_dir: str = option("./comparison", "tables, per-query file and chart go here")
+    resamples: int = option(RESAMPLES, "of the randomization test and of the bootstrap")
+    seed: int = option(0, "of the same")
+
+
+@dataclass(frozen=True)
 class EmbedOptions:
     """Step 0."""
 
@@ -123,4 +138,11 @@ def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
     """The command line of step 2."""
     what = "Score the runs of step 1 against the judgments of MIRACL languages; compare models."
     arguments: ScoreArguments = parse([ScoreArguments], argv, what)[0]
+    return arguments
+
+
+def parse_compare_arguments(argv: Sequence[str] | None = None) -> CompareArguments:
+    """The command line of the comparison of run files."""
+    what = "Compare two or more TREC run files on the same queries; the first one is the baseline."
+    arguments: CompareArguments = parse([CompareArguments], argv, what)[0]
     return arguments

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from FlagEmbedding.collections.trec import Qrels, Run, ranking, read_qrels, read_run, read_topics
+from FlagEmbedding.evaluation.arguments import RESAMPLES, parse_compare_arguments
 from FlagEmbedding.evaluation.metrics import Measure, evaluate, parse_measures
 from FlagEmbedding.evaluation.report import Texts, write_comparison
-from FlagEmbedding.evaluation.significance import RESAMPLES, bootstrap_interval, holm, randomisation_p
+from FlagEmbedding.evaluation.significance import bootstrap_interval, holm, randomisation_p
 from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
-from FlagEmbedding.utils.cli import Parser, entry_point
+from FlagEmbedding.utils.cli import entry_point
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.provenance import provenance
 
@@ -114,18 +116,7 @@ def unique_names(places: Sequence[str]) -> list[str]:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare run files of one query set."""
-    parser = Parser("Compare two or more TREC run files on the same queries; the first one is the baseline.")
-    add = parser.add_argument
-    add("runs", nargs="+", help="run files: qid Q0 docid rank score tag")
-    add("--qrels", required=True, help="qrels file: qid 0 docid grade")
-    add("--topics", help="queries for the tables: qid, tab, text")
-    add("--names", nargs="+", help="names of the runs; by default their file names")
-    add("--language", default="all", help="what the query set is called in tables")
-    add("--metrics", nargs="+", default=["ndcg@5", "ndcg@10", "recall@20"])
-    add("--output_dir", default="./comparison", help="tables, per-query file and chart go here")
-    add("--resamples", type=int, default=RESAMPLES, help="of the randomisation test and of the bootstrap")
-    add("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    arguments = parse_compare_arguments(argv)
     names = arguments.names or unique_names(arguments.runs)
     if len(arguments.runs) < 2 or len(names) != len(arguments.runs) or len(set(names)) != len(names):
         raise UsageError("give two or more runs, and as many different --names")
@@ -137,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
     queries = {arguments.language: read_topics(arguments.topics)} if arguments.topics else {}
-    record = {"arguments": vars(arguments), "provenance": provenance()}
+    record = {"arguments": asdict(arguments), "provenance": provenance()}
     texts = Texts(queries, {arguments.language: qrels})
     print(write_comparison(arguments.output_dir, systems, measures, comparisons, texts, record))
 

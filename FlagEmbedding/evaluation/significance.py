@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.evaluation.arguments import RESAMPLES as RESAMPLES
+from FlagEmbedding.evaluation.arguments import RESAMPLES
 from FlagEmbedding.utils.errors import UsageError
 
 _BATCH_NUMBERS = 2_000_000  # random numbers held at a time

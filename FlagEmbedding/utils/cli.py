@@ -168,39 +168,6 @@ def flag_values(*groups: Any) -> dict[str, Any]:
     return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.metadata.get("cmd", True)}
 
 
-def add_bool_flag(
-    parser: argparse._ActionsContainer, *names: str, default: bool = False, help: str = "", dest: str | None = None
-) -> None:
-    """Add a switch that may stand bare (``--fp16``) or with a value (``--fp16 y``, ``--fp16 False``)."""
-    parser.add_argument(
-        *names,
-        dest=dest or names[0].lstrip("-").replace("-", "_"),
-        nargs="?",
-        const=True,
-        default=default,
-        type=parse_bool,
-        metavar="BOOL",
-        help=help,
-    )
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line and takes no abbreviated flag."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists all options)")
-
-    def parse(self, kind: type[Any], argv: Sequence[str] | None) -> Any:
-        """The command line as the dataclass ``kind``, whose fields are flags of this parser."""
-        found = vars(self.parse_args(argv))
-        return kind(**{field.name: found[field.name] for field in fields(kind)})
-
-
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap ``main``: configure logging, turn a ``UserError`` into ``error: …`` on stderr and exit code 2.
 
