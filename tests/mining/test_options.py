@@ -292,11 +292,7 @@ def test_every_option_of_the_doctor_acts(name: str, place: Path, tmp_path: Path)
                 for n, row in enumerate(query_rows())]  # fmt: skip
         write_rows(run / "one.jsonl", rows)
         write_rows(run / "two.jsonl", rows[:4])
-        paths = {
-            "model": str(place / "model"),
-            "elsewhere": str(run / "elsewhere"),
-            "two.jsonl": str(run / "two.jsonl"),
-        }
+        paths = {"model": str(place / "model")} | {name: str(run / name) for name in ("elsewhere", "two.jsonl")}
         code = doctor_main([str(run / "one.jsonl"), *(paths.get(word, word) for word in words)])
         reports = sorted(run.rglob("report.json"))
         record = json.loads(reports[0].read_text()) if reports else {}

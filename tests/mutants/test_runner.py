@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,19 @@ def run(repository: Path, entries: list[dict[str, object]]) -> tuple[int, list[s
         check=False,
     )
     return done.returncode, done.stdout.splitlines()
+
+
+def test_every_entry_fits_the_code() -> None:
+    """A fault whose text is gone plants nothing: it must follow the code when that changes."""
+    spec = importlib.util.spec_from_file_location("mutants_runner", RUNNER)
+    assert spec is not None and spec.loader is not None
+    runner = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    root = RUNNER.parents[2]
+    faults = runner.read_faults(root, "all")
+    assert [f"{f.room}: {f.name}: {why}" for f in faults if (why := runner.cannot_plant(root, f))] == []
+    tests = {(fault.name, test.partition("::")[0]) for fault in faults for test in fault.tests}
+    assert [(name, test) for name, test in tests if not (root / test).is_file()] == []
 
 
 @pytest.fixture
