@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.demo.parts import FIRST_POSITION, LAYER_PARTS, POSITIONS, TYPES, WORDS, Floats, Sizes
+from FlagEmbedding.demo.parts import LAYER_PARTS, Floats, Sizes, in_xlmr_layout, tensor_names
 from FlagEmbedding.demo.tokenizer import compile_rules
 from FlagEmbedding.utils.errors import DataError
 
@@ -132,12 +132,7 @@ class PackedModel:
         if quantised:
             return dequantise(raw, rows, width)
         values = np.frombuffer(raw, "<f4").astype(np.float32)
-        matrix = values.reshape(-1, width) if width else values
-        if name == POSITIONS:
-            matrix = np.concatenate([np.zeros((FIRST_POSITION, width), np.float32), matrix])
-        if name == TYPES:
-            matrix = matrix[:1]  # XLM-R knows one segment
-        return matrix if rows is None else matrix[rows]
+        return in_xlmr_layout(name, values.reshape(-1, width) if width else values, rows, is_bert=True)
 
     def _width(self, name: str) -> int:
         """Columns of a matrix; 0 for a vector."""
@@ -149,13 +144,9 @@ class PackedModel:
 
 def _short_names(layers: int) -> dict[str, str]:
     """XLM-R's name of every tensor -> the packed file's."""
-    names = {WORDS: "emb.word", POSITIONS: "emb.pos", TYPES: "emb.type"}
-    names |= {"embeddings.LayerNorm.weight": "emb.ln.w", "embeddings.LayerNorm.bias": "emb.ln.b"}
-    for layer in range(layers):
-        for short, part in LAYER_PARTS.items():
-            for letter, kind in (("w", "weight"), ("b", "bias")):
-                names[f"encoder.layer.{layer}.{part}.{kind}"] = f"l{layer}.{short}.{letter}"
-    return names
+    short = ["emb.word", "emb.pos", "emb.type", "emb.ln.w", "emb.ln.b"]
+    short += [f"l{layer}.{part}.{kind}" for layer in range(layers) for part in LAYER_PARTS for kind in "wb"]
+    return dict(zip(tensor_names(layers), short, strict=True))
 
 
 def _version() -> str:

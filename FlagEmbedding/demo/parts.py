@@ -48,6 +48,15 @@ class BaseSource(Protocol):
         """A tensor by its name in an XLM-R state dict, float32; of ``rows`` only, where given."""
 
 
+def in_xlmr_layout(name: str, values: Floats, rows: list[int] | None, is_bert: bool) -> Floats:
+    """A tensor as XLM-R has it: BERT's positions moved to ``FIRST_POSITION``, one segment; of ``rows`` where given."""
+    if name == POSITIONS and is_bert:
+        values = np.concatenate([np.zeros((FIRST_POSITION, values.shape[1]), np.float32), values])
+    if name == TYPES:
+        values = values[:1]
+    return values if rows is None else values[rows]
+
+
 def tensor_names(layers: int) -> list[str]:
     """All tensors of an XLM-R encoder of ``layers`` layers without pooler, in the model's order."""
     names = [WORDS, POSITIONS, TYPES, "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"]

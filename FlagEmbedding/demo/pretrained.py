@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from FlagEmbedding.demo.parts import FIRST_POSITION, POSITIONS, SPECIALS, TYPES, WORDS, Floats, Sizes, tensor_names
+from FlagEmbedding.demo.parts import FIRST_POSITION, SPECIALS, WORDS, Floats, Sizes, in_xlmr_layout, tensor_names
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import HubError, download
 from FlagEmbedding.utils.io import sha256_file
@@ -80,11 +79,7 @@ class PretrainedModel:
     def tensor(self, name: str, rows: list[int] | None = None) -> Floats:
         with safe_open(self._weights, framework="pt") as stream:  # PyTorch reads half precision of every kind
             values: Floats = stream.get_tensor(self._prefix + name).float().numpy()
-        if self._is_bert and name == POSITIONS:
-            values = np.concatenate([np.zeros((FIRST_POSITION, values.shape[1]), np.float32), values])
-        if name == TYPES:
-            values = values[:1]
-        return values if rows is None else values[rows]
+        return in_xlmr_layout(name, values, rows, self._is_bert)
 
     def _check_tensors(self) -> str:
         """What stands before XLM-R's tensor names in this file: nothing, or the model's name."""

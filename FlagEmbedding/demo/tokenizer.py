@@ -11,6 +11,7 @@ import json
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ Pieces = list[tuple[str, float]]
 SPACE = "\u2581"  # stands for a space in pieces
 PREFIXES = ("query: ", "passage: ")  # what the E5 family puts before every text
 _LAST_COMPOSED = 0x30000  # no character from here on is a composition
-_LINES_AT_ONCE = 2000
+_TEXTS_AT_ONCE = 2000
 
 
 def compile_rules(rules: dict[str, str]) -> bytes:
@@ -78,13 +79,9 @@ def needed_ids(tokenizer: Tokenizer, pieces: Pieces, files: Sequence[Path]) -> l
     for prefix in PREFIXES:
         kept.update(tokenizer.encode(prefix).ids)
     for path in files:
-        lines: list[str] = []
-        for text in _texts(path):
-            lines.append(text)
-            if len(lines) == _LINES_AT_ONCE:
-                kept.update(*(encoding.ids for encoding in tokenizer.encode_batch(lines)))
-                lines.clear()
-        kept.update(*(encoding.ids for encoding in tokenizer.encode_batch(lines)))
+        texts = _texts(path)
+        while some := list(islice(texts, _TEXTS_AT_ONCE)):
+            kept.update(*(encoding.ids for encoding in tokenizer.encode_batch(some)))
     return sorted(kept)
 
 

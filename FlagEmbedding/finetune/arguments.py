@@ -18,7 +18,7 @@ from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.options import EngineConfig, MoEConfig
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.hardware import cpu_has_bf16
+from FlagEmbedding.utils.hardware import NO_CPU_BF16, cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.ranks import parse_range
 
@@ -175,9 +175,7 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.bf16 = cpu_has_bf16()
             logger.warning("--fp16 needs a GPU: going on in %s", "bf16" if self.bf16 else "fp32")
         elif self.bf16 and self.use_cpu and not cpu_has_bf16():
-            logger.warning(
-                "--bf16: this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
-            )
+            logger.warning("--bf16: %s", NO_CPU_BF16)
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.report_to:
             _check_reporters(self.report_to)

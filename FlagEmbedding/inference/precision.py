@@ -6,12 +6,11 @@ import torch
 
 from FlagEmbedding.inference.arguments import DtypeName
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.hardware import cpu_has_bf16
+from FlagEmbedding.utils.hardware import NO_CPU_BF16, cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-NO_CPU_BF16 = "this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

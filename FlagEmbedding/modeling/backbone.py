@@ -32,6 +32,7 @@ from FlagEmbedding.modeling import interchange
 from FlagEmbedding.modeling.files import first_line, load_config, weight_files, weight_keys
 from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
+from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, encoder_with_experts, expert_places
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import resolve_folder
@@ -356,11 +357,9 @@ def _save_tokenizer(tokenizer: Any, draft: Path) -> None:
 
 
 def _max_length(config: PreTrainedConfig, tokenizer: Any) -> int:
-    """The longest row that positions allow: RoBERTa's kind counts them from the padding id on."""
-    positions = int(config.max_position_embeddings)
-    if "roberta" in config.model_type:
-        positions -= int(config.pad_token_id) + 1
-    return min(positions, int(getattr(tokenizer, "model_max_length", positions)))
+    """The longest sequence that the position table and the tokenizer allow."""
+    limits = (longest_input(config), getattr(tokenizer, "model_max_length", None))
+    return min(int(limit) for limit in limits if limit is not None)
 
 
 def _move_into_place(draft: Path, target: Path) -> None:

@@ -14,6 +14,8 @@ import torch
 
 from FlagEmbedding.utils.distributed import local_rank
 
+NO_CPU_BF16 = "this processor has no bf16 instructions: the numbers are bf16's, the speed is less than fp32's"
+
 
 @functools.cache
 def onednn_takes_bf16() -> bool:
