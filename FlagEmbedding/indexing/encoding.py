@@ -36,29 +36,29 @@ WORK = "shards"
 _REPORT_SECONDS = 10.0
 
 
-def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang: str, config: IndexArguments) -> bool:
+def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang: str, options: IndexArguments) -> bool:
     """Embed the corpus ``files`` into the index ``folder``; False when it was there already.
 
     Call it from every process. Raises ``UsageError`` when what is on disk was made by other arguments, ``DataError``
     for a corpus, a shard or a disk that cannot be used; finished shards stay and the same command goes on.
     """
-    max_length = encoder.max_length(config.max_passage_length)
+    max_length = encoder.max_length(options.max_passage_length)
     identity = {
         "language": lang,
         **encoder.describe(),
         "max_passage_length": max_length,
-        "with_title": config.with_title,
-        "passage_instruction": config.passage_instruction_for_retrieval,
+        "with_title": options.with_title,
+        "passage_instruction": options.passage_instruction_for_retrieval,
         "slab_tokens": encoder.slab_tokens(encoder.options.batch_size, max_length),
-        "shard_size": config.shard_size,
+        "shard_size": options.shard_size,
     }
-    if not on_main(lambda: _prepare(files, folder, identity, config)):
+    if not on_main(lambda: _prepare(files, folder, identity, options)):
         return False
     store = ShardStore(folder / WORK, _manifest(folder))
     started = time.monotonic()
-    _encode_missing(encoder, files, store, lang, config, max_length)
+    _encode_missing(encoder, files, store, lang, options, max_length)
     barrier()
-    on_main(lambda: _finish(store, folder, lang, config, time.monotonic() - started))
+    on_main(lambda: _finish(store, folder, lang, options, time.monotonic() - started))
     return True
 
 
@@ -69,14 +69,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], config: IndexArguments) -> bool:
+def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], options: IndexArguments) -> bool:
     """Decide what there is to do and open the working folder (main process); False: nothing to do."""
     identity = {**identity, "corpus": fingerprints(files)}
     work, lang = folder / WORK, identity["language"]
-    if config.overwrite and (work / MANIFEST).exists() and not _fits(work, identity):
+    if options.overwrite and (work / MANIFEST).exists() and not _fits(work, identity):
         shutil.rmtree(work)
     store = ShardStore.open(work, identity)
-    if store is None and not config.overwrite and (folder / INDEX).exists() and (folder / DOCID).exists():
+    if store is None and not options.overwrite and (folder / INDEX).exists() and (folder / DOCID).exists():
         manifest = read_manifest(folder / MANIFEST)
         if manifest is None:
             logger.warning("%s: %s is there, made by another program and taken as it is", lang, folder)
@@ -85,16 +85,16 @@ def _prepare(files: Sequence[Path], folder: Path, identity: dict[str, Any], conf
             logger.info("%s: %s is there already (--overwrite True encodes again)", lang, folder)
             shutil.rmtree(work, ignore_errors=True)  # a kill may have left some of it
         return False
-    rule = "title and text (with_title)" if config.with_title else "text alone, as published"
+    rule = "title and text (with_title)" if options.with_title else "text alone, as published"
     logger.info("%s: passages are %s", lang, rule)
     if store is None:
         logger.info("%s: checking %d corpus file(s)", lang, len(files))
         with clear_disk_errors("checking the corpus (temporary files)"):
-            found = survey(files, config.allow_empty)
+            found = survey(files, options.allow_empty)
         if found.empty:
             logger.warning("%s: %d passage(s) without text are embedded as they are", lang, found.empty)
         store = ShardStore.create(
-            work, identity, found.total, identity["dimension"], config.shard_size, passages=found.passages
+            work, identity, found.total, identity["dimension"], options.shard_size, passages=found.passages
         )
     store.clean()
     _check_room(store, folder)
@@ -120,7 +120,7 @@ def _check_room(store: ShardStore, folder: Path) -> None:
 
 
 def _encode_missing(
-    encoder: TextEncoder, files: Sequence[Path], store: ShardStore, lang: str, config: IndexArguments, max_length: int
+    encoder: TextEncoder, files: Sequence[Path], store: ShardStore, lang: str, options: IndexArguments, max_length: int
 ) -> None:
     missing = [shard for shard in range(len(store)) if shard not in store.finished()]
     mine = missing[rank() :: world_size()]
@@ -129,9 +129,9 @@ def _encode_missing(
     passages = store.manifest["passages"]
 
     def windows() -> Iterator[tuple[list[str], tuple[int, list[str]]]]:
-        prefix = config.passage_instruction_for_retrieval or ""
+        prefix = options.passage_instruction_for_retrieval or ""
         for shard, found in zip(mine, stream(files, passages, [store.span(i) for i in mine]), strict=True):
-            texts = [prefix + passage_text(passage, config.with_title) for passage in found]
+            texts = [prefix + passage_text(passage, options.with_title) for passage in found]
             yield texts, (shard, [passage.docid for passage in found])
 
     progress = _Progress(store, lang)
@@ -152,11 +152,11 @@ def _check_finite(vectors: np.ndarray, docids: list[str]) -> None:
         )
 
 
-def _finish(store: ShardStore, folder: Path, lang: str, config: IndexArguments, seconds: float) -> None:
+def _finish(store: ShardStore, folder: Path, lang: str, options: IndexArguments, seconds: float) -> None:
     """Join the shards (main process) and drop the working folder."""
     for path in index_paths(folder):
         path.unlink()
-    assemble_index(store, folder, arguments=asdict(config), processes=world_size(), provenance=provenance())
+    assemble_index(store, folder, arguments=asdict(options), processes=world_size(), provenance=provenance())
     with clear_disk_errors(f"removing {store.folder}"):
         store.remove()
     logger.info("%s: %d vectors of %d in %s (%s)", lang, store.rows, store.dimension, folder, _clock(seconds))
