@@ -52,7 +52,7 @@ def test_the_table_has_the_papers_rows_after_the_published_command() -> None:
         assert (training.learning_rate, training.num_train_epochs) == (1e-5, 2)
         assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 4)
         assert (parsed.data.query_max_len, parsed.data.passage_max_len, parsed.data.train_group_size) == (128, 512, 5)
-        assert (parsed.loss.temperature, parsed.model.normalize_embeddings, training.dataloader_drop_last) == (
+        assert (parsed.objective.temperature, parsed.model.normalize_embeddings, training.dataloader_drop_last) == (
             0.02,
             True,
             True,

@@ -10,7 +10,8 @@ import pytest
 
 # Rounds that allocate, touch and free 200 MB in blocks of 20, as a training step does; prints the faults of the last.
 ROUNDS = """
-import resource, sys
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages, where the system has some left, hide faults
 import torch
 from FlagEmbedding.utils.memory import keep_freed_memory
 torch.set_num_threads(1)
@@ -38,7 +39,8 @@ def test_what_a_step_frees_is_there_for_the_next() -> None:
     kept, faults = rounds("keep")
     assert kept == "True"
     _, without = rounds("leave")
-    assert without > 10_000 and faults < without / 10
+    # How much is given back depends on what lies on the heap: at least one block of 20 MB, 4,883 pages.
+    assert without > 4_000 and faults < without / 10
 
 
 def test_the_environment_has_the_last_word() -> None:
