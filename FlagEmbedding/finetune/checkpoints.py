@@ -49,7 +49,7 @@ class LossWindow:
         self.zero_micro_batches = self.zero_micro_batches + 1 if zero else 0
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means since the last flush, over all processes; starts anew.
+        """Means since the last flush, over all processes; starts again from zero.
 
         Every process must hold the same names for the reduction, so the union is agreed on first.
         """

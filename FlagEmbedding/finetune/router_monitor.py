@@ -52,7 +52,7 @@ class RouterMonitor:
             self._first = self._route_probe(model)
 
     def summary(self, model: BiEncoder) -> dict[str, Any]:
-        """Statistics since the last call, and start anew. Empty when nothing was observed."""
+        """Statistics since the last call, which start again from zero. Empty when nothing was observed."""
         if self._load is None or self._entropy is None or self._tokens is None:
             return {}
         share = self._load / self._load.sum(dim=1, keepdim=True)

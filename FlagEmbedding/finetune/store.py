@@ -1,7 +1,7 @@
 """Training files as memory-mapped Arrow tables: a row costs disk, not RAM, and workers share its pages.
 
 A file is read, checked and converted in one pass. The table lies in the cache folder under the SHA-256 of the file's
-bytes, so that a changed file is converted anew and an unchanged one is opened at once; the user's data folder is never
+bytes, so that a changed file is converted again and an unchanged one is opened at once; the user's data folder is never
 written to. With several processes the first converts, the others wait for its lock and open the result.
 """
 
@@ -25,7 +25,7 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Part of the cached file's name: a new number makes every table be written anew.
+# Part of the cached file's name: a new number makes every table be written again.
 _FORMAT = 1
 _ROWS_A_BATCH = 256
 

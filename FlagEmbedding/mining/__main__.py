@@ -42,8 +42,8 @@ def help_page() -> str:
         [
             "usage: python -m FlagEmbedding.mining COMMAND [options]",
             "",
-            "From any corpus to a training file. Commands read and write JSON lines, go on after a kill where they",
-            "stopped, and give the same file for the same --seed.",
+            "From any corpus to a training file. Commands give the same file for the same --seed. After a kill,",
+            "hard_negatives, query_generation and doctor go on where they stopped; the others start over.",
             "",
             *lines,
             "",

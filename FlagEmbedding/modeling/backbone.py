@@ -156,8 +156,8 @@ def _read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: to
     for what, keys in (("lacks", missing), ("holds, beyond what config.json describes,", unexpected)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            cure = "nothing is initialised at random here, give a whole checkpoint"
-            raise DataError(f"{folder} {what} {keys[0]}{more}: {cure}")
+            hint = "nothing is initialized at random here, give a whole checkpoint"
+            raise DataError(f"{folder} {what} {keys[0]}{more}: {hint}")
     # The loader leaves parameters inside the mapped file, wherever its header ends. Our own memory is aligned: the same
     # weights then give the same bits, whichever file they come from.
     for parameter in model.parameters():
@@ -335,7 +335,7 @@ def _portable(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _config_fields(backbone: PreTrainedModel) -> dict[str, Any]:
     """``config.json``: what transformers would write, without the traces of where it was loaded from."""
     fields: dict[str, Any] = json.loads(backbone.config.to_json_string())
-    for name in ("_name_or_path", "auto_map", "transformers_weights"):  # set anew below where they belong
+    for name in ("_name_or_path", "auto_map", "transformers_weights"):  # set again below where they belong
         fields.pop(name, None)
     base_class = type(backbone).__name__
     layers = moe_layers(backbone)
