@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.utils.cli import flag_values, parse
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -116,3 +119,32 @@ def test_help_is_grouped_and_names_every_published_flag() -> None:
     for name in (*PUBLISHED_DEFAULTS, *OURS, "model_name_or_path", "train_data", "normlized"):
         assert f"--{name}" in answer.stdout
     assert answer.stdout.index("--moe ") < answer.stdout.index("--learning_rate")
+
+
+TOOLS = {
+    "convert": {
+        "format": "triples", "input": ["i"], "data_dir": None, "language": None, "split": "train",
+        "negatives": "judged", "with_title": None, "cache_dir": None, "output_file": "o", "overwrite": False,
+    },
+    "merge": {"input_file": ["i"], "keep_repeated": False, "output_file": "o", "overwrite": False},
+    "sample": {
+        "input_file": ["i"], "number": 3, "share": None, "seed": 42, "output_file": "o", "overwrite": False,
+    },
+    "split_data_by_length": {
+        "input_path": "i", "output_dir": "o", "cache_dir": None, "log_name": ".split_log",
+        "length_list": [0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000], "model_name_or_path": "BAAI/bge-m3",
+        "num_proc": 16, "overwrite": False,
+    },
+}  # fmt: skip
+GIVEN = {
+    "convert": "--format triples --input i --output_file o", "merge": "--input_file i --output_file o",
+    "sample": "--input_file i --number 3 --output_file o", "split_data_by_length": "--input_path i --output_dir o",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_the_flags_and_defaults_of_the_row_tools(command: str) -> None:
+    module = import_module(f"FlagEmbedding.mining.{command}")
+    groups = [kind for kind in vars(module).values() if is_dataclass(kind) and kind.__name__.endswith("Arguments")]
+    values = flag_values(*parse(groups, shlex.split(GIVEN[command]), ""))
+    assert values == TOOLS[command]

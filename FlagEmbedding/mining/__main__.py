@@ -14,42 +14,23 @@ from FlagEmbedding.utils.errors import UsageError
 
 # In the order in which they are used. Modules are named, not imported: a command pays for its own libraries alone.
 COMMANDS = {
-    "hard_negatives": (
-        "FlagEmbedding.mining.hard_negatives",
-        "queries + positives + corpus → rows with negatives (ANCE)",
-    ),
-    "query_generation": (
-        "FlagEmbedding.mining.query_generation",
-        "rows → rows with neg_q: reused queries, then an LLM",
-    ),
-    "doctor": (
-        "FlagEmbedding.mining.doctor",
-        "a report on training files: duplicates, false negatives, margins, lengths",
-    ),
-    "check_data": ("FlagEmbedding.finetune.check_data", "every problem of training files, by file and line"),
-    "convert": ("FlagEmbedding.mining.convert", "MIRACL, BEIR or sentence-transformers triples → rows"),
-    "merge": ("FlagEmbedding.mining.merge", "several files → one, without repeated rows"),
-    "sample": ("FlagEmbedding.mining.sample", "some rows of a file, drawn by a seed"),
-    "split_data_by_length": ("FlagEmbedding.mining.split_data_by_length", "a file → files of rows of like length"),
+    "hard_negatives": "queries + positives + corpus → rows with negatives (ANCE)",
+    "query_generation": "rows → rows with neg_q: reused queries, then an LLM",
+    "doctor": "a report on training files: duplicates, false negatives, margins, lengths",
+    "check_data": "every problem of training files, by file and line",
+    "convert": "MIRACL, BEIR or sentence-transformers triples → rows",
+    "merge": "several files → one, without repeated rows",
+    "sample": "some rows of a file, drawn by a seed",
+    "split_data_by_length": "a file → files of rows of like length",
 }
+_PAGE = """usage: python -m FlagEmbedding.mining COMMAND [options]
 
+From any corpus to a training file. Commands give the same file for the same --seed. After a kill,
+hard_negatives, query_generation and doctor go on where they stopped; the others start over.
 
-def help_page() -> str:
-    """The commands, one a line."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m FlagEmbedding.mining COMMAND [options]",
-            "",
-            "From any corpus to a training file. Commands give the same file for the same --seed. After a kill,",
-            "hard_negatives, query_generation and doctor go on where they stopped; the others start over.",
-            "",
-            *lines,
-            "",
-            "python -m FlagEmbedding.mining COMMAND --help lists a command's options.",
-        ]
-    )
+{commands}
+
+python -m FlagEmbedding.mining COMMAND --help lists a command's options."""
 
 
 @entry_point
@@ -57,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or run a command's module as the program."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(help_page())
+        width = max(map(len, COMMANDS))
+        print(_PAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())))
         return 0
     if words[0] not in COMMANDS:
         raise UsageError(f"no command {words[0]!r}: choose from {' '.join(COMMANDS)}")
-    module = COMMANDS[words[0]][0]
+    module = f"FlagEmbedding.{'finetune' if words[0] == 'check_data' else 'mining'}.{words[0]}"
     sys.argv = [module, *words[1:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0

@@ -14,18 +14,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from FlagEmbedding.mining.common.options import OutputArguments
-from FlagEmbedding.utils.cli import choice, entry_point, option, parse_whole, switch
+from FlagEmbedding.utils.cli import choice, entry_point, option, parse, switch
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.logging import get_logger
 
 if TYPE_CHECKING:  # brings numpy, and with it a slower --help
-    from FlagEmbedding.collections.trec import Qrels, Topics
     from FlagEmbedding.mining.common.passages import PassageStore
 
 logger = get_logger(__name__)
@@ -56,88 +54,25 @@ class ConvertArguments:
             raise UsageError("--format beir reads one folder at a time: merge the results")
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Everything that the command line says."""
-
-    source: ConvertArguments
-    output: OutputArguments
-
-
-def judged_rows(
-    queries: Topics, qrels: Qrels, store: PassageStore, negatives: Negatives
-) -> Iterator[dict[str, Any] | None]:
-    """A row for each query in order; None for one without a relevant passage in the corpus.
-
-    Args:
-        negatives: 'judged' takes those of grade 0 along, 'none' leaves them out.
-    """
-    from FlagEmbedding.collections.trec import relevant
-
-    rows = store.rows_of({docid for judged in qrels.values() for docid in judged})
-    for qid, query in queries.items():
-        judged = qrels.get(qid, {})
-        good = relevant(judged)
-        positives = _texts(good, rows, store, ())
-        if not positives:
-            yield None
-            continue
-        row: dict[str, Any] = {"query": query, "pos": positives}
-        bad = [docid for docid in judged if docid not in good]
-        others = _texts(bad, rows, store, positives) if negatives == "judged" else []
-        yield {**row, "neg": others} if others else row
-
-
-def _texts(docids: Sequence[str], rows: dict[str, int], store: PassageStore, but: Sequence[str]) -> list[str]:
-    """The texts of passages that the corpus has, each once, without those that are among ``but``."""
-    from FlagEmbedding.mining.common.alignment import text_key
-
-    seen, texts = {text_key(text) for text in but}, []
-    for docid in docids:
-        text = store[rows[docid]] if docid in rows else ""
-        if text.strip() and text_key(text) not in seen:
-            seen.add(text_key(text))
-            texts.append(text)
-    return texts
-
-
-def read_beir_queries(path: Path) -> dict[str, str]:
-    """``qid -> query`` of a BEIR ``queries.jsonl``. Raises ``DataError``."""
-    from FlagEmbedding.schema import Problem, Problems, read_rows
-
-    problems, queries = Problems(), {}
-    for line, row in read_rows(path, problems):
-        qid, text = row.get("_id"), row.get("text")
-        if not isinstance(qid, str) or not isinstance(text, str) or not text.strip():
-            problems.add(Problem(str(path), line, "", "no _id and text", "give every query both"))
-        else:
-            queries[qid] = text.strip()
-    problems.raise_if_any()
-    return queries
-
-
-def convert(options: ConvertOptions) -> Counter[str]:
+def convert(source: ConvertArguments, output: OutputArguments) -> Counter[str]:
     """Run the command; returns the numbers of ``rows``, of those that are ``bare`` of ``neg``, of queries ``skipped``.
 
     Raises:
         UserError: something cannot be read or written.
     """
-    from FlagEmbedding.mining.common.jobs import check_output, work_folder, write_rows
+    from FlagEmbedding.mining.common.jobs import write_rows
 
-    output, source, counts = options.output, options.source, Counter[str]()
-    check_output(output.path, output.overwrite)
-    with nullcontext(Path()) if source.format == "triples" else work_folder(output.path) as work:
-        found = _triples(source.input) if source.format == "triples" else _judged(source, work)
+    counts = Counter[str]()
 
-        def rows() -> Iterator[dict[str, Any]]:
-            for row in found:
-                counts.update(["skipped"] if row is None else ["rows"] if "neg" in row else ["rows", "bare"])
-                if row is not None:
-                    yield row
-            if not counts["rows"]:  # before the file appears
-                raise DataError(f"{source.input or source.language}: no query with a relevant passage in it")
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in _triples(source.input) if source.format == "triples" else _judged(source, output.path):
+            counts.update(["skipped"] if row is None else ["rows"] if "neg" in row else ["rows", "bare"])
+            if row is not None:
+                yield row
+        if not counts["rows"]:  # before the file appears
+            raise DataError(f"{source.input or source.language}: no query with a relevant passage in it")
 
-        write_rows(output.path, rows())
+    write_rows(output.path, rows(), output.overwrite)
     if counts["skipped"]:
         logger.info("%d queries have no relevant passage in the corpus and are left out", counts["skipped"])
     return counts
@@ -152,42 +87,81 @@ def _triples(names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
     problems.raise_if_any()
 
 
-def _judged(source: ConvertArguments, work: Path) -> Iterator[dict[str, Any] | None]:
+def _judged(source: ConvertArguments, output: Path) -> Iterator[dict[str, Any] | None]:
+    """A row for each query of MIRACL or BEIR in order; None for one without a relevant passage in the corpus."""
     from FlagEmbedding.collections import miracl
-    from FlagEmbedding.collections.trec import read_qrels, read_topics
+    from FlagEmbedding.collections.trec import read_qrels, read_topics, relevant
+    from FlagEmbedding.mining.common.jobs import work_folder
     from FlagEmbedding.mining.common.passages import PassageStore, corpus_files
 
-    if source.format == "miracl":
-        assert source.language is not None
-        miracl.check_languages([source.language])
-        place = (source.language, source.split, source.data_dir, source.cache_dir)
-        queries, qrels = read_topics(miracl.topics_file(*place)), miracl.qrels_file(*place)
-        corpus = miracl.corpus_files(source.language, source.data_dir, source.cache_dir)
-    else:
-        topics, qrels, passages = _beir_files(Path(source.input[0]), source.split)
-        queries, corpus = read_beir_queries(topics), corpus_files([passages], work)
-    with_title = source.format == "beir" if source.with_title is None else source.with_title
-    store = PassageStore.prepare(corpus, work, with_title)
-    return judged_rows(queries, read_qrels(qrels, beir=source.format == "beir"), store, source.negatives)
+    beir = source.format == "beir"
+    with work_folder(output) as work:
+        if beir:
+            names = ("queries.jsonl", f"qrels/{source.split}.tsv", "corpus.jsonl")
+            topics, judgments, passages = (_beir_file(Path(source.input[0]), name) for name in names)
+            queries, corpus = _beir_queries(topics), corpus_files([passages], work)
+        else:
+            assert source.language is not None
+            miracl.check_languages([source.language])
+            place = (source.language, source.split, source.data_dir, source.cache_dir)
+            queries, judgments = read_topics(miracl.topics_file(*place)), miracl.qrels_file(*place)
+            corpus = miracl.corpus_files(source.language, source.data_dir, source.cache_dir)
+        store = PassageStore.prepare(corpus, work, beir if source.with_title is None else source.with_title)
+        qrels = read_qrels(judgments, beir=beir)
+        rows = store.rows_of({docid for judged in qrels.values() for docid in judged})
+        for qid, query in queries.items():
+            judged = qrels.get(qid, {})
+            good = relevant(judged)
+            positives = _texts(good, rows, store, ())
+            others = _texts([docid for docid in judged if docid not in good], rows, store, positives)
+            neg = {"neg": others} if others and source.negatives == "judged" else {}
+            yield {"query": query, "pos": positives, **neg} if positives else None
 
 
-def _beir_files(folder: Path, split: str) -> tuple[Path, Path, Path]:
-    """Queries, judgements and corpus of a BEIR folder, packed or not."""
+def _texts(docids: Sequence[str], rows: dict[str, int], store: PassageStore, but: Sequence[str]) -> list[str]:
+    """The texts of passages that the corpus has, each once, without those that are among ``but``."""
+    from FlagEmbedding.mining.common.alignment import text_key, text_keys
 
-    def one(name: str) -> Path:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-        raise DataError(f"{folder / name}: no such file; expected a BEIR folder with corpus, queries and qrels/{split}")
+    seen, texts = text_keys(but), []
+    for docid in docids:
+        text = store[rows[docid]] if docid in rows else ""
+        if text.strip() and text_key(text) not in seen:
+            seen.add(text_key(text))
+            texts.append(text)
+    return texts
 
-    return one("queries.jsonl"), one(f"qrels/{split}.tsv"), one("corpus.jsonl")
+
+def _beir_queries(path: Path) -> dict[str, str]:
+    """``qid -> query`` of a BEIR ``queries.jsonl``. Raises ``DataError``."""
+    from FlagEmbedding.schema import Problem, Problems, read_rows
+
+    problems, queries = Problems(), {}
+    for line, row in read_rows(path, problems):
+        qid, text = row.get("_id"), row.get("text")
+        if not isinstance(qid, str) or not isinstance(text, str) or not text.strip():
+            problems.add(Problem(str(path), line, "", "no _id and text", "give every query both"))
+        else:
+            queries[qid] = text.strip()
+    problems.raise_if_any()
+    return queries
+
+
+def _beir_file(folder: Path, name: str) -> Path:
+    """A file of a BEIR folder, packed or not."""
+    path = folder / name
+    if not path.is_file():
+        path = folder / f"{name}.gz"
+    if not path.is_file():
+        raise DataError(f"{folder / name}: no such file; expected a BEIR folder with corpus, queries and qrels")
+    return path
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and convert."""
-    options = parse_whole(ConvertOptions, argv, "MIRACL, BEIR or sentence-transformers triples as training rows.")
-    counts, name = convert(options), options.output.output_file
+    groups = (ConvertArguments, OutputArguments)
+    source, output = parse(groups, argv, "MIRACL, BEIR or sentence-transformers triples as training rows.")
+    counts, name = convert(source, output), output.output_file
     print(f"{name}: {counts['rows']:,} rows")
     if counts["bare"]:
         command = f"python -m FlagEmbedding.mining.hard_negatives --input_file {name} …"

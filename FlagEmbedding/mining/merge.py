@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from FlagEmbedding.mining.common.options import OutputArguments
-from FlagEmbedding.utils.cli import entry_point, option, parse_whole, switch
+from FlagEmbedding.utils.cli import entry_point, option, parse, switch
 
 
 @dataclass(frozen=True)
@@ -25,43 +25,34 @@ class MergeArguments:
     keep_repeated: bool = switch(False, "keep rows that say the same as an earlier one")
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """Everything that the command line says."""
-
-    rows: MergeArguments
-    output: OutputArguments
-
-
-def merge(options: MergeOptions) -> Counter[str]:
+def merge(given: MergeArguments, output: OutputArguments) -> Counter[str]:
     """Merge; returns how many rows were ``kept`` and ``repeated``. Raises ``UserError``."""
-    from FlagEmbedding.mining.common.jobs import check_output, write_rows
+    from FlagEmbedding.mining.common.jobs import write_rows
     from FlagEmbedding.mining.common.rows import KeySet, data_files, row_key, valid_rows
     from FlagEmbedding.schema import Problems
 
-    output, counts = options.output, Counter[str]()
-    check_output(output.path, output.overwrite)
-    files = data_files(options.rows.input_file)
+    counts = Counter[str]()
 
     def rows() -> Iterator[dict[str, Any]]:
         problems, seen = Problems(), KeySet()
-        for row, record in valid_rows(files, problems):
-            new = seen.add(row_key(record)) or options.rows.keep_repeated
+        for row, record in valid_rows(data_files(given.input_file), problems):
+            new = seen.add(row_key(record)) or given.keep_repeated
             counts["kept" if new else "repeated"] += 1
             if new:
                 yield row
         problems.raise_if_any()  # before the file appears
 
-    write_rows(output.path, rows())
+    write_rows(output.path, rows(), output.overwrite)
     return counts
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and merge."""
-    options = parse_whole(MergeOptions, argv, "Several training files as one, without repeated rows.")
-    counts = merge(options)
-    print(f"{options.output.output_file}: {counts['kept']:,} rows, {counts['repeated']:,} repeated ones left out")
+    groups = (MergeArguments, OutputArguments)
+    given, output = parse(groups, argv, "Several training files as one, without repeated rows.")
+    counts = merge(given, output)
+    print(f"{output.output_file}: {counts['kept']:,} rows, {counts['repeated']:,} repeated ones left out")
     return 0
 
 

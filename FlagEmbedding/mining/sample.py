@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from FlagEmbedding.mining.common.options import OutputArguments
-from FlagEmbedding.utils.cli import entry_point, option, parse_whole
+from FlagEmbedding.utils.cli import entry_point, option, parse
 from FlagEmbedding.utils.errors import UsageError
 
 
@@ -32,40 +32,32 @@ class SampleArguments:
             raise UsageError(f"--share must lie above 0 and at most at 1, got {self.share:g}")
 
 
-@dataclass(frozen=True)
-class SampleOptions:
-    """Everything that the command line says."""
-
-    rows: SampleArguments
-    output: OutputArguments
-
-
-def sample(options: SampleOptions) -> tuple[int, int]:
+def sample(given: SampleArguments, output: OutputArguments) -> tuple[int, int]:
     """Draw; returns the numbers of rows drawn and there. Raises ``UserError``."""
     from FlagEmbedding.mining.common.jobs import check_output, write_rows
     from FlagEmbedding.mining.common.rows import data_files, valid_rows
     from FlagEmbedding.schema import Problems
 
-    output, rows, problems = options.output, options.rows, Problems()
     check_output(output.path, output.overwrite)
-    files = data_files(rows.input_file)
+    files, problems = data_files(given.input_file), Problems()
     total = sum(1 for _ in valid_rows(files, problems))
     problems.raise_if_any()
-    wanted = rows.number if rows.number is not None else round((rows.share or 0.0) * total)
+    wanted = given.number if given.number is not None else round((given.share or 0.0) * total)
     if not 1 <= wanted <= total:
         raise UsageError(f"{wanted} rows asked for, there are {total}: give a number from 1 to {total}")
     # Seeding by text goes through SHA-512, the same on every platform.
-    drawn = frozenset(random.Random(f"{rows.seed}").sample(range(total), wanted))
+    drawn = frozenset(random.Random(f"{given.seed}").sample(range(total), wanted))
     picked = (row for place, (row, _) in enumerate(valid_rows(files, Problems())) if place in drawn)
-    return write_rows(output.path, picked), total
+    return write_rows(output.path, picked, output.overwrite), total
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and draw."""
-    options = parse_whole(SampleOptions, argv, "Some rows of training files, drawn by a seed.")
-    drawn, total = sample(options)
-    print(f"{options.output.output_file}: {drawn:,} of {total:,} rows")
+    groups = (SampleArguments, OutputArguments)
+    given, output = parse(groups, argv, "Some rows of training files, drawn by a seed.")
+    drawn, total = sample(given, output)
+    print(f"{output.output_file}: {drawn:,} of {total:,} rows")
     return 0
 
 

@@ -100,7 +100,7 @@ def test_a_store_gives_every_text_and_survives_a_half_written_one(tmp_path: Path
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "texts").write_bytes(b"half")
     store = PassageStore.prepare([corpus], tmp_path / "store")
-    assert list(store) == TEXTS and store[3:5] == TEXTS[3:5]
+    assert list(store) == TEXTS
     assert store.rows_of({"d7", "d62", "nowhere"}) == {"d7": 7, "d62": 62}
     with pytest.raises(IndexError):
         store[len(TEXTS)]

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from FlagEmbedding.finetune.tasks import LENGTHS, batch_size_of
-from FlagEmbedding.mining.split_data_by_length import SplitArguments, main, make_buckets
+from FlagEmbedding.mining.split_data_by_length import SplitArguments, main
 from FlagEmbedding.utils.cli import parse
 from FlagEmbedding.utils.errors import UsageError
 
@@ -166,8 +166,7 @@ def test_defaults_are_published_and_fit_the_length_table() -> None:
         "num_proc": 16,
         "overwrite": False,
     }
-    buckets = make_buckets(options.length_list)
-    assert [bucket.name for bucket in buckets] == [f"len-{length}" for length in LENGTHS]
-    assert all(batch_size_of(f"ko_{bucket.name}.jsonl", 8) for bucket in buckets)
-    with pytest.raises(UsageError):
-        make_buckets([])
+    assert options.parts == [f"len-{length}" for length in LENGTHS]
+    assert all(batch_size_of(f"ko_{part}.jsonl", 8) for part in options.parts)
+    with pytest.raises(UsageError, match="--length_list needs different numbers"):
+        SplitArguments("in", "out", length_list=[])

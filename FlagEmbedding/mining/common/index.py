@@ -80,19 +80,14 @@ def open_retriever(
     if (folder / INDEX).is_file() and (folder / DOCID).is_file() and not (folder / WORK).is_dir():
         logger.info("%s: using the index that is there", folder)
     else:
-        config = IndexArguments(length, with_title, instruction)
-        build_index(encoder, corpus.files, folder, corpus.label, config)
+        build_index(encoder, corpus.files, folder, corpus.label, IndexArguments(length, with_title, instruction))
     index = FlatIndex(folder)
     check_index(index, encoder, store)
     retriever = Retriever(
-        encoder,
-        index,
-        query_length=search.query_max_length,
-        passage_length=length,
-        query_instruction=search.query_instruction_for_retrieval,
-        passage_instruction=instruction,
+        encoder, index, query_length=search.query_max_length, passage_length=length,
+        query_instruction=search.query_instruction_for_retrieval, passage_instruction=instruction,
         threads=search.threads,
-    )
+    )  # fmt: skip
     return retriever, store
 
 

@@ -1,23 +1,13 @@
 """Long jobs that write JSONL: killed at any moment, the same command goes on and the file ends byte for byte the same.
 
-While a job runs, everything it has finished stands in one append-only journal, ``.{output}.journal`` beside the output
-(hidden, so that training does not take it for data). Its first line is the job's identity: the arguments and inputs
-that decide the output. Every further line is one finished input: the rows it gave (0 to n) and a note, such as what was
-filtered, out of which the report is made. Choices:
+While a job runs, everything it has finished stands in one append-only journal, ``.{output}.journal`` (hidden, so that
+training does not take it for data). Its first line is the job's identity: the arguments and inputs that decide the
+output. Every further line is one finished input: the rows it gave (0 to n) and a note for the report. Choices:
 
 * An entry is one ``write`` of whole lines, so a kill leaves at most a torn last line; opening cuts it off.
 * The output is made out of the journal at the end and moved into place at once: it is whole or it is not there.
   Reports are written before it and the journal is removed after it, so a kill in between only repeats that.
 * A journal of other arguments or changed inputs is never continued: refused, or thrown away with ``--overwrite``.
-* A journal is written by one process at a time (``.{journal}.lock``).
-
-Use::
-
-    with Job(output, identity, overwrite=options.overwrite) as job:
-        for item in islice(items, job.done, None):     # items in a fixed order
-            job.add(rows, note)
-        write_report(job.notes())
-        job.finish()
 
 What only copies rows needs no journal: :func:`write_rows` starts over after a kill and gives the same file.
 """
@@ -28,10 +18,9 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -73,14 +62,6 @@ def exclusive(path: Path, what: PathLike) -> Iterator[None]:
     Raises:
         UsageError: another process holds it; ``what`` is what both want to write.
     """
-    lock = _lock(path, what)
-    try:
-        yield
-    finally:
-        _unlock(lock)
-
-
-def _lock(path: Path, what: PathLike) -> FileLock:
     lock = FileLock(path, timeout=0)
     with clear_disk_errors(f"making {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,18 +69,17 @@ def _lock(path: Path, what: PathLike) -> FileLock:
             lock.acquire()
         except Timeout as error:
             raise UsageError(f"{what}: another process is writing to it; wait for it, or end it first") from error
-    return lock
-
-
-def _unlock(lock: FileLock) -> None:
-    # Removed while it is held: whoever has it open finds it gone once the lock is theirs, and makes a new one.
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever has it open finds it gone once the lock is theirs, and makes a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
 def work_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside ``output`` for one process at a time. A kill leaves it to the next run, an error does not.
+    """A hidden folder beside ``output``. A kill leaves it to the next run, an error does not.
 
     Raises:
         UsageError: another process works in it.
@@ -114,13 +94,14 @@ def work_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write ``rows`` as they come; returns their number.
+def write_rows(output: Path, rows: Iterable[dict[str, Any]], overwrite: bool) -> int:
+    """Write ``rows`` as they come; returns their number. The file appears at the end, or, after an error, not at all.
 
-    The file appears at the end, or, after an error, not at all.
+    An output that is there is refused before the first row is asked for, unless ``overwrite``.
     """
     count = 0
     with exclusive(output.with_name(f".{output.name}.lock"), output):
+        check_output(output, overwrite)
         for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a kill
             left.unlink()
         with clear_disk_errors(f"writing {output}"), atomic_open(output) as stream:
@@ -131,7 +112,13 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 class Job:
-    """One output file made input by input; see the top of this file.
+    """One output file made input by input, by one process at a time::
+
+        with Job(output, identity, overwrite=options.overwrite) as job:
+            for item in islice(items, job.done, None):  # items in a fixed order
+                job.add(rows, note)
+            write_report(job.notes())
+            job.finish()
 
     Args:
         output: the JSONL file to write.
@@ -142,8 +129,7 @@ class Job:
         done: inputs whose rows are already safe; go on from there.
 
     Raises:
-        UsageError: the output is there, or a journal of another command is, and ``overwrite`` is off, or another
-            process works on it.
+        UsageError: the output or a journal of another command is there, or another process works on it.
         DataError: the journal cannot be read or written.
     """
 
@@ -151,15 +137,13 @@ class Job:
         self.output = Path(output)
         self._path = journal_path(self.output)
         self._header = as_json({"journal": _FORMAT, "output": self.output.name, **identity})
-        self._lock = _lock(self._path.with_name(f"{self._path.name}.lock"), self.output)
-        try:
+        with ExitStack() as opened:
+            opened.enter_context(exclusive(self._path.with_name(f"{self._path.name}.lock"), self.output))
             check_output(self.output, overwrite)  # under the lock: another process may just have finished it
             with clear_disk_errors(f"opening {self._path}"):
-                self._stream: IO[bytes] = open(self._path, "a+b", buffering=0)  # noqa: SIM115 — closed by close()
+                self._stream: IO[bytes] = opened.enter_context(open(self._path, "a+b", buffering=0))
             self.done = self._recover(overwrite)
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
         if self.done:
             logger.info("%s: going on after %d finished inputs", self.output, self.done)
 
@@ -195,10 +179,7 @@ class Job:
                 data = data[self._stream.write(data) or 0 :]
 
     def add(self, rows: Sequence[dict[str, Any]], note: Any = None) -> None:
-        """Finish the next input: ``rows`` go to the output, ``note`` (JSON) to the report.
-
-        When this returns, a kill of the process cannot lose it.
-        """
+        """Finish the next input, safe from a kill now: ``rows`` go to the output, ``note`` (JSON) to the report."""
         self._write({"rows": list(rows), "note": note})
         self.done += 1
 
@@ -223,23 +204,13 @@ class Job:
                 stream.writelines(map(json_line, entry["rows"]))
                 rows += len(entry["rows"])
         self._path.unlink()
-        self.close()
         return rows
-
-    def close(self) -> None:
-        """Let go of the journal."""
-        if hasattr(self, "_stream"):
-            self._stream.close()
-        if self._lock.is_locked:
-            _unlock(self._lock)
 
     def __enter__(self) -> Job:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
 
 
 def _parse(line: bytes) -> Any:

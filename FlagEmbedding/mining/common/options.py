@@ -12,11 +12,7 @@ from FlagEmbedding.utils.errors import UsageError
 
 
 def check_least(options: Any, **least: float) -> None:
-    """Refuse a number of ``options`` below its least value; one that is None was not given.
-
-    Raises:
-        UsageError: the first that is too small.
-    """
+    """Refuse a number of ``options`` below its least value (``UsageError``); None was not given."""
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and value < smallest:
@@ -61,17 +57,14 @@ class MiningEncoder(EncoderArguments):
 class SearchArguments:
     """Index and search.
 
-    ``passage_max_length``, ``passage_instruction_for_retrieval`` and ``with_title`` follow the index where they are
-    None.
+    What is None follows the index.
     """
 
     query_max_length: int = option(512, "tokens per query", "--embedder_query_max_length")
     passage_max_length: int | None = option(
-        None,
-        "tokens per passage; default: as the index was made, else 512",
-        "--embedder_passage_max_length",
+        None, "tokens per passage; default: as the index was made, else 512", "--embedder_passage_max_length",
         "--max_passage_length",
-    )
+    )  # fmt: skip
     query_instruction_for_retrieval: str | None = option(None, "text put before every query", metavar="TEXT")
     passage_instruction_for_retrieval: str | None = option(None, "text put before every passage", metavar="TEXT")
     with_title: bool | None = switch(None, "passages are title and text")

@@ -11,7 +11,6 @@ does not grow with the corpus.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -21,11 +20,10 @@ import numpy as np
 
 from FlagEmbedding.collections.corpus import passage_text, read_file
 from FlagEmbedding.mining.common.rows import KeySet, json_line
-from FlagEmbedding.retrieval.index import DocIds
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problem, Problems, read_rows
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.identity import fingerprints
+from FlagEmbedding.utils.identity import fingerprints, made_by
 from FlagEmbedding.utils.io import PathLike, atomic_open, sha256_file, write_json_atomic
 
 TEXTS, OFFSETS, DOCID, RECORD = "texts", "offsets", "docid", "passages.json"
@@ -36,8 +34,8 @@ _IDS = ("docid", "_id", "id")
 def corpus_files(paths: Sequence[PathLike], work: Path) -> list[Path]:
     """The files that ``paths`` (files or folders) name, in the form of MIRACL's.
 
-    A file that is in it already (``docid`` and ``text`` on its first line) is used where it lies; the others are
-    rewritten into ``work``, where a passage without an id gets its place as one. Raises ``DataError``.
+    A file that is in it already (``docid`` on its first line) is used where it lies; otherwise all are rewritten into
+    ``work``, where a passage without an id gets its place as one. Raises ``DataError``.
     """
     named: list[Path] = []
     for given in map(Path, paths):
@@ -52,10 +50,22 @@ def corpus_files(paths: Sequence[PathLike], work: Path) -> list[Path]:
             raise DataError(f"{given}: there is no such corpus; give .jsonl(.gz) files or a folder of them")
     if all(_has_docid(path) for path in named):
         return named
-    target = work / "docs-0.jsonl"
+    return _written(_plain_passages(named), work, named[0])
+
+
+def passages_of_rows(files: Sequence[PathLike], work: Path) -> list[Path]:
+    """Every different ``pos`` and ``neg`` of training files as a corpus in ``work``; memory does not grow with them."""
+    return _written((("", text, None) for text in _row_passages(files)), work, files[0])
+
+
+def _written(passages: Iterable[tuple[str, str, str | None]], work: Path, source: PathLike) -> list[Path]:
+    """(title, text, docid) as a file in ``work``; where there is no docid, it is the passage's place."""
+    target, place = work / "docs-0.jsonl", -1
     with clear_disk_errors(f"writing {target}"), atomic_open(target) as stream:
-        for place, (title, text, docid) in enumerate(_plain_passages(named)):
+        for place, (title, text, docid) in enumerate(passages):
             stream.write(json_line({"docid": docid or str(place), "title": title, "text": text}))
+        if place < 0:
+            raise DataError(f"{source}: no passages in it; name a corpus with --corpus")
     return [target]
 
 
@@ -90,41 +100,32 @@ def _plain_passages(paths: Sequence[Path]) -> Iterator[tuple[str, str, str | Non
     problems.raise_if_any()
 
 
-def passages_of_rows(files: Sequence[PathLike], work: Path) -> list[Path]:
-    """Every different ``pos`` and ``neg`` of training files as a corpus in ``work``; memory does not grow with them."""
-    target, seen, place = work / "docs-0.jsonl", KeySet(), 0
-    with clear_disk_errors(f"writing {target}"), atomic_open(target) as stream:
-        for text in _row_passages(files):
-            if seen.add(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()):
-                stream.write(json_line({"docid": str(place), "title": "", "text": text}))
-                place += 1
-        if not place:
-            raise DataError(f"{files[0]}: no passages in it; name a corpus with --corpus")
-    return [target]
-
-
-def _row_passages(files: Sequence[PathLike]) -> Iterator[str]:
-    problems = Problems()
-    for path in files:
+def _row_passages(paths: Sequence[PathLike]) -> Iterator[str]:
+    problems, seen = Problems(), KeySet()
+    for path in paths:
         for _, row in read_rows(path, problems):
-            for key in ("pos", "neg"):
-                value = row.get(key)
-                texts: Iterable[Any] = [value] if isinstance(value, str) else value or []
-                yield from (text for text in texts if isinstance(text, str) and text.strip())
+            for texts in (row.get("pos"), row.get("neg")):
+                for text in [texts] if isinstance(texts, str) else texts or []:
+                    if isinstance(text, str) and text.strip() and seen.add(_key(text)):
+                        yield text
     problems.raise_if_any()
 
 
-class PassageStore(Sequence[str]):
-    """Texts of a corpus by place, and their docids. Open it with :meth:`prepare`."""
+def _key(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class PassageStore:
+    """Texts of a corpus by place, and the places of docids. Open it with :meth:`prepare`."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder = folder
         self.rows: int = record["rows"]
         self.with_title: bool = record["identity"]["with_title"]
         self.corpus: list[dict[str, str]] = record["identity"]["corpus"]
-        self.docids = DocIds(folder / DOCID)
-        self._texts = os.open(folder / TEXTS, os.O_RDONLY)
-        self._offsets = os.open(folder / OFFSETS, os.O_RDONLY)
+        # Mapped, not read: what stays in memory is up to the system.
+        self._texts = np.memmap(folder / TEXTS, dtype=np.uint8, mode="r")
+        self._offsets = np.memmap(folder / OFFSETS, dtype="<i8", mode="r")
 
     @classmethod
     def prepare(cls, files: Sequence[Path], folder: Path, with_title: bool = False) -> PassageStore:
@@ -135,11 +136,9 @@ class PassageStore(Sequence[str]):
         """
         identity = {"corpus": fingerprints(files), "with_title": with_title}
         path = folder / RECORD
-        if path.is_file():
-            record = json.loads(path.read_text("utf-8"))
-            if record["identity"] == identity:
-                return cls(folder, record)
-        rows, position = 0, 0
+        if made_by(path, identity):
+            return cls(folder, json.loads(path.read_text("utf-8")))
+        rows = position = 0
         with (
             clear_disk_errors(f"writing {folder}"),
             atomic_open(folder / TEXTS, "wb") as texts,
@@ -148,10 +147,9 @@ class PassageStore(Sequence[str]):
         ):
             for file in files:
                 for passage in read_file(file):
-                    data = passage_text(passage, with_title).encode("utf-8")
                     offsets.write(position.to_bytes(8, "little"))
                     docids.write(f"{passage.docid}\n".encode())
-                    position += texts.write(data)
+                    position += texts.write(f"{passage_text(passage, with_title)}\n".encode())
                     rows += 1
             offsets.write(position.to_bytes(8, "little"))
         if not rows:
@@ -163,13 +161,11 @@ class PassageStore(Sequence[str]):
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(self.rows))]
+    def __getitem__(self, row: int) -> str:
         if not 0 <= row < self.rows:
             raise IndexError(f"passage {row} of {self.rows}")
-        start, stop = np.frombuffer(os.pread(self._offsets, 16, 8 * int(row)), dtype="<i8").tolist()
-        return os.pread(self._texts, stop - start, start).decode("utf-8")
+        start, stop = self._offsets[row : row + 2].tolist()
+        return self._texts[start : stop - 1].tobytes().decode("utf-8")
 
     def rows_of(self, docids: set[str]) -> dict[str, int]:
         """Place of each of ``docids`` that the corpus has."""
@@ -180,8 +176,3 @@ class PassageStore(Sequence[str]):
     def docid_digest(self) -> str:
         """SHA-256 of the docids, one per line: the same as that of an index over the same passages."""
         return sha256_file(self.folder / DOCID)
-
-    def __del__(self) -> None:
-        for name in ("_texts", "_offsets"):
-            if hasattr(self, name):
-                os.close(getattr(self, name))

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from FlagEmbedding.collections.trec import read_qrels, read_topics, relevant
 from FlagEmbedding.mining.common.alignment import text_key, text_keys
 from FlagEmbedding.mining.common.passages import PassageStore
-from FlagEmbedding.mining.common.rows import parse_pairs
-from FlagEmbedding.schema import Problems, TrainRecord, read_rows
+from FlagEmbedding.mining.common.rows import valid_rows
+from FlagEmbedding.schema import Problems, TrainRecord
 from FlagEmbedding.utils.errors import DataError
 
 _OURS = ("query", "pos", "neg", "neg_q", "pos_scores", "neg_scores")
@@ -44,15 +44,6 @@ class Item:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-class Items(Protocol):
-    """A sized stream of items that can be read again; ``inputs`` are the files it comes from."""
-
-    inputs: list[Path]
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Item]: ...
-
-
 class TrainingRows:
     """Training files as items. ``neg`` may be missing there; every other rule of the schema holds.
 
@@ -64,7 +55,7 @@ class TrainingRows:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.inputs = list(files)
+        self.inputs, self.skipped = list(files), dict[str, int]()
         self._answers: dict[bytes, set[bytes]] = {}
         problems = Problems()
         self.count = self.negatives = 0
@@ -84,40 +75,32 @@ class TrainingRows:
             yield replace(item, judged=self._answers.get(text_key(item.query), ()))
 
     def _read(self, problems: Problems) -> Iterator[Item]:
-        number = 0
-        for path in self.inputs:
-            for line, row in read_rows(path, problems):
-                record = parse_pairs(row, str(path), line, problems)
-                if record is not None:
-                    others = {key: value for key, value in row.items() if key not in _OURS}
-                    yield Item(str(number), record.query, record.pos, record=record, others=others)
-                number += 1
+        for number, (row, record) in enumerate(valid_rows(self.inputs, problems)):
+            others = {key: value for key, value in row.items() if key not in _OURS}
+            yield Item(str(number), record.query, record.pos, record=record, others=others)
 
 
 class JudgedTopics:
     """MIRACL's topics with their relevant passages as items.
 
     Attributes:
-        unanswered: queries that are left out because no passage is judged relevant.
-        missing: judged passages that the corpus lacks.
+        skipped: for the report, what could not be used and how much of it.
     """
 
     def __init__(self, topics: Path, qrels: Path, store: PassageStore) -> None:
         self.inputs, self._store = [topics, qrels], store
         positives = {qid: relevant(judged) for qid, judged in read_qrels(qrels).items()}
         rows = store.rows_of({docid for docids in positives.values() for docid in docids})
-        self._topics: list[tuple[str, str, tuple[int, ...]]] = []
-        self.unanswered = self.missing = 0
-        for qid, query in read_topics(topics).items():
-            docids = positives.get(qid, [])
-            found = tuple(rows[docid] for docid in docids if docid in rows)
-            self.missing += len(docids) - len(found)
-            if found:
-                self._topics.append((qid, query, found))
-            else:
-                self.unanswered += 1
+        queries = read_topics(topics)
+        answers = {qid: tuple(rows[docid] for docid in positives.get(qid, ()) if docid in rows) for qid in queries}
+        self._topics = [(qid, query, answers[qid]) for qid, query in queries.items() if answers[qid]]
         if not self._topics:
             raise DataError(f"{qrels}: judges no passage of this corpus relevant to a query of {topics}")
+        asked = sum(len(positives.get(qid, ())) for qid in queries)
+        self.skipped = {
+            "topics left out: no relevant passage": len(queries) - len(self._topics),
+            "relevant passages that the corpus lacks": asked - sum(map(len, answers.values())),
+        }
 
     def __len__(self) -> int:
         return len(self._topics)
@@ -125,3 +108,6 @@ class JudgedTopics:
     def __iter__(self) -> Iterator[Item]:
         for qid, query, rows in self._topics:
             yield Item(qid, query, [self._store[row] for row in rows], positive_rows=rows)
+
+
+Items = TrainingRows | JudgedTopics

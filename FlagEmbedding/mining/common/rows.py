@@ -63,11 +63,7 @@ def valid_rows(files: Sequence[Path], problems: Problems) -> Iterator[tuple[dict
 
 
 def data_files(paths: Sequence[str]) -> list[Path]:
-    """The files that ``paths`` (files or folders) name.
-
-    Raises:
-        DataError: one is not there.
-    """
+    """The files that ``paths`` (files or folders) name. Raises ``DataError`` where one is not there."""
     problems = Problems()
     files = [Path(file.path) for file in find_files(paths, problems)]
     problems.raise_if_any()
@@ -75,11 +71,7 @@ def data_files(paths: Sequence[str]) -> list[Path]:
 
 
 def load_tokenizer(flag: str, name: str, cache_dir: str | None = None) -> Any:
-    """The tokenizer of a hub id or folder, as ``flag`` named it.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The tokenizer of a hub id or folder, as ``flag`` named it. Raises ``UsageError`` where there is none."""
     from transformers import AutoTokenizer
 
     try:

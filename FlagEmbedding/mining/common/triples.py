@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ _HINT = "give query, positive and negatives as columns, in this order"
 
 @dataclass(frozen=True)
 class Triple:
-    """One line: passages with what each is to the query, and its score where the line has one."""
+    """One line: passages by what each is to the query, and the scores of all where the line has them."""
 
     query: str
-    pos: list[str] = field(default_factory=list)
-    neg: list[str] = field(default_factory=list)
+    pos: list[str]
+    neg: list[str]
     scores: list[float] | None = None
 
 
@@ -56,19 +56,17 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, list[str], lis
                 yield from ((reader.line_num, header, values) for values in reader if values)
                 return
             for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line) if line.strip() else None
                 except ValueError as error:
                     problems.add(Problem(str(path), number, "", f"broken JSON ({error})", "write one row per line"))
                     continue
                 if isinstance(value, dict):
                     yield number, list(value), list(value.values())
-                else:
-                    yield number, [], value if isinstance(value, list) else [value]
+                elif line.strip():
+                    yield number, [], _list(value)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
 
 
 def _triple(names: Sequence[str], values: Sequence[Any]) -> Triple | str:
@@ -77,8 +75,7 @@ def _triple(names: Sequence[str], values: Sequence[Any]) -> Triple | str:
         return f"{len(values)} columns under a header of {len(names)}"
     label = next((i for i, name in enumerate(names) if name in _LABELS), None)
     texts = [value for i, value in enumerate(values) if i != label]
-    flat = [item for value in texts for item in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(text, str) and text.strip() for text in flat):
+    if not all(isinstance(text, str) and text.strip() for value in texts for text in _list(value)):
         return "a text is missing, empty or no text"
     if len(texts) < 2 or not isinstance(texts[0], str):
         return f"{len(texts)} columns of text"

@@ -35,12 +35,9 @@ class InputArguments:
     language: str | None = option(None, "MIRACL language: topics and qrels of --split, and its corpus")
     split: Split = choice(Split, "train", "which topics and qrels")
     corpus: list[str] = option(
-        [],
-        "JSON lines with text (docid and title optional), files or folders; default: MIRACL's corpus of the language, "
-        "or the passages of the rows themselves",
-        "--candidate_pool",
-        metavar="PATH",
-    )
+        [], "JSON lines with text (docid and title optional), files or folders; default: MIRACL's corpus of the "
+        "language, or the passages of the rows themselves", "--candidate_pool", metavar="PATH",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if bool(self.input_file) == bool(self.language):
@@ -81,27 +78,23 @@ class MiningOptions:
     reranker: RerankerArguments
 
     def __post_init__(self) -> None:
-        filters, sampling = self.filters.given(), self.sampling
+        filters, sampling, reranker = self.filters.given(), self.sampling, self.reranker.cross_encoder
+        first, last = sampling.window
         if sampling.random_negatives:
-            others = {
-                "cross_encoder": self.reranker.cross_encoder,
-                "with_scores": self.output.with_scores,
-                "index_dir": self.search.index_dir,
-            }
-            useless = [*filters, *(name for name, value in others.items() if value)]
+            given = {"cross_encoder": reranker, **vars(self.output), "index_dir": self.search.index_dir}
+            useless = [*filters, *(name for name in ("cross_encoder", "with_scores", "index_dir") if given[name])]
             if useless:
                 raise UsageError(
                     f"--{useless[0]} has no effect with --random_negatives, which scores nothing: leave it out"
                 )
-            return
-        if not self.encoder.encoder:
+        elif not self.encoder.encoder:
             raise UsageError("--encoder is missing: name the checkpoint that embeds queries and passages")
-        if sampling.negative_number > sampling.last - sampling.first:
+        elif sampling.negative_number > last - first:
             raise UsageError(
                 f"--negative_number {sampling.negative_number} is more than --range_for_sampling "
-                f"{sampling.range_for_sampling} holds ({sampling.last - sampling.first}): widen the window"
+                f"{sampling.range_for_sampling} holds ({last - first}): widen the window"
             )
-        if self.reranker.cross_encoder and not filters and not self.output.with_scores:
+        elif reranker and not filters and not self.output.with_scores:
             raise UsageError("--cross_encoder has no effect without a filter (such as --max_score) or --with_scores")
 
 

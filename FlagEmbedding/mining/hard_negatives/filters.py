@@ -1,42 +1,38 @@
 """Which candidates of a rank window may serve as negatives, and which of those are taken.
 
-A candidate is left out for the first of these reasons that holds:
-
-    judged_positive     qrels, or the training rows, say that it answers the query
-    same_as_positive    its text is that of a positive
-    same_as_query       its text is that of the query
-    repeated            its text is that of a candidate ranked higher
-    absolute_margin     score + margin > positive
-    relative_margin     score > positive − margin · |positive|
-    max_score           score > limit
-    min_score           score < limit
-
-``positive`` is the lowest score of the query's positives, the careful choice. Rules and order of the last four are
-those of sentence-transformers' ``mine_hard_negatives``; a relative margin of 0.05 with the top of the list is the
-TopK-PercPos of NV-Retriever (arXiv 2407.15831). The rank window is upstream's: ``2-30`` are places 3 to 30 of the
-list as searched, positives included.
+A candidate is left out for the first of ``REASONS`` that holds; margins are measured from the lowest score of the
+query's positives, the careful choice. Rules and order of the last four are those of sentence-transformers'
+``mine_hard_negatives``; a relative margin of 0.05 with the top of the list is the TopK-PercPos of NV-Retriever (arXiv
+2407.15831). The rank window is upstream's: ``2-30`` are places 3 to 30 of the list as searched, positives included.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
 
-from FlagEmbedding.mining.common.alignment import text_key
+from FlagEmbedding.mining.common.alignment import text_key, text_keys
 from FlagEmbedding.mining.common.options import check_least
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.ranks import parse_range
 
-REASONS = (
-    "judged_positive", "same_as_positive", "same_as_query", "repeated",
-    "absolute_margin", "relative_margin", "max_score", "min_score",
-)  # fmt: skip
-BY_SCORE = REASONS[4:]
+if TYPE_CHECKING:  # brings numpy, and with it a slower --help
+    from FlagEmbedding.mining.common.queries import Item
 
+REASONS = {
+    "judged_positive": "answers the query, by qrels or training rows",
+    "same_as_positive": "text of a positive under another id",
+    "same_as_query": "text of the query",
+    "repeated": "text of a candidate ranked higher",
+    "absolute_margin": "score + margin above the positive's",
+    "relative_margin": "score above positive − margin · abs(positive)",
+    "max_score": "score above the limit",
+    "min_score": "score below the limit",
+}
 
 Strategy = Literal["random", "top"]
 Fill = Literal["random", "next", "none"]
@@ -79,7 +75,7 @@ class ScoreFilters:
 
     def given(self) -> list[str]:
         """Names of the limits that are on."""
-        return [name for name in BY_SCORE if getattr(self, name) is not None]
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
 
 @dataclass(frozen=True)
@@ -94,30 +90,24 @@ class Sampling:
     range_for_sampling: str = option("10-210", "ranks A+1 to B of the search", metavar="A-B")
     negative_number: int = option(15, "negatives per query")
     sampling_strategy: Strategy = choice(Strategy, "random", "which of those in the window")
-    fill: Fill = choice(
-        Fill, "random", "where too few are left: random passages of the corpus, the ranks below the window, or nothing"
-    )
+    fill: Fill = choice(Fill, "random", "where too few are left: random passages, the ranks below the window, nothing")
     random_negatives: bool = switch(False, "no mining: every negative at random from the corpus")
     seed: int = option(42, "of all choices")
 
     def __post_init__(self) -> None:
-        parse_range(self.range_for_sampling)
+        parse_range(self.range_for_sampling)  # refuses what is no window
         check_least(self, negative_number=1)
 
     @property
-    def first(self) -> int:
-        """The window is ranks ``first`` + 1 …"""
-        return parse_range(self.range_for_sampling)[0]
-
-    @property
-    def last(self) -> int:
-        """… to ``last``."""
-        return parse_range(self.range_for_sampling)[1]
+    def window(self) -> tuple[int, int]:
+        """(A, B): the window is ranks A + 1 to B."""
+        return parse_range(self.range_for_sampling)
 
     @property
     def depth(self) -> int:
         """Ranks to search for."""
-        return self.last * 2 + self.negative_number if self.fill == "next" else self.last
+        last = self.window[1]
+        return last * 2 + self.negative_number if self.fill == "next" else last
 
     def generator(self, key: str) -> random.Random:
         """The stream of one query. Seeding by text goes through SHA-512, the same everywhere."""
@@ -137,22 +127,15 @@ class NegativeFilter:
     """The rules for one query; a text that came once is remembered, however it was found.
 
     Args:
-        query, positives: their texts may not come back as negatives.
-        judged_rows: places in the corpus that answer the query.
-        judged: keys of texts that answer it, where there are no docids to go by.
+        item: the query; its text, its positives and what is judged to answer it may not come back as negatives.
         filters: limits on scores.
         positive: the score that margins are measured from.
     """
 
-    def __init__(
-        self, query: str, positives: Sequence[str], judged_rows: Sequence[int], judged: Collection[bytes],
-        filters: ScoreFilters, positive: float,
-    ) -> None:  # fmt: skip
-        self._query = text_key(query)
-        self._positives = {text_key(text) for text in positives}
-        self._judged_rows, self._judged = frozenset(judged_rows), judged
-        self._filters, self._positive = filters, positive
-        self._seen: set[bytes] = set()
+    def __init__(self, item: Item, filters: ScoreFilters, positive: float) -> None:
+        self._query, self._positives = text_key(item.query), text_keys(item.positives)
+        self._judged_rows, self._judged = frozenset(item.positive_rows), item.judged
+        self._filters, self._positive, self._seen = filters, positive, set[bytes]()
 
     def reason(self, candidate: Candidate) -> str | None:
         """Why ``candidate`` is left out, or None."""
@@ -168,10 +151,12 @@ class NegativeFilter:
         self._seen.add(key)
         return self._filters.reason(candidate.score, self._positive)
 
-    def apply(self, candidates: Iterable[Candidate]) -> tuple[list[Candidate], Counter[str]]:
-        """The candidates that may serve, in order, and how many were left out for each reason."""
-        kept, counts = [], Counter[str]()
+    def apply(self, candidates: Iterable[Candidate], most: int | None = None) -> tuple[list[Candidate], Counter[str]]:
+        """The first ``most`` candidates that may serve, and how many were left out up to there for each reason."""
+        kept, counts = list[Candidate](), Counter[str]()
         for candidate in candidates:
+            if len(kept) == most:
+                break
             reason = self.reason(candidate)
             if reason is None:
                 kept.append(candidate)

@@ -7,7 +7,6 @@ whenever it is computed.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -37,10 +36,11 @@ class Mined:
     note: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Miner:
     """Finds negatives for items.
 
-    Args:
+    Attributes:
         store: the corpus.
         sampling: window, number, seed.
         filters: limits on scores.
@@ -48,16 +48,11 @@ class Miner:
         reranker: gives the scores that the filters (and the rows) see, in place of the retriever's.
     """
 
-    def __init__(
-        self,
-        store: PassageStore,
-        sampling: Sampling,
-        filters: ScoreFilters,
-        retriever: Retriever | None = None,
-        reranker: Reranker | None = None,
-    ) -> None:
-        self.store, self.sampling, self.filters = store, sampling, filters
-        self.retriever, self.reranker = retriever, reranker
+    store: PassageStore
+    sampling: Sampling
+    filters: ScoreFilters
+    retriever: Retriever | None = None
+    reranker: Reranker | None = None
 
     def mine(self, items: Sequence[Item], skip: int = 0) -> Iterator[Mined]:
         """One chunk: what was found for each item, in order, without the first ``skip`` (already known)."""
@@ -84,31 +79,28 @@ class Miner:
         return found
 
     def _mine_one(self, item: Item, vector: np.ndarray, hits: list[Hit], positives: list[float]) -> Mined:
-        sampling, generator = self.sampling, self.sampling.generator(item.key)
-        window = [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits[sampling.first : sampling.last]]
+        sampling, generator, (first, last) = self.sampling, self.sampling.generator(item.key), self.sampling.window
+        window = self._rescored(item, self._candidates(hits[first:last]))
         if self.reranker is not None:
             positives = self.reranker.score(item.query, item.positives)
-            window = self._rescored(item, window)
         rules = self._rules(item, min(positives))
         kept, counts = rules.apply(window)
         chosen = choose(kept, sampling, generator)
         found = len(chosen)
         missing = sampling.negative_number - found
-        if missing and sampling.fill == "next":
-            below = [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits[sampling.last :]]
-            chosen += rules.apply(self._rescored(item, below))[0][:missing]
-        elif missing and sampling.fill == "random":
-            chosen += rules.apply(self._rescored(item, self._random(generator, missing, vector)))[0][:missing]
+        if missing and sampling.fill != "none":
+            below = self._candidates(hits[last:])
+            more = below if sampling.fill == "next" else self._random(generator, missing, vector)
+            chosen += rules.apply(self._rescored(item, more), missing)[0]
         note = {
-            "window": len(window),
-            "counts": dict(counts),
-            "found": found,
-            "filled": len(chosen) - found,
-            "pos": positives,
-            "neg": [candidate.score for candidate in chosen],
+            "window": len(window), "counts": dict(counts), "found": found, "filled": len(chosen) - found,
+            "pos": positives, "neg": [candidate.score for candidate in chosen],
             **self._false_negatives(item, window, positives),
-        }
+        }  # fmt: skip
         return Mined(item, chosen, positives, note)
+
+    def _candidates(self, hits: Sequence[Hit]) -> list[Candidate]:
+        return [Candidate(hit.row, self.store[hit.row], hit.score) for hit in hits]
 
     def _rescored(self, item: Item, candidates: list[Candidate]) -> list[Candidate]:
         if self.reranker is None:
@@ -117,31 +109,27 @@ class Miner:
         return [Candidate(c.row, c.text, score) for c, score in zip(candidates, scores, strict=True)]
 
     def _random(self, generator: Random, missing: int, vector: np.ndarray) -> list[Candidate]:
-        """Passages drawn without replacement, several times as many as are missing, since some will be left out."""
         assert self.retriever is not None
-        rows = generator.sample(range(self.store.rows), min(self.store.rows, _RANDOM_TRIES * (missing + 1)))
+        rows = self._rows(generator, missing)
         scores = self.retriever.row_scores(rows, vector)
         return [Candidate(row, self.store[row], score) for row, score in zip(rows, scores, strict=True)]
 
     def _draw(self, item: Item) -> Mined:
         """The random dataset: no model takes part."""
-        wanted, rows = self.sampling.negative_number, range(self.store.rows)
-        drawn = self.sampling.generator(item.key).sample(rows, min(len(rows), _RANDOM_TRIES * (wanted + 1)))
-        rules, counts, looked_at = self._rules(item, 0.0), Counter[str](), 0
-        chosen: list[Candidate] = []
-        while len(chosen) < wanted and looked_at < len(drawn):
-            candidate = Candidate(drawn[looked_at], self.store[drawn[looked_at]])
-            looked_at += 1
-            reason = rules.reason(candidate)
-            if reason is None:
-                chosen.append(candidate)
-            else:
-                counts[reason] += 1
-        note = {"window": looked_at, "counts": dict(counts), "found": len(chosen), "filled": 0, "pos": [], "neg": []}
-        return Mined(item, chosen, [], note)
+        wanted = self.sampling.negative_number
+        drawn = self._rows(self.sampling.generator(item.key), wanted)
+        chosen, counts = self._rules(item, 0.0).apply((Candidate(row, self.store[row]) for row in drawn), wanted)
+        found = len(chosen)
+        note = {"window": found + counts.total(), "counts": dict(counts), "found": found, "filled": 0}
+        return Mined(item, chosen, [], {**note, "pos": [], "neg": []})
+
+    def _rows(self, generator: Random, wanted: int) -> list[int]:
+        """Places drawn without replacement, several times as many as ``wanted``, since some will be left out."""
+        rows = self.store.rows
+        return generator.sample(range(rows), min(rows, _RANDOM_TRIES * (wanted + 1)))
 
     def _rules(self, item: Item, positive: float) -> NegativeFilter:
-        return NegativeFilter(item.query, item.positives, item.positive_rows, item.judged, self.filters, positive)
+        return NegativeFilter(item, self.filters, positive)
 
     def _false_negatives(self, item: Item, window: Sequence[Candidate], positives: Sequence[float]) -> dict[str, int]:
         """How the score filters alone would do on passages known to be relevant.
@@ -152,16 +140,14 @@ class Miner:
         """
         filters, rules = self.filters, self._rules(item, min(positives))
         judged = [c for c in window if rules.reason(c) in ("judged_positive", "same_as_positive")]
-        figures = {
-            "judged": len(judged),
-            "judged_pass": sum(filters.reason(c.score, min(positives)) is None for c in judged),
-        }
+        passed = sum(filters.reason(candidate.score, min(positives)) is None for candidate in judged)
+        figures = {"judged": len(judged), "judged_pass": passed}
         if len(positives) > 1 and window:
             low, high = min(c.score for c in window), max(c.score for c in window)
             inside = [i for i, score in enumerate(positives) if low <= score <= high]
             others = [min([*positives[:i], *positives[i + 1 :]]) for i in inside]
-            passed = [filters.reason(positives[i], rest) is None for i, rest in zip(inside, others, strict=True)]
-            figures |= {"hidden": len(inside), "hidden_pass": sum(passed)}
+            passed = sum(filters.reason(positives[i], rest) is None for i, rest in zip(inside, others, strict=True))
+            figures |= {"hidden": len(inside), "hidden_pass": passed}
         return figures
 
 
@@ -170,10 +156,9 @@ def training_row(mined: Mined, with_scores: bool = False) -> dict[str, Any] | No
 
     Scores that came with the row are dropped: they belonged to other negatives. None where there is no negative.
     """
-    item, record = mined.item, mined.item.record
-    if not mined.negatives:
+    item, record, negatives = mined.item, mined.item.record, [candidate.text for candidate in mined.negatives]
+    if not negatives:
         return None
-    negatives = [candidate.text for candidate in mined.negatives]
     row: dict[str, Any] = {"query": item.query, "pos": item.positives, "neg": negatives}
     if record is not None and record.neg_q is not None:
         queries = realign(record, negatives)

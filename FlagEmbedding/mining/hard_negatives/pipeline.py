@@ -8,19 +8,18 @@ is built where step 0 would. The same command gives the same bytes, also after b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from FlagEmbedding.collections import miracl
 from FlagEmbedding.mining.common.index import Corpus, named_corpus, open_retriever
 from FlagEmbedding.mining.common.jobs import Job, check_output, chunks, progress, work_folder
 from FlagEmbedding.mining.common.passages import PassageStore
-from FlagEmbedding.mining.common.queries import Item, Items, JudgedTopics, TrainingRows
+from FlagEmbedding.mining.common.queries import Items, JudgedTopics, TrainingRows
 from FlagEmbedding.mining.common.rows import data_files
 from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MiningOptions
 from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
@@ -39,10 +38,8 @@ def mine_into(
     """Mine for every item that ``job`` has not finished, chunk by chunk; ``row_of`` makes the row (None: no row)."""
     # The chunk in which an earlier run stopped is searched again as a whole, so that its scores are the same.
     start = job.done // chunk_size * chunk_size if job.done < len(items) else len(items)
-    rest: Iterable[Item] = islice(iter(items), start, None)
-    bar: tqdm[Any] = progress("hard negatives", total=len(items), done=job.done)
-    with bar:
-        for chunk in chunks(rest, chunk_size):
+    with progress("hard negatives", total=len(items), done=job.done) as bar:
+        for chunk in chunks(islice(items, start, None), chunk_size):
             for mined in miner.mine(chunk, skip=job.done - start):
                 row = row_of(mined)
                 mined.note["written"] = row is not None
@@ -57,8 +54,7 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
     check_output(output.path, output.overwrite)
     rows = None if given.language else TrainingRows(data_files(given.input_file))
     with work_folder(output.path) as work:
-        corpus = _corpus(given, options.encoder.cache_dir, rows, work)
-        retriever = None
+        corpus, retriever = _corpus(given, options.encoder.cache_dir, rows, work), None
         if options.sampling.random_negatives:
             store = PassageStore.prepare(corpus.files, work, bool(options.search.with_title))
         else:
@@ -67,7 +63,7 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
         reranker = Reranker(options.reranker, options.encoder) if options.reranker.cross_encoder else None
         miner = Miner(store, options.sampling, options.filters, retriever, reranker)
         with Job(output.path, _identity(options, items, miner), overwrite=output.overwrite) as job:
-            row_of = lambda mined: training_row(mined, output.with_scores)  # noqa: E731
+            row_of = partial(training_row, with_scores=output.with_scores)
             mine_into(job, items, miner, options.search.search_batch_size, row_of)
             record = _report(options, job, items, miner)
             page = write_report(output.report(), record)
@@ -91,63 +87,48 @@ def _topics(given: InputArguments, cache_dir: str | None, store: PassageStore) -
 
 def describe_miner(miner: Miner) -> dict[str, Any]:
     """What decides the negatives, flat, so that a difference reads as one: sampling, corpus, encoder, index."""
-    described = {
-        **asdict(miner.sampling),
-        **asdict(miner.filters),
-        "corpus": [file["sha256"] for file in miner.store.corpus],
-    }
+    corpus = [file["sha256"] for file in miner.store.corpus]
+    described = {**asdict(miner.sampling), **asdict(miner.filters), "corpus": corpus}
     if miner.retriever is not None:
         r = miner.retriever
+        described |= {f"encoder {key}": value for key, value in r.encoder.describe().items()}
         described |= {
-            **{f"encoder {key}": value for key, value in r.encoder.describe().items()},
-            "index": r.index.checksum(),
-            "query_max_length": r.query_length,
-            "passage_max_length": r.passage_length,
-            "query_instruction": r.query_instruction,
-            "passage_instruction": r.passage_instruction,
+            "index": r.index.checksum(), "query_max_length": r.query_length, "passage_max_length": r.passage_length,
+            "query_instruction": r.query_instruction, "passage_instruction": r.passage_instruction,
             "batch_size": r.encoder.options.batch_size,
-        }
+        }  # fmt: skip
     return described
 
 
 def _identity(options: MiningOptions, items: Items, miner: Miner) -> dict[str, Any]:
-    reranker = None
-    if options.reranker.cross_encoder:
-        name = options.reranker.cross_encoder
+    reranker, name = None, options.reranker.cross_encoder
+    if name:
         reranker = asdict(options.reranker) | {"model": model_fingerprint(name) if Path(name).is_dir() else name}
     return {
-        **describe_miner(miner),
-        "inputs": [file["sha256"] for file in fingerprints(items.inputs)],
-        "cross_encoder": reranker,
-        "search_batch_size": options.search.search_batch_size,
-        "with_scores": options.output.with_scores,
-        "with_title": miner.store.with_title,
-    }
+        **describe_miner(miner), "inputs": [file["sha256"] for file in fingerprints(items.inputs)],
+        "cross_encoder": reranker, "search_batch_size": options.search.search_batch_size,
+        "with_scores": options.output.with_scores, "with_title": miner.store.with_title,
+    }  # fmt: skip
 
 
 def _report(options: MiningOptions, job: Job, items: Items, miner: Miner) -> dict[str, Any]:
     sampling, filters, judge = miner.sampling, miner.filters, options.reranker.cross_encoder
-    many, passages = f"{sampling.negative_number} negatives per query", f"{miner.store.rows:,} passages"
+    how, passages = f"{sampling.negative_number} negatives per query", f"{miner.store.rows:,} passages"
+    first, last = sampling.window
     if sampling.random_negatives:
-        how = f"{many} at random from {passages}, seed {sampling.seed}"
+        how += f" at random from {passages}, seed {sampling.seed}"
     else:
         limits = ", ".join(f"{name} {getattr(filters, name)}" for name in filters.given()) or "none"
-        how = (
-            f"{many}, {sampling.sampling_strategy} of ranks {sampling.first + 1} to {sampling.last} of {passages} as "
+        how += (
+            f", {sampling.sampling_strategy} of ranks {first + 1} to {last} of {passages} as "
             f"{options.encoder.encoder} ranks them; filters: {limits}{f' by the scores of {judge}' if judge else ''}; "
             f"fill: {sampling.fill}; seed {sampling.seed}"
         )
-    skipped = {}
-    if isinstance(items, JudgedTopics):
-        skipped = {
-            "topics left out: no relevant passage": items.unanswered,
-            "relevant passages that the corpus lacks": items.missing,
-        }
     return {
         "output": options.output.path.name,
         "how": how,
         "result": summarize(job.notes(), sampling.negative_number),
-        "skipped": {name: count for name, count in skipped.items() if count},
+        "skipped": {name: count for name, count in items.skipped.items() if count},
         "arguments": asdict(options),
         "identity": describe_miner(miner),
         "provenance": provenance(),

@@ -24,7 +24,7 @@ from typing import Any
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.encoding import build_index
 from FlagEmbedding.indexing.retriever import Retriever
-from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
+from FlagEmbedding.inference.arguments import WINDOW, DtypeName, EncoderArguments, Pooling
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.alignment import realign, text_keys, written
 from FlagEmbedding.mining.common.jobs import Job
@@ -49,16 +49,13 @@ CORPUS, RECORD = "corpus", "refresh.json"
 
 @dataclass(frozen=True)
 class RefreshSettings:
-    """How negatives are mined again.
+    """How negatives are mined again; lengths (tokens), instructions, pooling and dtype as the model trains.
 
     Attributes:
         corpus: files or folders of passages; empty: the passages of the training rows.
         range_for_sampling: ranks, as ``2-30``.
         relative_margin: see ``filters.py``; None: no filter.
         seed: of the choices; each refresh has its own stream.
-        query_length, passage_length: tokens.
-        query_instruction, passage_instruction: put before the texts, as in training.
-        pooling, normalize, dtype: as the model trains.
     """
 
     corpus: tuple[str, ...] = ()
@@ -69,9 +66,9 @@ class RefreshSettings:
     passage_length: int = 128
     query_instruction: str | None = None
     passage_instruction: str | None = None
-    pooling: str = "cls"
+    pooling: Pooling = "cls"
     normalize: bool = True
-    dtype: str = "fp32"
+    dtype: DtypeName = "fp32"
 
 
 def check_passages(train_files: Sequence[Path], folder: Path, settings: RefreshSettings) -> None:
@@ -89,17 +86,14 @@ def refresh_negatives(
     """
     encoder = TextEncoder(
         EncoderArguments(
-            encoder=str(checkpoint),
-            pooling_method=settings.pooling,  # type: ignore[arg-type]
-            normalize_embeddings=settings.normalize,
-            dtype=settings.dtype,  # type: ignore[arg-type]
+            encoder=str(checkpoint), pooling_method=settings.pooling, normalize_embeddings=settings.normalize,
+            dtype=settings.dtype,
         )
-    )
+    )  # fmt: skip
     identity = {
-        "model": encoder.describe()["model"],
-        "settings": as_json(asdict(settings)),
+        "model": encoder.describe()["model"], "settings": as_json(asdict(settings)),
         "inputs": [sha256_file(path) for path in train_files],
-    }
+    }  # fmt: skip
     there = on_main(lambda: read_refresh(folder))
     if there is not None and there["identity"] == identity:
         logger.info("%s: negatives of these weights are there already", folder)
@@ -109,9 +103,7 @@ def refresh_negatives(
     shared = folder.parent / CORPUS
     files = on_main(lambda: _corpus(train_files, settings, shared))
     config = IndexArguments(
-        max_passage_length=settings.passage_length,
-        passage_instruction_for_retrieval=settings.passage_instruction,
-        overwrite=True,
+        settings.passage_length, passage_instruction_for_retrieval=settings.passage_instruction, overwrite=True
     )
     build_index(encoder, files, folder / "index", "refresh", config)
     return on_main(lambda: _mine(encoder, files, train_files, folder, settings, identity))
@@ -123,10 +115,9 @@ def read_refresh(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name, digest in zip(record["files"], record["sha256"], strict=True):
-        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
-            return None
-    return record
+    files = zip(record["files"], record["sha256"], strict=True)
+    whole = all((folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in files)
+    return record if whole else None
 
 
 def _corpus(train_files: Sequence[Path], settings: RefreshSettings, shared: Path) -> list[Path]:
@@ -141,20 +132,17 @@ def _mine(
     """Mine file after file and write the record (main process)."""
     store = PassageStore.prepare(files, folder.parent / CORPUS)
     retriever = Retriever(
-        encoder,
-        FlatIndex(folder / "index"),
-        query_length=settings.query_length,
-        passage_length=settings.passage_length,
-        query_instruction=settings.query_instruction,
+        encoder, FlatIndex(folder / "index"), query_length=settings.query_length,
+        passage_length=settings.passage_length, query_instruction=settings.query_instruction,
         passage_instruction=settings.passage_instruction,
-    )
+    )  # fmt: skip
+    filters = ScoreFilters(relative_margin=settings.relative_margin)
     notes: list[dict[str, Any]] = []
-    names, digests = [], []
+    names: list[str] = []
     with negative_table(folder / "known.sqlite", settings.seed) as known:
         _learn(known, train_files)
         for number, path in enumerate(train_files):
             rows = TrainingRows([path])
-            filters = ScoreFilters(relative_margin=settings.relative_margin)
             miner = Miner(store, _sampling(rows, settings, folder), filters, retriever)
             name = f"{number:03d}-{path.name.split('.')[0]}.jsonl"
             with Job(folder / name, {**identity, **describe_miner(miner)}, overwrite=True) as job:
@@ -162,7 +150,7 @@ def _mine(
                 notes += job.notes()
                 job.finish()
             names.append(name)
-            digests.append(sha256_file(folder / name))
+    digests = [sha256_file(folder / name) for name in names]
     record = {"identity": identity, "files": names, "sha256": digests, "figures": _figures(notes)}
     write_json_atomic(folder / RECORD, record)
     shutil.rmtree(folder / "index", ignore_errors=True)
@@ -209,11 +197,11 @@ def _row(mined: Mined, known: NegativeTable) -> dict[str, Any]:
 
 def _figures(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Numbers for the training log."""
-    summary = summarize(notes, 1)
-    negatives = sum(note["negatives"] for note in notes)
+    summary, negatives = summarize(notes, 1), sum(note["negatives"] for note in notes)
+    scores, neg_q = summary["scores"], summary["neg_q"]
     return {
         "kept": round(sum(note["stayed"] for note in notes) / negatives, 6),
-        "positive_score": summary["scores"]["positive"]["mean"],
-        "negative_score": summary["scores"]["negative"]["mean"] if "negative" in summary["scores"] else 0.0,
-        "neg_q": round(summary["neg_q"]["kept"] / summary["neg_q"]["places"], 6) if summary["neg_q"]["places"] else 0.0,
+        "positive_score": scores["positive"]["mean"],
+        "negative_score": scores["negative"]["mean"] if "negative" in scores else 0.0,
+        "neg_q": round(neg_q["kept"] / neg_q["places"], 6) if neg_q["places"] else 0.0,
     }

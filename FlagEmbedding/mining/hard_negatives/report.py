@@ -13,76 +13,52 @@ from FlagEmbedding.mining.hard_negatives.filters import REASONS
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.pages import percent, render
 
-_BINS = 20
-_BAR = 40
+_BINS, _BAR = 20, 40
+_JUDGED = ("judged", "judged_pass", "hidden", "hidden_pass")
+_NEG_Q = ("before", "kept", "places")
 _PAGE = Path(__file__).with_name("report.md.j2")
-
-_MEANING = {
-    "judged_positive": "answers the query, by qrels or training rows",
-    "same_as_positive": "text of a positive under another id",
-    "same_as_query": "text of the query",
-    "repeated": "text of a candidate ranked higher",
-    "absolute_margin": "score + margin above the positive's",
-    "relative_margin": "score above positive − margin · abs(positive)",
-    "max_score": "score above the limit",
-    "min_score": "score below the limit",
-}
 
 
 def summarize(notes: Iterable[dict[str, Any]], wanted: int) -> dict[str, Any]:
     """The figures: candidates by outcome, queries left short, scores, false negatives, ``neg_q`` kept."""
-    reasons, totals = Counter[str](), Counter[str]()
+    reasons, totals, judged, queries = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     scores: dict[str, list[float]] = {"positive": [], "negative": [], "difference": []}
     for note in notes:
         reasons.update(note["counts"])
         totals.update(
-            {
-                "queries": 1,
-                "rows": note["written"],
-                "candidates": note["window"],
-                "short": note["found"] < wanted,
-                "without": note["found"] == 0,
-                "negatives": note["found"] + note["filled"],
-                "filled": note["filled"],
-                **{key: note.get(key, 0) for key in ("judged", "judged_pass", "hidden", "hidden_pass")},
-            }
-        )
-        if "neg_q" in note:
-            before, kept, after = note["neg_q"]
-            totals.update({"neg_q_before": before, "neg_q_kept": kept, "neg_q_places": after})
+            queries=1, rows=int(note["written"]), candidates=note["window"], negatives=note["found"] + note["filled"],
+            filled=note["filled"], short=int(note["found"] < wanted), without=int(note["found"] == 0),
+        )  # fmt: skip
+        judged.update({name: note.get(name, 0) for name in _JUDGED})
+        queries.update(dict(zip(_NEG_Q, note.get("neg_q", ()), strict=False)))
         scores["positive"] += note["pos"]
         scores["negative"] += note["neg"]
-        if note["pos"]:
-            scores["difference"] += [min(note["pos"]) - score for score in note["neg"]]
+        scores["difference"] += [min(note["pos"]) - score for score in note["neg"] if note["pos"]]
     left_out = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
     return {
         **{key: totals[key] for key in ("queries", "rows", "candidates", "negatives", "filled", "short", "without")},
         "negatives_wanted": wanted,
-        "share_short": _share(totals["short"], totals["queries"]),
+        "share_short": round(totals["short"] / totals["queries"], 6) if totals["queries"] else 0.0,
         "left_out": left_out,
         "left": totals["candidates"] - sum(left_out.values()),
-        "false_negatives": {key: totals[key] for key in ("judged", "judged_pass", "hidden", "hidden_pass")},
-        "neg_q": {key: totals[f"neg_q_{key}"] for key in ("before", "kept", "places")},
+        "false_negatives": {name: judged[name] for name in _JUDGED},
+        "neg_q": {name: queries[name] for name in _NEG_Q},
         "scores": {name: describe(values) for name, values in scores.items() if values},
     }
-
-
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 6) if whole else 0.0
 
 
 def describe(values: list[float]) -> dict[str, Any]:
     """Count, mean, deviation, quartiles and a histogram of 20 equal bins."""
     array = np.asarray(values, dtype=np.float64)
-    low, quarter, middle, three_quarters, high = np.quantile(array, [0, 0.25, 0.5, 0.75, 1]).tolist()
-    counts, edges = np.histogram(array, bins=_BINS)
+    low, quarter, middle, three_quarters, high = np.quantile(array, [0, 0.25, 0.5, 0.75, 1])
     figures = {
-        "mean": float(array.mean()), "std": float(array.std()), "min": low, "25%": quarter, "50%": middle,
-        "75%": three_quarters, "max": high,
+        "mean": array.mean(), "std": array.std(), "min": low, "25%": quarter, "50%": middle, "75%": three_quarters,
+        "max": high,
     }  # fmt: skip
+    counts, edges = np.histogram(array, bins=_BINS)
     return {
         "count": len(values),
-        **{name: round(value, 6) for name, value in figures.items()},
+        **{name: round(float(value), 6) for name, value in figures.items()},
         "histogram": {"edges": [round(edge, 6) for edge in edges.tolist()], "counts": counts.tolist()},
     }
 
@@ -104,15 +80,13 @@ def markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
     result, total = record["result"], record["result"]["candidates"]
     outcomes = [("in the window", total, "", "")]
-    outcomes += [
-        (f"left out: {reason}", count, percent(count, total), _MEANING[reason])
-        for reason, count in result["left_out"].items()
-    ]
+    for reason, count in result["left_out"].items():
+        outcomes.append((f"left out: {reason}", count, percent(count, total), REASONS[reason]))
     outcomes.append(("may serve", result["left"], percent(result["left"], total), ""))
-    scores = result["scores"]
-    figures = [["count", *(figures["count"] for figures in scores.values())]]
+    scores = result["scores"].values()
+    figures = [["count", *(score["count"] for score in scores)]]
     for name in ("mean", "std", "min", "25%", "50%", "75%", "max"):
-        figures.append([name, *(f"{figures[name]:.4f}" for figures in scores.values())])
+        figures.append([name, *(f"{score[name]:.4f}" for score in scores)])
     return render(_PAGE, record=record, result=result, outcomes=outcomes, figures=figures, histogram=_histogram)
 
 

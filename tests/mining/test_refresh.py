@@ -1,0 +1,87 @@
+"""Negatives mined again by a checkpoint: every setting acts, a refresh that is there is not made again."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mining.corpora import QUERIES, TEXTS, positives, read_rows, write_rows
+
+from FlagEmbedding.mining.hard_negatives.refresh import RECORD, RefreshSettings, read_refresh, refresh_negatives
+
+BASE: dict[str, Any] = {"range_for_sampling": "1-12", "query_length": 24, "passage_length": 48}
+CHANGED: dict[str, Any] = {
+    "range_for_sampling": "3-20", "relative_margin": 0.02, "seed": 7, "query_length": 4, "passage_length": 4,
+    "query_instruction": "find the river: ", "passage_instruction": "read this text: ", "pooling": "mean",
+    "normalize": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [
+        {"query": QUERIES[qid], "pos": positives(qid), "neg": [TEXTS[20 + i], TEXTS[30 + i]], "neg_q": ["a", ""]}
+        for i, qid in enumerate(list(QUERIES)[:9])
+    ]
+    return write_rows(tmp_path_factory.mktemp("rows") / "ko.v1.jsonl", rows)
+
+
+def mine(model: Path, source: Path, folder: Path, epoch: int = 1, **changes: Any) -> tuple[dict[str, Any], list[dict]]:
+    settings = RefreshSettings(**{**BASE, **changes})
+    record = refresh_negatives(model, [source], folder / f"epoch-{epoch}", settings)
+    assert record["files"] == ["000-ko.jsonl"]
+    return record, read_rows(folder / f"epoch-{epoch}/000-ko.jsonl")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict]]:
+    return mine(tiny_model_dir, source, tmp_path_factory.mktemp("base"))
+
+
+def test_every_setting_is_looked_at() -> None:
+    half = "dtype"  # on a processor without bfloat16 it is float32 whatever is asked for
+    assert {field.name for field in fields(RefreshSettings)} == {*CHANGED, "corpus", half}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_setting_acts(name: str, base: tuple, tiny_model_dir: Path, source: Path, tmp_path: Path) -> None:
+    record, rows = mine(tiny_model_dir, source, tmp_path, **{name: CHANGED[name]})
+    assert rows != base[1] or record["figures"] != base[0]["figures"]
+    assert [(row["query"], row["pos"]) for row in rows] == [(row["query"], row["pos"]) for row in base[1]]
+    if name in ("query_length", "passage_length", "query_instruction", "passage_instruction", "pooling", "normalize"):
+        for figure in ("positive_score", "negative_score"):
+            assert record["figures"][figure] != base[0]["figures"][figure]
+
+
+def test_another_corpus_gives_other_negatives(tiny_model_dir: Path, source: Path, tmp_path: Path) -> None:
+    corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": f"{text} Indeed."} for text in TEXTS[:30]])
+    record, rows = mine(tiny_model_dir, source, tmp_path / "run", corpus=(str(corpus),))
+    assert all(text.endswith(" Indeed.") for row in rows for text in row["neg"])
+    assert all(row["neg_q"] == [""] * 2 for row in rows)  # nothing is known of what they answer
+    assert record["figures"]["kept"] == record["figures"]["neg_q"] == 0
+
+
+def test_every_epoch_draws_again_and_a_finished_one_stays(
+    base: tuple, tiny_model_dir: Path, source: Path, tmp_path: Path
+) -> None:
+    first, rows = mine(tiny_model_dir, source, tmp_path)
+    assert (first, rows) == base
+    other, others = mine(tiny_model_dir, source, tmp_path, epoch=2)
+    assert others != rows and other["identity"] == first["identity"]
+    folder = tmp_path / "epoch-1"
+    assert sorted(path.name for path in folder.iterdir()) == ["000-ko.jsonl", RECORD]
+    before = (folder / RECORD).stat().st_mtime_ns
+    assert mine(tiny_model_dir, source, tmp_path) == (first, rows)
+    assert (folder / RECORD).stat().st_mtime_ns == before
+    assert mine(tiny_model_dir, source, tmp_path, seed=7)[0] != first  # other settings: made again
+    (folder / "000-ko.jsonl").write_text("{}\n")
+    assert read_refresh(folder) is None
+    assert mine(tiny_model_dir, source, tmp_path) == (first, rows)
+
+
+def test_a_row_without_new_negatives_stays_as_it_was(tiny_model_dir: Path, source: Path, tmp_path: Path) -> None:
+    record, rows = mine(tiny_model_dir, source, tmp_path, range_for_sampling="1-3", relative_margin=0.99)
+    assert rows == read_rows(source)
+    assert (record["figures"]["kept"], record["figures"]["negative_score"]) == (1.0, 0.0)
