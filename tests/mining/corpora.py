@@ -47,7 +47,7 @@ def positives(qid: str) -> list[str]:
 
 @torch.no_grad()
 def brute_force(model_dir: Path, texts: list[str]) -> np.ndarray:
-    """CLS vectors by transformers alone, one text at a time, normalised, in double precision."""
+    """CLS vectors by transformers alone, one text at a time, normalized, in double precision."""
     tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModel.from_pretrained(model_dir).eval()
     rows = []
     for text in texts:

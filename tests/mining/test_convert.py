@@ -78,7 +78,7 @@ def test_beir_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         {"query": "query 0", "pos": ["text 0", "T1 text 1"], "neg": ["T2 text 2"]},
         {"query": "query 3", "pos": ["T4 text 4"]},
     ]
-    assert read(tmp_path / "out.jsonl") == expected  # query 1's passage is not in the corpus, query 2 has no judgement
+    assert read(tmp_path / "out.jsonl") == expected  # query 1's passage is not in the corpus, query 2 has no judgment
     assert "2 rows\n  1 of them have no neg yet" in capsys.readouterr().out
     plain = ["--input", folder, "--output_file", tmp_path / "plain.jsonl", "--with_title", "n"]
     assert run(convert, "--format", "beir", *plain) == 0
@@ -166,7 +166,7 @@ def test_broken_triples_are_named_by_line(tmp_path: Path, capsys, name: str, tex
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_broken_judgements_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_judgments_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = beir(tmp_path / "beir")
     (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\tyes\n")
     assert run(convert, "--format", "beir", "--input", folder, "--output_file", tmp_path / "out.jsonl") == 2

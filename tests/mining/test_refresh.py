@@ -85,3 +85,16 @@ def test_a_row_without_new_negatives_stays_as_it_was(tiny_model_dir: Path, sourc
     record, rows = mine(tiny_model_dir, source, tmp_path, range_for_sampling="1-3", relative_margin=0.99)
     assert rows == read_rows(source)
     assert (record["figures"]["kept"], record["figures"]["negative_score"]) == (1.0, 0.0)
+
+
+def test_a_new_negative_gets_a_query_that_the_files_know(base: tuple, source: Path) -> None:
+    known = {text: {QUERIES[qid]} for qid in list(QUERIES)[:9] for text in positives(qid)}
+    for row in read_rows(source):
+        known.setdefault(row["neg"][0], set()).add("a")
+    with_query = 0
+    for before, after in zip(read_rows(source), base[1], strict=True):
+        own = dict(zip(before["neg"], before["neg_q"], strict=True))
+        for text, query in zip(after["neg"], after["neg_q"], strict=True):
+            assert query == own[text] if own.get(text) else query in known.get(text, {""})
+            with_query += bool(query) and text not in own
+    assert with_query

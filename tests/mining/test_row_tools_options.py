@@ -148,5 +148,8 @@ def test_the_split_of_beir_is_that_of_its_judgments(place: Path, observe: Observ
     (place / "Beir/qrels/test.tsv").write_text(judged.replace("\t1", "\t0") + "q0\td0\t0\n")
     found = observe(convert, "--output_file", ["--format", "beir", "--input", "Beir", "--split", "test"])
     assert found["code"] == 2 and found["rows"] is None  # nothing relevant there
+    (place / "Beir/qrels/dev.tsv").write_text(judged.replace("d0", "d9"))
+    found = observe(convert, "--output_file", ["--format", "beir", "--input", "Beir", "--split", "dev"])
+    assert found["code"] == 2 and found["rows"] is None  # relevant, and not in the corpus
     found = observe(convert, "--output_file", ["--format", "beir", "--input", "Beir"])
     assert json.loads(found["rows"]) == {"query": "which one?", "pos": [f"T {TEXTS[0]}"]}

@@ -1,4 +1,4 @@
-"""The queries that negatives are mined for, from training rows or from MIRACL's topics and judgements.
+"""The queries that negatives are mined for, from training rows or from MIRACL's topics and judgments.
 
 Read as a stream; what is held of all of them is which texts answer which query (some hundred bytes per row), so that a
 passage that answers a query in one row does not become its negative in another. Training rows are read twice for that:

@@ -2,7 +2,7 @@
 
 Columns count by place, as in sentence-transformers: query, positive, then negatives; ``label``, ``labels``, ``score``
 and ``scores`` are apart. What ``mine_hard_negatives`` writes is read in these of its forms: triplet, n-tuple,
-n-tuple-scores, labeled-pair. Neighbouring lines of one query become one row.
+n-tuple-scores, labeled-pair. Neighboring lines of one query become one row.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Miner:
 
         ``judged``: relevant passages in the window; ``judged_pass``: those the filters would let through. ``hidden``
         and ``hidden_pass``: the same for queries of several positives, each in turn taken for unknown, with margins
-        from the others. Passages in the window that no judgement knows are of that kind.
+        from the others. Passages in the window that no judgment knows are of that kind.
         """
         filters, rules = self.filters, self._rules(item, min(positives))
         judged = [c for c in window if rules.reason(c) in ("judged_positive", "same_as_positive")]
