@@ -22,7 +22,7 @@ from FlagEmbedding.utils.io import PathLike
 LANGUAGES = ("ar", "bn", "de", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw", "te", "th", "yo", "zh")
 SPLITS = ("train", "dev", "testA", "testB")
 _CORPUS_HUB, _TOPICS_HUB = "miracl/miracl-corpus", "miracl/miracl"
-_DOCS = re.compile(r"docs-(\d+)\.jsonl(\.gz)?$")
+_DOCS = re.compile(r"docs-(\d+)\.jsonl(\.gz)?")
 
 
 def check_languages(languages: list[str]) -> list[str]:
@@ -42,7 +42,7 @@ def corpus_files(lang: str, data_dir: PathLike | None = None, cache_dir: str | N
     """
     name = f"miracl-corpus-v1.0-{lang}"
     folder = _find(_CORPUS_HUB, name, f"{name}/docs-*.jsonl.gz", data_dir, cache_dir)
-    numbered = sorted((int(found[1]), path) for path in folder.iterdir() if (found := _DOCS.search(path.name)))
+    numbered = sorted((int(found[1]), path) for path in folder.iterdir() if (found := _DOCS.fullmatch(path.name)))
     if not numbered:
         raise DataError(f"{folder}: expected docs-0.jsonl.gz, docs-1.jsonl.gz, …, found none")
     for expected, (number, path) in enumerate(numbered):
@@ -54,13 +54,16 @@ def corpus_files(lang: str, data_dir: PathLike | None = None, cache_dir: str | N
 
 def topics_file(lang: str, split: str = "dev", data_dir: PathLike | None = None, cache_dir: str | None = None) -> Path:
     """The queries of a split."""
-    relative = f"miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-{split}.tsv"
-    return _find(_TOPICS_HUB, relative, relative, data_dir, cache_dir)
+    return _split_file("topics", lang, split, data_dir, cache_dir)
 
 
 def qrels_file(lang: str, split: str = "dev", data_dir: PathLike | None = None, cache_dir: str | None = None) -> Path:
-    """The judgements of a split."""
-    relative = f"miracl-v1.0-{lang}/qrels/qrels.miracl-v1.0-{lang}-{split}.tsv"
+    """The judgments of a split."""
+    return _split_file("qrels", lang, split, data_dir, cache_dir)
+
+
+def _split_file(kind: str, lang: str, split: str, data_dir: PathLike | None, cache_dir: str | None) -> Path:
+    relative = f"miracl-v1.0-{lang}/{kind}/{kind}.miracl-v1.0-{lang}-{split}.tsv"
     return _find(_TOPICS_HUB, relative, relative, data_dir, cache_dir)
 
 

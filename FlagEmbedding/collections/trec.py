@@ -1,4 +1,4 @@
-"""Topics, judgements (qrels) and runs: read strictly and written in this file alone, and where qrels may lie.
+"""Topics, judgments (qrels) and runs: read strictly and written in this file alone, and where qrels may lie.
 
 A line that does not parse ends the reading with file, line, what was expected and what was found: a score over half
 a file looks like any other score. Sorting is trec_eval's: scores in single precision, ties by docid descending.
@@ -7,23 +7,23 @@ a file looks like any other score. Sorting is trec_eval's: scores in single prec
 from __future__ import annotations
 
 import math
-import zlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import PathLike, atomic_open, open_text
+from FlagEmbedding.utils.io import PathLike, atomic_open, numbered_lines
 
 Topics = dict[str, str]  # qid -> query
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> grade
 Run = dict[str, dict[str, float]]  # qid -> docid -> score
 
-_TOPIC_LINE = "'qid<tab>query'"
 _QRELS_LINE = "'qid 0 docid grade'"
 _BEIR_LINE = "'qid Q0 docid grade' or 'qid docid grade'"
 _RUN_LINE = "'qid Q0 docid rank score tag'"
+_GRADE = re.compile("[+-]?[0-9]{1,9}")  # what trec_eval's integers hold
 
 
 def read_topics(path: PathLike) -> Topics:
@@ -33,10 +33,10 @@ def read_topics(path: PathLike) -> Topics:
         DataError: it is missing, empty or broken, or a query is there twice.
     """
     topics: Topics = {}
-    for number, line in _lines(path, "topics"):
+    for number, line in numbered_lines(path, "topics"):
         qid, tab, query = line.rstrip("\r\n").partition("\t")
         if not tab or not qid.strip() or not query.strip():
-            raise DataError(f"{path}:{number}: expected {_TOPIC_LINE}, found {_short(line)}")
+            raise DataError(f"{path}:{number}: expected 'qid<tab>query', found {_short(line)}")
         if len(qid.split()) != 1:
             raise DataError(f"{path}:{number}: a qid holds no white space, found {qid!r}")
         if qid in topics:
@@ -63,11 +63,12 @@ def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
         qid, docid, text = words[0], words[-2], words[-1]
         if beir and number == 1 and text.lower() in ("score", "grade", "relevance"):
             continue
-        try:
-            grade = int(text)
-        except ValueError as error:
-            where = f"column {len(words)}"
-            raise DataError(f"{path}:{number}: expected a whole number as grade ({where}), found {text!r}") from error
+        if not _GRADE.fullmatch(text):
+            raise DataError(
+                f"{path}:{number}: expected a whole number of at most 9 digits as grade (column {len(words)}), found "
+                f"{_short(text)}"
+            )
+        grade = int(text)
         if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
             raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice, with different grades")
     if not qrels:
@@ -153,27 +154,11 @@ def find_qrels(place: PathLike, lang: str, split: str = "dev", only_language: bo
 
 def _columns(path: PathLike, kind: str, counts: Sequence[int], expected: str) -> Iterator[tuple[int, list[str]]]:
     """``(line number, words)`` of every line that is not blank. Raises ``DataError`` for another number of words."""
-    for number, line in _lines(path, kind):
+    for number, line in numbered_lines(path, kind):
         words = line.split()
         if len(words) not in counts:
             raise DataError(f"{path}:{number}: expected {expected}, found {len(words)} columns in {_short(line)}")
         yield number, words
-
-
-def _lines(path: PathLike, kind: str) -> Iterator[tuple[int, str]]:
-    """``(line number, line)`` of every line that is not blank."""
-    number = 0
-    try:
-        with open_text(path) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such {kind} file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}:{number + 1}: the {kind} file cannot be read further ({error})") from error
 
 
 def _short(line: str) -> str:

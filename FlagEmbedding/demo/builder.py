@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ logger = get_logger(__name__)
 RECORD = "base_model.json"  # where the model came from and what was cut; marks a folder as made here
 _FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", RECORD
+}  # fmt: skip
+_CONFIG = {
+    "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta", "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "type_vocab_size": 1, "initializer_range": 0.02,
+    "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
@@ -59,12 +65,12 @@ def build_base_model(
     _check_target(target)
     files = _check_files(vocab_from)
     origin = _open_source(source)
-    kept_layers = origin.sizes.layers if layers is None else layers
-    if not 1 <= kept_layers <= origin.sizes.layers:
-        raise UsageError(f"layers must lie between 1 and {origin.sizes.layers}, got {layers}")
+    of_layers = origin.sizes.num_hidden_layers
+    kept_layers = of_layers if layers is None else layers
+    if not 1 <= kept_layers <= of_layers:
+        raise UsageError(f"layers must lie between 1 and {of_layers}, got {layers}")
 
-    charsmap = origin.charsmap()
-    pieces = origin.pieces
+    charsmap, pieces = origin.charsmap(), origin.pieces
     rows = list(range(len(pieces)))
     tokenizer = build_tokenizer(pieces, charsmap)
     if files:
@@ -76,27 +82,19 @@ def build_base_model(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as workplace:
         folder = Path(workplace) / "model"
         folder.mkdir()
-        save_tokenizer(tokenizer, folder, origin.sizes.positions)
+        save_tokenizer(tokenizer, folder, origin.sizes.max_position_embeddings - FIRST_POSITION)
         _save_model(folder, origin, kept_layers, rows)
-        write_json_atomic(
-            folder / RECORD,
-            {
-                "origin": origin.origin,
-                "sha256": origin.digest,
-                "layers": kept_layers,
-                "of_layers": origin.sizes.layers,
-                "pieces": len(pieces),
-                "of_pieces": len(origin.pieces),
-                "vocab_from": {path.name: sha256_file(path) for path in files},
-            },
-        )
+        record = {"origin": origin.origin, "sha256": origin.digest, "layers": kept_layers, "of_layers": of_layers}
+        record |= {"pieces": len(pieces), "of_pieces": len(origin.pieces)}
+        record["vocab_from"] = {path.name: sha256_file(path) for path in files}
+        write_json_atomic(folder / RECORD, record)
         if target.exists():
             # Set aside, to go with the workplace; an empty or earlier folder, as checked above.
             os.replace(target, Path(workplace) / "before")
         os.replace(folder, target)
     logger.info(
         "%s: %d of %d layers, %d of %d pieces of %s",
-        target, kept_layers, origin.sizes.layers, len(pieces), len(origin.pieces), origin.origin,
+        target, kept_layers, of_layers, len(pieces), len(origin.pieces), origin.origin,
     )  # fmt: skip
     return target
 
@@ -134,7 +132,6 @@ def _open_source(source: str | None) -> BaseSource:
 
 
 def _save_model(folder: Path, origin: BaseSource, layers: int, rows: list[int]) -> None:
-    sizes = origin.sizes
     tensors = {
         name: np.ascontiguousarray(origin.tensor(name, rows if name == WORDS else None))
         for name in tensor_names(layers)
@@ -142,25 +139,5 @@ def _save_model(folder: Path, origin: BaseSource, layers: int, rows: list[int]) 
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod((folder / "tokenizer.json").stat().st_mode)  # the writer gives it to its owner alone
-    write_json_atomic(
-        folder / "config.json",
-        {
-            "architectures": ["XLMRobertaModel"],
-            "model_type": "xlm-roberta",
-            "vocab_size": len(rows),
-            "hidden_size": sizes.hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": sizes.heads,
-            "intermediate_size": sizes.intermediate,
-            "hidden_act": "gelu",
-            "hidden_dropout_prob": 0.1,
-            "attention_probs_dropout_prob": 0.1,
-            "max_position_embeddings": sizes.positions + FIRST_POSITION,
-            "type_vocab_size": 1,
-            "layer_norm_eps": sizes.layer_norm_eps,
-            "initializer_range": 0.02,
-            "bos_token_id": 0,
-            "pad_token_id": 1,
-            "eos_token_id": 2,
-        },
-    )
+    sizes = replace(origin.sizes, num_hidden_layers=layers)
+    write_json_atomic(folder / "config.json", {**_CONFIG, "vocab_size": len(rows), **asdict(sizes)})

@@ -9,9 +9,9 @@ Layout, little-endian, one part after the other:
     hidden, layers, heads, intermediate, vocabulary, positions, types i32; layer norm ε f32; block size i32
     pieces n i32; ids of <s> </s> <pad> <unk> i32; bytes of text u64; n + 1 offsets u32; n scores f32; the text, UTF-8
     rules r i32; their bytes u32; r times: code point u32, length u8, that many code points u32
-    tensors t i32; t times: name length u16, name, quantised u8, numbers u32, offset u64 (from the start), bytes u64
+    tensors t i32; t times: name length u16, name, quantized u8, numbers u32, offset u64 (from the start), bytes u64
 
-A quantised tensor is a row of Q4_0 blocks: scale f16, then 16 bytes that hold 32 numbers, q = (nibble − 8) · scale,
+A quantized tensor is a row of Q4_0 blocks: scale f16, then 16 bytes that hold 32 numbers, q = (nibble − 8) · scale,
 low nibbles first.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.demo.parts import LAYER_PARTS, Floats, Sizes, in_xlmr_layout, tensor_names
+from FlagEmbedding.demo.parts import FIRST_POSITION, LAYER_PARTS, Floats, Sizes, in_xlmr_layout, tensor_names
 from FlagEmbedding.demo.tokenizer import compile_rules
 from FlagEmbedding.utils.errors import DataError
 
@@ -45,7 +45,7 @@ def installed_model() -> Path | None:
     return None
 
 
-def dequantise(raw: bytes | memoryview, rows: list[int] | None = None, width: int = 0) -> Floats:
+def dequantize(raw: bytes | memoryview, rows: list[int] | None = None, width: int = 0) -> Floats:
     """Q4_0 blocks to float32: flat, or ``[len(rows), width]`` for some rows of a matrix of that width."""
     blocks = np.frombuffer(raw, _BLOCK_TYPE)
     if rows is not None:
@@ -74,7 +74,7 @@ class _Cursor:
 
 
 class PackedModel:
-    """The packed file as a ``BaseSource``. Tensors are de-quantised when asked for, not before.
+    """The packed file as a ``BaseSource``. Tensors are de-quantized when asked for, not before.
 
     Raises:
         DataError: not such a file, or one cut short.
@@ -96,7 +96,7 @@ class PackedModel:
         _, _version_number = cursor.take("4sI")
         hidden, layers, heads, intermediate, vocabulary, positions, _types, eps, block = cursor.take("7ifi")
         # A float32 written out shows its rounding (9.99999996e-13): six digits are what was meant.
-        self.sizes = Sizes(hidden, layers, heads, intermediate, positions, float(f"{eps:.6g}"))
+        self.sizes = Sizes(hidden, layers, heads, intermediate, positions + FIRST_POSITION, float(f"{eps:.6g}"))
         count, *special_ids, text_bytes = cursor.take("5iQ")
         if special_ids != [0, 2, 1, 3] or block != BLOCK or not 0 < count <= vocabulary:
             raise ValueError(f"special ids {special_ids}, blocks of {block}, {count} pieces of {vocabulary}")
@@ -113,10 +113,10 @@ class PackedModel:
         for _ in range(*cursor.take("i")):
             (length,) = cursor.take("H")
             name = cursor.take_bytes(length).decode()
-            quantised, _numbers, start, size = cursor.take("BIQQ")
+            quantized, _numbers, start, size = cursor.take("BIQQ")
             if start + size > len(self._data):
                 raise ValueError(f"tensor {name} lies beyond the end")
-            self._directory[name] = bool(quantised), start, size
+            self._directory[name] = bool(quantized), start, size
         self._names = _short_names(layers)
         missing = sorted(set(self._names.values()) - set(self._directory))
         if missing:
@@ -126,11 +126,11 @@ class PackedModel:
         return compile_rules(self._rules)
 
     def tensor(self, name: str, rows: list[int] | None = None) -> Floats:
-        quantised, start, size = self._directory[self._names[name]]
+        quantized, start, size = self._directory[self._names[name]]
         raw = self._data[start : start + size]
         width = self._width(name)
-        if quantised:
-            return dequantise(raw, rows, width)
+        if quantized:
+            return dequantize(raw, rows, width)
         values = np.frombuffer(raw, "<f4").astype(np.float32)
         return in_xlmr_layout(name, values.reshape(-1, width) if width else values, rows, is_bert=True)
 
@@ -139,7 +139,7 @@ class PackedModel:
         if name.endswith(".bias") or ".LayerNorm." in name:
             return 0
         is_second_linear = name.endswith(".output.dense.weight") and ".attention." not in name
-        return self.sizes.intermediate if is_second_linear else self.sizes.hidden
+        return self.sizes.intermediate_size if is_second_linear else self.sizes.hidden_size
 
 
 def _short_names(layers: int) -> dict[str, str]:

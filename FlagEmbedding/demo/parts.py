@@ -1,4 +1,4 @@
-"""What a base model consists of, whichever source it comes from: sizes, vocabulary, normalisation rules, tensors."""
+"""What a base model consists of, whichever source it comes from: sizes, vocabulary, normalization rules, tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a configuration. ``positions`` counts the usable ones: the longest row in tokens."""
+    """The numbers of XLM-R's configuration, under its names; positions count those before the first that is used."""
 
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    positions: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
     layer_norm_eps: float
 
 
@@ -42,7 +42,7 @@ class BaseSource(Protocol):
     pieces: list[tuple[str, float]]  # unigram vocabulary in order of ids: piece, log probability
 
     def charsmap(self) -> bytes:
-        """The normalisation rules as SentencePiece compiles them (``precompiled_charsmap``)."""
+        """The normalization rules as SentencePiece compiles them (``precompiled_charsmap``)."""
 
     def tensor(self, name: str, rows: list[int] | None = None) -> Floats:
         """A tensor by its name in an XLM-R state dict, float32; of ``rows`` only, where given."""

@@ -7,7 +7,7 @@ A checkpoint of BERT's or XLM-R's structure with an XLM-R tokenizer, as multilin
 from __future__ import annotations
 
 import base64
-import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from FlagEmbedding.demo.parts import FIRST_POSITION, SPECIALS, WORDS, Floats, Sizes, in_xlmr_layout, tensor_names
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import HubError, download
-from FlagEmbedding.utils.io import sha256_file
+from FlagEmbedding.utils.io import read_json, sha256_file
 
 HUB_ID = "intfloat/multilingual-e5-small"
 _FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -60,16 +60,12 @@ class PretrainedModel:
             raise DataError(f"{folder}/config.json: expected model_type bert or xlm-roberta, found {kind!r}")
         self._is_bert = kind == "bert"
         try:
-            self.sizes = Sizes(
-                hidden=config["hidden_size"],
-                layers=config["num_hidden_layers"],
-                heads=config["num_attention_heads"],
-                intermediate=config["intermediate_size"],
-                positions=config["max_position_embeddings"] - (0 if self._is_bert else FIRST_POSITION),
-                layer_norm_eps=config["layer_norm_eps"],
-            )
+            self.sizes = Sizes(**{field.name: config[field.name] for field in fields(Sizes)})
         except KeyError as error:
             raise DataError(f"{folder}/config.json lacks {error}") from error
+        if self._is_bert:
+            longest = self.sizes.max_position_embeddings + FIRST_POSITION
+            self.sizes = replace(self.sizes, max_position_embeddings=longest)
         self.pieces, self._charsmap = _read_tokenizer(folder / "tokenizer.json")
         self._prefix = self._check_tensors()
 
@@ -87,7 +83,7 @@ class PretrainedModel:
             with safe_open(self._weights, framework="pt") as stream:
                 keys = set(stream.keys())
                 prefix = next((key.removesuffix(WORDS) for key in keys if key.endswith(WORDS)), "")
-                missing = [name for name in tensor_names(self.sizes.layers) if prefix + name not in keys]
+                missing = [name for name in tensor_names(self.sizes.num_hidden_layers) if prefix + name not in keys]
                 rows = 0 if missing else stream.get_slice(prefix + WORDS).get_shape()[0]
         except SafetensorError as error:
             raise DataError(f"{self._weights} is not readable as safetensors: {error}") from error
@@ -100,7 +96,7 @@ class PretrainedModel:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -109,7 +105,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> tuple[list[tuple[str, float]], bytes]:
-    """Vocabulary and compiled normalisation rules of an XLM-R tokenizer."""
+    """Vocabulary and compiled normalization rules of an XLM-R tokenizer."""
     whole = _read_json(path)
     model = whole.get("model") or {}
     vocabulary = model.get("vocab")

@@ -6,8 +6,6 @@ kept pieces alone and loses only its competitors, so it stays the same; other te
 
 from __future__ import annotations
 
-import gzip
-import json
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -18,8 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from FlagEmbedding.demo.parts import SPECIALS
-from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import open_text, write_json_atomic
+from FlagEmbedding.utils.io import numbered_lines, parse_json, write_json_atomic
 
 Pieces = list[tuple[str, float]]
 
@@ -55,7 +52,7 @@ def compile_rules(rules: dict[str, str]) -> bytes:
 
 
 def build_tokenizer(pieces: Pieces, charsmap: bytes) -> Tokenizer:
-    """The pipeline of xlm-roberta-base: normalise, split at spaces, unigram, ``<s> A </s>``."""
+    """The pipeline of xlm-roberta-base: normalize, split at spaces, unigram, ``<s> A </s>``."""
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIALS.index("<unk>"), byte_fallback=False))
     tokenizer.normalizer = normalizers.Precompiled(charsmap)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -103,23 +100,19 @@ def _codes(text: str) -> str:
 
 def _texts(path: Path) -> Iterator[str]:
     """Texts of a plain, JSON-lines or TSV file (also .gz): every string value of a JSON line, else the line itself."""
-    try:
-        with open_text(path) as stream:
-            for line in stream:
-                try:
-                    values = _strings(json.loads(line)) if line.startswith(("{", "[")) else [line]
-                except ValueError:
-                    values = [line]
-                yield from (value for value in values if value.strip())
-    except (OSError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path}: not readable as text ({error}); expected .jsonl, .tsv or .txt, plain or .gz"
-        ) from error
+    for _, line in numbered_lines(path, "text"):
+        try:
+            values = _strings(parse_json(line)) if line.startswith(("{", "[")) else [line]
+        except ValueError:
+            values = [line]
+        yield from (value for value in values if value.strip())
 
 
 def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value.encode(errors="replace").decode()  # half a surrogate pair is no text
+        elif isinstance(value, dict | list):
+            pending.extend(value.values() if isinstance(value, dict) else value)

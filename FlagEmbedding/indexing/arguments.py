@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from FlagEmbedding.inference.arguments import WINDOW
 from FlagEmbedding.utils.cli import option, switch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -16,7 +17,7 @@ class IndexArguments:
     with_title: bool = switch(False, "embed title and text (MIRACL's own rule); published: text alone")
     passage_instruction_for_retrieval: str | None = option(None, "text put before every passage", metavar="TEXT")
     allow_empty: bool = switch(False, "embed passages without text instead of refusing them")
-    shard_size: int = option(2048, "passages per shard: sorted together, lost by a kill at most")
+    shard_size: int = option(WINDOW, "passages per shard: sorted together, lost by a kill at most")
     overwrite: bool = switch(False, "encode again what is there")
 
     def __post_init__(self) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.retrieval.searcher import Hit, check_queries, rank
-from FlagEmbedding.retrieval.shards import clear_disk_errors
+from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.identity import made_by
-from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -65,19 +65,35 @@ def search_approximate(
 
 
 def load_or_build(index: FlatIndex, index_type: str) -> Any:
-    """The faiss index of ``index_type`` over ``index``, from disk where an earlier run left it."""
+    """The faiss index of ``index_type`` over ``index``, from disk where an earlier run left it.
+
+    Raises:
+        UsageError: faiss cannot build it, or a file of its name is somebody else's.
+    """
     import faiss
 
     path = index.folder / f"index.{index_type.replace('/', '_')}"
     record, identity = path.with_name(f"{path.name}.json"), {"index_type": index_type, "index_sha256": index.checksum()}
     if path.exists() and made_by(record, identity):
         return faiss.read_index(str(path))
-    record.unlink(missing_ok=True)
+    for there in (path, record):
+        if there.exists() and not _is_ours(record):
+            raise UsageError(f"{there} was not written by this program: move it away, or leave --index_type out")
     approximate = build(index, index_type)
-    with clear_disk_errors(f"writing {path}"), atomic_open(path, "wb") as stream:
-        faiss.write_index(approximate, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
-    write_json_atomic(record, identity)
+    with clear_disk_errors(f"writing {path}"):
+        write_json_atomic(record, {**identity, "index_sha256": None})  # ours, and not finished
+        with atomic_open(path, "wb") as stream:
+            faiss.write_index(approximate, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
+        write_json_atomic(record, identity)
     return approximate
+
+
+def _is_ours(record: Path) -> bool:
+    try:
+        found = read_json(record)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.keys() == {"index_type", "index_sha256"}
 
 
 def build(index: FlatIndex, index_type: str) -> Any:
@@ -121,6 +137,9 @@ def recall(found: list[list[Hit]], exact: list[list[Hit]]) -> float:
     return float(np.mean(shares)) if shares else 1.0
 
 
-def index_paths(folder: Path) -> list[Path]:
-    """Files that approximate searches left in an index folder (removed when it is encoded again)."""
-    return sorted(folder.glob("index.*"))
+def remove_approximate(folder: Path) -> None:
+    """Remove what approximate searches left in an index folder that is encoded again."""
+    for record in filter(_is_ours, folder.glob("index.*.json")):
+        remove_leftovers(folder, record.stem)
+        record.with_suffix("").unlink(missing_ok=True)
+        record.unlink()

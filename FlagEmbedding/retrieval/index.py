@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest, remove_leftovers
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import differences
 from FlagEmbedding.utils.io import atomic_open, sha256_file, write_json_atomic
@@ -61,12 +61,12 @@ def flat_header(rows: int, dimension: int) -> bytes:
 def assemble_index(store: ShardStore, folder: Path, **more: Any) -> dict[str, Any]:
     """Join the finished shards into ``folder``; returns the manifest. Memory: one piece, whatever the corpus.
 
-    Every shard is checked against its SHA-256 on the way. Raises ``DataError`` for a shard that is missing or
-    damaged; then, and on a kill, no file of ``folder`` has been touched.
+    Every shard is checked against its run and its SHA-256 on the way. Raises ``DataError`` for a shard that is missing
+    or damaged; then, and on a kill, no file of ``folder`` has been touched.
     """
     digests = {INDEX: hashlib.sha256(), DOCID: hashlib.sha256()}
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for name in (INDEX, DOCID, MANIFEST):
+        remove_leftovers(folder, name)
     with (
         clear_disk_errors(f"writing the index to {folder}"),
         atomic_open(folder / INDEX, "wb") as vectors,
@@ -76,15 +76,12 @@ def assemble_index(store: ShardStore, folder: Path, **more: Any) -> dict[str, An
         vectors.write(header)
         digests[INDEX].update(header)
         for shard in range(len(store)):
-            record = store.record(shard)
-            _copy(store, shard, "f32", record["f32_sha256"], vectors, digests[INDEX])
-            _copy(store, shard, "docid", record["docid_sha256"], docids, digests[DOCID])
+            expected = store.digests(shard)
+            _copy(store, shard, "f32", expected["f32"], vectors, digests[INDEX])
+            _copy(store, shard, "docid", expected["docid"], docids, digests[DOCID])
     _ask_faiss(folder / INDEX, store.rows, store.dimension)
-    manifest = {
-        **store.manifest,
-        **more,
-        "files": {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()},
-    }
+    files = {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()}
+    manifest = {**store.manifest, **more, "files": files}
     with clear_disk_errors(f"writing {folder / MANIFEST}"):
         write_json_atomic(folder / MANIFEST, manifest)
     return manifest
@@ -123,15 +120,21 @@ def _ask_faiss(path: Path, rows: int, dimension: int) -> None:
 
 
 class DocIds(Sequence[str]):
-    """The ids of a ``docid`` file by row number. Keeps one offset (8 bytes) per id in memory, the text on disk."""
+    """The ids of a ``docid`` file by row number. Keeps one offset (8 bytes) per id in memory, the text on disk.
+
+    Attributes:
+        sha256: of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
-        parts, position = [np.zeros(1, dtype=np.int64)], 0
+        parts, position, digest = [np.zeros(1, dtype=np.int64)], 0, hashlib.sha256()
         while piece := os.pread(self._handle, _PIECE, position):
             ends = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
             parts.append(ends + position + 1)
             position += len(piece)
+            digest.update(piece)
+        self.sha256 = digest.hexdigest()
         self._offsets = np.concatenate(parts)
         if self._offsets[-1] != position:  # a last line without its line end, as other tools write it
             self._offsets = np.append(self._offsets, position + 1)
@@ -152,7 +155,15 @@ class DocIds(Sequence[str]):
 
 
 class FlatIndex:
-    """A read-only view of an index folder: ``rows`` x ``dimension`` float32 on disk, read block by block."""
+    """A read-only view of an index folder: ``rows`` x ``dimension`` float32 on disk, read block by block.
+
+    What is read is what was written: the docids are compared with the manifest's checksum here, the vectors when
+    :meth:`blocks` has first gone through them. Of an index without a manifest (made by another program), ids must be
+    words that differ, and vectors finite.
+
+    Raises:
+        DataError: a file is missing, damaged or of another kind, or the two do not belong together.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -161,10 +172,44 @@ class FlatIndex:
             if not (self.folder / name).is_file():
                 raise DataError(f"{self.folder}: no {name} file; run step0-generate_embedding.py for it first")
         self.manifest = read_manifest(self.folder / MANIFEST)
+        self._checksums = {name: str(file["sha256"]) for name, file in (self.manifest or {}).get("files", {}).items()}
+        self._checked = False  # the vectors
         self.rows, self.dimension = self._read_header()
         self.docids = DocIds(self.folder / DOCID)
         if len(self.docids) != self.rows:
             raise DataError(f"{self.folder}: {self.rows} vectors in index, {len(self.docids)} ids in docid")
+        if DOCID not in self._checksums:
+            self._check_ids()
+        elif self.docids.sha256 != self._checksums[DOCID]:
+            raise self._changed(DOCID)
+
+    def _changed(self, name: str) -> DataError:
+        return DataError(
+            f"{self.folder / name} is not the file that {MANIFEST} beside it lists (its SHA-256 differs): changed, "
+            "damaged or of another index; run step0 with --overwrite True"
+        )
+
+    def _check_ids(self) -> None:
+        """Refuse ids of another program that are no ids: a run file could not hold them, or not tell them apart."""
+        hashes = np.empty(self.rows, dtype=np.int64)
+        for row in range(self.rows):
+            docid = self._docid(row)
+            if docid.split() != [docid]:
+                raise DataError(f"{self.folder / DOCID}:{row + 1}: expected one word as docid, found {docid!r}")
+            hashes[row] = hash(docid)
+        distinct, counts = np.unique(hashes, return_counts=True)
+        seen: dict[str, int] = {}
+        for row in np.flatnonzero(np.isin(hashes, distinct[counts > 1])).tolist():
+            docid = self._docid(row)
+            if docid in seen:
+                raise DataError(f"{self.folder / DOCID}:{row + 1}: {docid!r} was there before, in line {seen[docid]}")
+            seen[docid] = row + 1
+
+    def _docid(self, row: int) -> str:
+        try:
+            return str(self.docids[row])
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.folder / DOCID}:{row + 1}: not UTF-8 text ({error.reason})") from error
 
     def _read_header(self) -> tuple[int, int]:
         with open(self.path, "rb") as stream:
@@ -203,17 +248,29 @@ class FlatIndex:
 
     def checksum(self) -> str:
         """SHA-256 of the vectors' file, from the manifest where there is one."""
-        files = (self.manifest or {}).get("files", {})
-        return str(files[INDEX]["sha256"]) if INDEX in files else sha256_file(self.path)
+        return self._checksums.get(INDEX) or sha256_file(self.path)
 
     def blocks(self, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """``(first row, vectors [n, dimension])`` through the file; each array is a new one and may be kept."""
+        """``(first row, vectors [n, dimension])`` through the file; each array is a new one and may be kept.
+
+        Raises:
+            DataError: at the end of the first time, when the vectors are not those that the manifest lists.
+        """
+        digest, expected = hashlib.sha256(), self._checksums.get(INDEX)
         with open(self.path, "rb", buffering=0) as stream:
-            stream.seek(_HEADER.size)
+            digest.update(stream.read(_HEADER.size))
             for start in range(0, self.rows, block_rows):
                 block = np.empty((min(block_rows, self.rows - start), self.dimension), dtype="<f4")
                 _read_fully(stream, block, self.path)
+                if not self._checked:
+                    digest.update(block.data)
+                    if expected is None and not np.isfinite(block).all():
+                        row = start + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
+                        raise DataError(f"{self.path}: the vector of {self._docid(row)!r} is not finite; make it again")
                 yield start, block
+        if not self._checked and expected is not None and digest.hexdigest() != expected:
+            raise self._changed(INDEX)
+        self._checked = True
 
     def read_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Vectors of the given rows, ``[n, dimension]`` float32."""

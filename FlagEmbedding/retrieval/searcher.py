@@ -13,7 +13,6 @@ The block scores are one matrix product, on CPU or GPU alike; no faiss-gpu is ne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from FlagEmbedding.retrieval.index import DocIds, FlatIndex
+from FlagEmbedding.utils.background import prefetch
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 _MICRO = 1_000_000
@@ -61,12 +61,15 @@ def search(
 ) -> list[list[Hit]]:
     """The ``top_k`` passages of greatest inner product for each query, exactly.
 
-    :param queries: ``[Q, dimension]`` float32.
-    :param top_k: hits a query; fewer where the index holds fewer.
-    :param threads: CPU threads of the matrix product.
-    :param device: where the products run ('cpu', 'cuda:0').
-    :param block_rows: vectors read at a time; None: about 32 MiB of them.
-    :returns: one list a query, in the order described at the top of this file.
+    Args:
+        queries: ``[Q, dimension]`` float32.
+        top_k: hits per query; fewer where the index holds fewer.
+        threads: CPU threads of the matrix product.
+        device: where the products run ('cpu', 'cuda:0').
+        block_rows: vectors read at a time; None: about 32 MiB of them.
+
+    Returns:
+        One list per query, in the order described at the top of this file.
     """
     check_queries(index, queries, top_k)
     rows = block_rows or max(1, min(index.rows, (32 << 20) // (4 * index.dimension)))
@@ -75,7 +78,7 @@ def search(
     # The score matrix of a block is bounded too: many queries are taken in turns.
     step = max(1, _SCORE_BYTES // (4 * rows))
     with torch_threads(threads), torch.inference_mode():
-        for start, block in _ahead(index.blocks(rows)):
+        for start, block in prefetch(index.blocks(rows), 1):
             vectors = torch.from_numpy(block).to(device)
             for first in range(0, len(queries), step):
                 _update(running[first : first + step], q[first : first + step] @ vectors.T, start)
@@ -94,15 +97,6 @@ def check_queries(index: FlatIndex, queries: np.ndarray, top_k: int) -> None:
         )
     if not np.isfinite(queries).all():
         raise DataError("a query vector is not finite; encode in another --dtype")
-
-
-def _ahead(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-    """Read the next block while the current one is searched."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, blocks, None)
-        while (block := pending.result()) is not None:
-            pending = pool.submit(next, blocks, None)
-            yield block
 
 
 def _update(running: list[_TopK], scores: torch.Tensor, start: int) -> None:

@@ -2,40 +2,43 @@
 
 The working folder holds
 
-    manifest.json          what is being encoded and how (its identity), how many vectors, and how many per shard
+    manifest.json          what is being encoded and how (its identity), by which run, how many vectors, in which shards
     shard-000007.f32       the vectors of shard 7: float32, little endian, one after the other
     shard-000007.docid     their docids, one per line
-    shard-000007.json      their number and SHA-256 of both files; written last, so a shard without it does not exist
+    shard-000007.json      their number, run and SHA-256 of both files; written last: without it the shard is not there
 
 Shard i always holds passages ``i * shard_size`` to ``(i + 1) * shard_size``, whoever encodes it: that makes the
-bytes independent of kills and of the number of processes. Every file appears by renaming a finished one.
+bytes independent of kills and of the number of processes. Every file appears by renaming a finished one. Only files
+that the manifest implies are ever removed; it goes last.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import shutil
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import check_identity
-from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
 
 MANIFEST = "manifest.json"
+_SUFFIXES = ("json", "f32", "docid")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PERMISSION = {errno.EACCES, errno.EROFS, errno.EPERM}
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE}
 
 
 @contextmanager
 def clear_disk_errors(doing: str) -> Iterator[None]:
-    """Turn the operating system's word for a full or read-only disk into one line. ``doing``: 'writing shard 7'."""
+    """Turn the operating system's word for a full, read-only or vanished disk into one line. ``doing``: 'writing …'."""
     try:
         yield
     except OSError as error:
@@ -44,9 +47,16 @@ def clear_disk_errors(doing: str) -> Iterator[None]:
                 f"disk full while {doing}: {error.strerror}. What was finished is kept, nothing half-written is left; "
                 "make room and run the same command again"
             ) from error
-        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
-            raise DataError(f"no permission while {doing}: {error.strerror}: {error.filename}") from error
+        if error.errno in _NO_PERMISSION | _NO_FILE:
+            what = "no permission" if error.errno in _NO_PERMISSION else "the disk failed"
+            raise DataError(f"{what} while {doing}: {error.strerror}: {error.filename}") from error
         raise
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a kill left of files ``name`` (a glob pattern) that :func:`atomic_open` was writing in ``folder``."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -54,12 +64,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        with open(path, encoding="utf-8") as stream:
-            manifest = json.load(stream)
+        manifest = read_json(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable manifest ({error}); pass --overwrite True to start again") from error
+        raise DataError(f"{path}: not a readable manifest ({error}); move it away to start again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
-        raise DataError(f"{path}: expected a manifest with an 'identity'; pass --overwrite True to start again")
+        raise DataError(f"{path}: expected a manifest with an 'identity'; move it away to start again")
     return manifest
 
 
@@ -77,7 +86,6 @@ class ShardStore:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.identity: dict[str, Any] = manifest["identity"]
         self.rows: int = manifest["rows"]
         self.shard_size: int = manifest["shard_size"]
         self.dimension: int = manifest["dimension"]
@@ -88,14 +96,19 @@ class ShardStore:
     ) -> ShardStore:
         """Start an empty store; ``more`` is kept in the manifest beside the identity.
 
-        Whatever lies in ``folder`` without a manifest (a kill may have met its removal half done) goes first: a shard
-        of other arguments must never count as one of these.
+        Raises:
+            UsageError: ``folder`` holds anything: it would be lost, or count as a shard of these arguments.
         """
-        manifest = {"identity": identity, "rows": rows, "dimension": dimension, "shard_size": shard_size, **more}
+        sizes = {"rows": rows, "dimension": dimension, "shard_size": shard_size}
+        manifest = {"identity": identity, **sizes, **more, "run": uuid.uuid4().hex}
         with clear_disk_errors(f"creating {folder}"):
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder, MANIFEST)
+            if held := sorted(os.listdir(folder)):
+                raise UsageError(
+                    f"{folder} holds {held[0]!r}, which this program did not write or cannot tell any more; move the "
+                    "folder away, or choose another --index_save_dir"
+                )
             write_json_atomic(folder / MANIFEST, manifest)
         return cls(folder, manifest)
 
@@ -121,12 +134,12 @@ class ShardStore:
 
     def finished(self) -> set[int]:
         """Numbers of the shards that are on disk."""
-        return {int(name[6:-5]) for name in os.listdir(self.folder) if name[:6] == "shard-" and name[-5:] == ".json"}
+        names = set(os.listdir(self.folder))
+        return {shard for shard in range(len(self)) if self.path(shard, "json").name in names}
 
     def clean(self) -> None:
         """Remove what a killed run left half-written (call from one process, before others write)."""
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.folder, "shard-*")
 
     def write(self, shard: int, vectors: np.ndarray, docids: Sequence[str]) -> None:
         """Store one shard: ``vectors [rows, dimension]`` float32 and as many docids."""
@@ -145,27 +158,41 @@ class ShardStore:
                 with atomic_open(self.path(shard, suffix), "wb") as stream:
                     stream.write(content)
             digests = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            record = {"rows": stop - start, **digests}
+            record = {"rows": stop - start, "run": self.manifest.get("run"), **digests}
             write_json_atomic(self.path(shard, "json"), record)
 
-    def record(self, shard: int) -> dict[str, Any]:
-        """What was noted when the shard was finished."""
+    def digests(self, shard: int) -> dict[str, str]:
+        """The SHA-256 that was noted of each file of the shard, by suffix.
+
+        Raises:
+            DataError: the record cannot be read, or another run wrote the shard.
+        """
         try:
-            with open(self.path(shard, "json"), encoding="utf-8") as stream:
-                record = json.load(stream)
-            return {key: record[key] for key in ("rows", "f32_sha256", "docid_sha256")}
+            record = read_json(self.path(shard, "json"))
+            digests = {suffix: str(record[f"{suffix}_sha256"]) for suffix in ("f32", "docid")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self.damaged(shard, "its record cannot be read") from error
+        if record.get("run") != self.manifest.get("run"):
+            raise self.damaged(shard, "another run wrote it")
+        return digests
 
     def damaged(self, shard: int, what: str) -> DataError:
         """Forget a damaged shard and say so; the next run encodes it again."""
-        for suffix in ("json", "f32", "docid"):
-            self.path(shard, suffix).unlink(missing_ok=True)
+        self._remove(shard)
         return DataError(
             f"shard {shard} of {self.folder} is damaged ({what}); it was removed, run the same command again to "
             "encode it again"
         )
 
+    def _remove(self, shard: int) -> None:
+        for suffix in _SUFFIXES:
+            self.path(shard, suffix).unlink(missing_ok=True)
+
     def remove(self) -> None:
-        """Delete the working folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the store's files, and the folder unless something else is in it."""
+        self.clean()
+        for shard in range(len(self)):
+            self._remove(shard)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_END = object()
+_END: Any = object()
 
 
 def prefetch(source: Iterable[T], depth: int) -> Iterator[T]:
     """Iterate ``source`` in a thread, at most ``depth`` items ahead; its errors surface here, and it stops with us."""
-    items: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
-    stop = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def feed() -> None:
-        try:
-            for item in source:
-                if not put(item):
-                    return
-        except BaseException as error:  # noqa: BLE001 — raised again where the items are used
-            put(error)
-        else:
-            put(_END)
-
-    thread = threading.Thread(target=feed, name="prefetch", daemon=True)
-    thread.start()
+    iterator, pool = iter(source), ThreadPoolExecutor(1, "prefetch")
     try:
-        while (item := items.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
+        pending = deque(pool.submit(next, iterator, _END) for _ in range(max(1, depth)))
+        while (item := pending.popleft().result()) is not _END:
+            pending.append(pool.submit(next, iterator, _END))
             yield item
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
 
 
 class BackgroundWriter:

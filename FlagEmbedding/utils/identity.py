@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.io import PathLike, sha256_file
+from FlagEmbedding.utils.io import PathLike, read_json, sha256_file
 
 Identity = Mapping[str, Any]
 _MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model")
+_digests: dict[tuple[str, int, int], str] = {}  # path, time and size of a file that this process has read → SHA-256
 
 
 def as_json(value: Any) -> Any:
@@ -62,7 +63,7 @@ def made_by(record: PathLike, identity: Identity) -> bool:
     False where it is not there, cannot be read or holds another one: then the result is to be made again.
     """
     try:
-        found = json.loads(Path(record).read_text(encoding="utf-8"))
+        found = read_json(record)
     except (OSError, ValueError):
         return False
     there = found.get("identity", found) if isinstance(found, dict) else None
@@ -75,10 +76,7 @@ def fingerprints(files: Sequence[Path]) -> list[dict[str, str]]:
     Raises:
         DataError: one cannot be read.
     """
-    try:
-        return [{"name": path.name, "sha256": _digest_now(path)} for path in files]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return [{"name": path.name, "sha256": file_digest(path)} for path in files]
 
 
 def model_fingerprint(folder: PathLike) -> str:
@@ -87,16 +85,36 @@ def model_fingerprint(folder: PathLike) -> str:
     whole = hashlib.sha256()
     for path in files:
         whole.update(path.name.encode())
-        whole.update(_digest_now(path).encode())
+        whole.update(file_digest(path).encode())
     return whole.hexdigest()
 
 
-def _digest_now(path: Path) -> str:
-    """SHA-256 of a file, which is read again only where it has changed since this process read it."""
-    stat = path.stat()
-    return _file_digest(str(path.resolve()), stat.st_mtime_ns, stat.st_size)
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file, which is read again only where it has changed since this process read it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    key = _file_key(path)
+    if key not in _digests:
+        try:
+            _digests[key] = sha256_file(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return _digests[key]
 
 
-@lru_cache(maxsize=4096)
-def _file_digest(path: str, _mtime_ns: int, _size: int) -> str:
-    return sha256_file(path)
+@contextmanager
+def hashing(path: Path) -> Iterator[Any]:
+    """A SHA-256 to be told all of a file's bytes by whoever reads it: :func:`file_digest` will not read it again."""
+    key, digest = _file_key(path), hashlib.sha256()
+    yield digest
+    _digests[key] = digest.hexdigest()
+
+
+def _file_key(path: Path) -> tuple[str, int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return str(path.resolve()), stat.st_mtime_ns, stat.st_size

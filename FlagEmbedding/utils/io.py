@@ -1,25 +1,83 @@
-"""Files: reading text with or without gzip, and writing so that a killed run leaves no half file behind."""
+"""Files: reading text and JSON with or without gzip, and writing so that a killed run leaves no half file behind."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from FlagEmbedding.utils.errors import DataError
+
 PathLike = str | os.PathLike[str]
 
 
 def open_text(path: PathLike) -> IO[str]:
-    """Open a UTF-8 text file for reading; ``.gz`` is unpacked on the way."""
+    """Open a UTF-8 text file for reading; ``.gz`` is unpacked on the way, a byte order mark is left out."""
     if str(path).endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
+
+
+class _HashedFile(io.FileIO):
+    """A file that tells ``digest`` the bytes that are read of it."""
+
+    def __init__(self, path: PathLike, digest: Any) -> None:
+        super().__init__(path)
+        self._digest = digest
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+
+def numbered_lines(path: PathLike, kind: str, digest: Any = None) -> Iterator[tuple[int, str]]:
+    """``(line number, line)`` of every line that is not blank of a UTF-8 text file; ``.gz`` is unpacked.
+
+    Args:
+        kind: what the file is, for messages: "run", "corpus".
+        digest: told the file's bytes as they are stored; complete when the lines are through.
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8.
+    """
+    number = 0
+    try:
+        with io.BufferedReader(_HashedFile(path, digest) if digest else io.FileIO(path), 1 << 20) as stored:
+            lines = gzip.GzipFile(fileobj=stored) if str(path).endswith(".gz") else stored
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield number, text
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such {kind} file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}:{number + 1}: the {kind} file cannot be read further ({error}); make or fetch it again"
+        ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, with ``ValueError`` also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: PathLike) -> Any:
+    """The value of a JSON file. Raises ``OSError`` or ``ValueError`` where there is none."""
+    return parse_json(Path(path).read_text(encoding="utf-8"))
 
 
 @contextmanager

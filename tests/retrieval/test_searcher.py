@@ -19,6 +19,7 @@ def make_index(folder: Path, vectors: np.ndarray, docids: list[str]) -> FlatInde
     store = ShardStore.create(folder / "shards", {}, *vectors.shape, len(vectors))
     store.write(0, vectors, docids)
     assemble_index(store, folder)
+    store.remove()
     return FlatIndex(folder)
 
 
