@@ -226,6 +226,10 @@ ACCEPTED: dict[str, tuple[str, TrainRecord]] = {
         '{"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": null, "neg_scores": null, "neg_q": null}',
         TrainRecord("q", ["p"], ["n"], line=1),
     ),
+    "an empty text for the queries of a single negative": (
+        '{"query": "q", "pos": ["p"], "neg": ["n"], "neg_q": ""}',
+        TrainRecord("q", ["p"], ["n"], neg_q=[[]], line=1),
+    ),
     "no query for some negatives, several for others": (
         '{"query": "q", "pos": ["p"], "neg": ["a", "b", "c", "d"], "neg_q": ["", [], ["x", "y"], "z"]}',
         TrainRecord("q", ["p"], ["a", "b", "c", "d"], neg_q=[[], [], ["x", "y"], ["z"]], line=1),

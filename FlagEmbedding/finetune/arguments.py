@@ -8,7 +8,7 @@ two groups contradict each other in by ``checks.py``.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -65,9 +65,7 @@ class DataArguments:
     query_instruction_for_retrieval: str | None = option(None, "Text put before queries.")
     passage_instruction_for_retrieval: str | None = option(None, "Text put before passages.")
     same_task_within_batch: bool = switch(False, "Draw each batch from one file.")
-    shuffle_ratio: float = option(
-        0.0, "Chance that a passage of over 100 characters is cut into 3 chunks that are shuffled."
-    )
+    shuffle_ratio: float = option(0.0, "Chance that a passage of over 100 characters becomes 3 shuffled chunks.")
     small_threshold: int = option(0, "Files of fewer rows than this are merged, folder by folder.")
     drop_threshold: int = option(0, "A merged set of fewer rows than this is dropped.")
     batch_size_by_length: bool = switch(
@@ -77,13 +75,9 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_group_size", "query_max_len", "passage_max_len"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_example_num_per_dataset is not None and self.max_example_num_per_dataset < 1:
-            raise UsageError(
-                f"--max_example_num_per_dataset must be at least 1, got {self.max_example_num_per_dataset}"
-            )
+        for name in ("train_group_size", "query_max_len", "passage_max_len", "max_example_num_per_dataset"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
         if not 0 <= self.shuffle_ratio <= 1:
             raise UsageError(f"--shuffle_ratio is a chance in [0, 1], got {self.shuffle_ratio}")
         if self.knowledge_distillation and self.train_group_size == 1:
@@ -91,9 +85,8 @@ class DataArguments:
                 "--knowledge_distillation with --train_group_size 1 leaves the teacher nothing to rank: raise the size"
             )
         if self.batch_size_by_length and self.train_group_size not in (1, 8):
-            raise UsageError(
-                f"--batch_size_by_length has a table for --train_group_size 8 and 1 only, got {self.train_group_size}"
-            )
+            size = self.train_group_size
+            raise UsageError(f"--batch_size_by_length has a table for --train_group_size 8 and 1 only, got {size}")
         if self.batch_size_by_length and not self.same_task_within_batch:
             raise UsageError("--batch_size_by_length goes by file, so it needs --same_task_within_batch True")
 
@@ -111,21 +104,16 @@ class RefreshArguments:
     refresh_range_for_sampling: str = option(
         "10-210", "Which ranks, as in mining: A-B are places A+1 to B of the search."
     )
-    refresh_relative_margin: float | None = option(
-        None, "Leave out what scores above the positive's score less this share of it."
-    )
+    refresh_relative_margin: float | None = option(None, "Leave out what scores above the positive less this share.")
 
     def __post_init__(self) -> None:
         every, given = self.refresh_negatives_every_n_epochs, "--refresh_negatives_every_n_epochs"
         if every < 0:
             raise UsageError(f"{given} must be 0 (never) or more, got {every}")
-        if every == 0:
-            untouched = {name: f.default for name, f in type(self).__dataclass_fields__.items()} | {
-                "refresh_corpus": []
-            }
-            for name, value in vars(self).items():
-                if value != untouched[name]:
-                    raise UsageError(f"--{name} has no effect without {given}")
+        defaults = {each.name: each.default for each in fields(self)} | {"refresh_corpus": []}
+        for name, value in vars(self).items() if every == 0 else ():
+            if value != defaults[name]:
+                raise UsageError(f"--{name} has no effect without {given}")
         parse_range(self.refresh_range_for_sampling)
         if (self.refresh_relative_margin or 0.0) < 0:
             raise UsageError(f"--refresh_relative_margin must not be negative, got {self.refresh_relative_margin}")
@@ -139,21 +127,16 @@ class RetrieverTrainingArguments(TrainingArguments):
     DDP does not search for unused parameters.
     """
 
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collator needs every key."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Kept False: a non-finite loss stops the run."}
+    remove_unused_columns: bool = switch(False, "Kept False: the collator needs every key.")
+    logging_nan_inf_filter: bool = switch(False, "Kept False: a non-finite loss stops the run.")
+    ddp_find_unused_parameters: bool | None = switch(
+        False, "Every trained parameter gets a gradient at each step, so there is nothing to find."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Every trained parameter gets a gradient at each step, so there is nothing to find."},
+    overwrite_output_dir: bool = switch(
+        False, "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."},
-    )
-    warmup_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."},
+    warmup_ratio: float | None = option(
+        None, "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."
     )
 
     def __post_init__(self) -> None:
@@ -163,10 +146,8 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.warmup_steps = self.warmup_ratio
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other: give one of them")
-        if self.per_device_train_batch_size < 1:
-            raise UsageError(
-                f"--per_device_train_batch_size must be at least 1, got {self.per_device_train_batch_size}"
-            )
+        if (size := self.per_device_train_batch_size) < 1:
+            raise UsageError(f"--per_device_train_batch_size must be at least 1, got {size}")
         # Without any accelerator say so to the Trainer: it refuses bf16 otherwise.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.fp16 and self.use_cpu:
@@ -177,8 +158,13 @@ class RetrieverTrainingArguments(TrainingArguments):
         elif self.bf16 and self.use_cpu and not cpu_has_bf16():
             logger.warning("--bf16: %s", NO_CPU_BF16)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.report_to:
-            _check_reporters(self.report_to)
+        reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if reporters:
+            # Imported here: it takes seconds, and the default is no reporter.
+            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+
+            for name in sorted(set(reporters) - set(KNOWN)):
+                raise UsageError(f"--report_to {name}: expected none, all or one of {', '.join(sorted(KNOWN))}")
 
     @property
     def sampling_seed(self) -> int:
@@ -194,16 +180,6 @@ class RetrieverTrainingArguments(TrainingArguments):
     def dtype_name(self) -> Literal["fp32", "bf16", "fp16"]:
         """What the model computes in."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
-
-
-def _check_reporters(names: str | list[str]) -> None:
-    # Imported here: it takes seconds, and the default is no reporter.
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in [names] if isinstance(names, str) else names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UsageError(f"--report_to {name}: expected none, all or one of {known}")
 
 
 @dataclass(frozen=True)

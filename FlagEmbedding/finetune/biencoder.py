@@ -33,7 +33,7 @@ from FlagEmbedding.losses.penalty import clp_penalty
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
-from FlagEmbedding.modeling.moe import Routing, record_routing
+from FlagEmbedding.modeling.moe import record_routing
 from FlagEmbedding.modeling.options import EngineConfig, FfnPart, MoEConfig, RouterGradient
 from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.distributed import all_gather_rows, world_size
@@ -56,7 +56,7 @@ class EncoderOutput(ModelOutput):
         terms: the objective's named parts, scalars, for logging (unscaled; ``…_scaled`` where a weight applies).
         scores: dense similarities over the temperature, ``[B, M]`` (gathered under ``negatives_cross_device``).
         q_reps, p_reps: this process's dense vectors, ``[B, D]`` and ``[M, D]``.
-        routing: per MoE layer, what the router decided for the tokens of this forward.
+        routing: per MoE layer, logits ``[T, E]`` and chosen experts ``[T, K]`` of this forward's tokens.
     """
 
     loss: Tensor | None = None
@@ -64,7 +64,7 @@ class EncoderOutput(ModelOutput):
     scores: Tensor | None = None
     q_reps: Tensor | None = None
     p_reps: Tensor | None = None
-    routing: list[list[Routing]] | None = None
+    routing: list[tuple[Tensor, Tensor]] | None = None
 
 
 class BiEncoder(M3Encoder):
@@ -119,11 +119,9 @@ class BiEncoder(M3Encoder):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Recompute each layer in the backward; always the non-reentrant kind, which frozen layers need."""
-        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        if hasattr(self.model, "activation_checkpointing_enable"):
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
-        else:  # transformers before it was renamed
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[no-untyped-call]
+        renamed = hasattr(self.model, "activation_checkpointing_enable")  # in transformers 5
+        enable = self.model.activation_checkpointing_enable if renamed else self.model.gradient_checkpointing_enable
+        enable({**(activation_checkpointing_kwargs or {}), "use_reentrant": False}, **options)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The older name of ``activation_checkpointing_enable``."""
@@ -150,23 +148,23 @@ class BiEncoder(M3Encoder):
         if isinstance(neg_q, Mapping) and owner is None:
             owner = neg_q.get("owner")
         roles = {"query": query, "passage": passage, "neg_q": neg_q if self.objective.penalty_weight > 0 else None}
-        batches = {name: _flat(features) for name, features in roles.items() if features is not None}
+        batches = {role: _flat(features) for role, features in roles.items() if features is not None}
         full = {"dense", "sparse", "colbert"} if self.objective.unified_finetuning else {"dense"}
-        wants = [{"dense"} if name == "neg_q" else full for name in batches]
+        wants = [{"dense"} if role == "neg_q" else full for role in batches]
         with record_routing(self.model) as tape:
             encoded = dict(zip(batches, self.encode(list(batches.values()), wants), strict=True))
-        output = EncoderOutput(routing=tape.layers or None)
-        for name, attribute in (("query", "q_reps"), ("passage", "p_reps")):
-            if name in encoded:
-                setattr(output, attribute, encoded[name].dense)
+        layers = [
+            (torch.cat([c.logits for c in calls]), torch.cat([c.experts for c in calls])) for calls in tape.layers
+        ]
+        q_reps, p_reps = (encoded[role].dense if role in encoded else None for role in ("query", "passage"))
+        output = EncoderOutput(q_reps=q_reps, p_reps=p_reps, routing=layers or None)
         if query is None or passage is None:
             return output
 
         owner = self._owners(owner, encoded) if "neg_q" in encoded else None
         output.scores, terms = self._objective(encoded, teacher_scores, owner)
-        if tape.layers:
-            layers = [(_cat(calls, "logits"), _cat(calls, "experts")) for calls in tape.layers]
-            terms = add_router_losses(terms, layers, self.objective)
+        if output.routing:
+            terms = add_router_losses(terms, output.routing, self.objective)
         output.terms, output.loss = terms, terms["loss"]
         if self.training:
             self.step += 1
@@ -175,8 +173,7 @@ class BiEncoder(M3Encoder):
     def _owners(self, owner: Tensor | None, encoded: dict[str, Representations]) -> Tensor:
         if owner is not None:
             return owner
-        passages, queries = _dense(encoded["passage"]).shape[0], _dense(encoded["query"]).shape[0]
-        given = _dense(encoded["neg_q"]).shape[0]
+        queries, passages, given = (len(_dense(encoded[role])) for role in ("query", "passage", "neg_q"))
         if given != passages - queries:
             raise UsageError(
                 f"neg_q without 'owner' needs one query for each of the {passages - queries} negatives, got {given}"
@@ -203,36 +200,20 @@ class BiEncoder(M3Encoder):
         dense = dense_scores(q_reps, p_reps, self.temperature)
         sparse = colbert = None
         if self.objective.unified_finetuning:
-            sparse, colbert = self._sparse_scores(queries, passages), self._colbert_scores(queries, passages)
-        distill = self.objective.use_self_distill and self.step > self.objective.self_distill_start_step
+            sparse = sparse_scores(*_lexical(queries), *_lexical(passages), self.skip_ids, self.temperature)
+            (q_vectors, q_mask), (p_vectors, _) = queries.colbert_padded(), passages.colbert_padded()
+            colbert = colbert_scores(q_vectors, q_mask, p_vectors, self.temperature)
         terms = retrieval_objective(
             dense,
             sparse,
             colbert,
             group_size=p_reps.shape[0] // q_reps.shape[0],
             teacher_targets=None if teacher_scores is None else torch.softmax(teacher_scores, dim=-1),
-            self_distill=distill,
+            self_distill=self.objective.use_self_distill and self.step > self.objective.self_distill_start_step,
         )
         if negative_reps is not None and owner is not None and len(owner):
             terms = add_penalty(terms, clp_penalty(p_reps, negative_reps, owner), self.objective.penalty_weight)
         return dense, terms
-
-    def _sparse_scores(self, queries: Representations, passages: Representations) -> Tensor:
-        return sparse_scores(
-            queries.tokens.ids,
-            _present(queries.token_weights),
-            queries.tokens.lengths,
-            passages.tokens.ids,
-            _present(passages.token_weights),
-            passages.tokens.lengths,
-            self.skip_ids,
-            self.temperature,
-        )
-
-    def _colbert_scores(self, queries: Representations, passages: Representations) -> Tensor:
-        q_vectors, q_mask = queries.colbert_padded()
-        p_vectors, _ = passages.colbert_padded()
-        return colbert_scores(q_vectors, q_mask, p_vectors, self.temperature)
 
     @property
     def has_experts(self) -> bool:
@@ -262,57 +243,26 @@ class BGEM3Model(BiEncoder):
     """
 
     def __init__(
-        self,
-        model_name: str,
-        normlized: bool = True,
-        sentence_pooling_method: Pooling = "cls",
-        negatives_cross_device: bool = False,
-        temperature: float = 1.0,
-        enable_sub_batch: bool = True,
-        unified_finetuning: bool = True,
-        use_self_distill: bool = False,
-        colbert_dim: int = -1,
-        self_distill_start_step: int = -1,
-        moe: FfnPart | None = None,
-        only_train: FfnPart | None = None,
-        num_experts: int = 1,
-        num_experts_per_tok: int = 1,
-        config: PreTrainedConfig | str | None = None,
-        *,
-        penalty_weight: float = 0.1,
-        router_gradient: RouterGradient = "none",
-        router_aux_loss_coef: float = 0.0,
-        router_z_loss_coef: float = 0.0,
-        router_jitter: float = 0.0,
-        engine: EngineConfig | None = None,
-        fix_encoder: bool = False,
-        fix_position_embedding: bool = False,
-        tokenizer_name: str | None = None,
+        self, model_name: str, normlized: bool = True, sentence_pooling_method: Pooling = "cls",
+        negatives_cross_device: bool = False, temperature: float = 1.0, enable_sub_batch: bool = True,
+        unified_finetuning: bool = True, use_self_distill: bool = False, colbert_dim: int = -1,
+        self_distill_start_step: int = -1, moe: FfnPart | None = None, only_train: FfnPart | None = None,
+        num_experts: int = 1, num_experts_per_tok: int = 1, config: PreTrainedConfig | str | None = None, *,
+        penalty_weight: float = 0.1, router_gradient: RouterGradient = "none", router_aux_loss_coef: float = 0.0,
+        router_z_loss_coef: float = 0.0, router_jitter: float = 0.0, engine: EngineConfig | None = None,
+        fix_encoder: bool = False, fix_position_embedding: bool = False, tokenizer_name: str | None = None,
         cache_dir: str | None = None,
-    ) -> None:
-        given = config if isinstance(config, PreTrainedConfig) else None
+    ) -> None:  # fmt: skip
+        config_name, given = (config, None) if isinstance(config, str) else (None, config)
         model = ModelArguments(
-            model_name_or_path=model_name,
-            config_name=None if given is not None else config,  # type: ignore[arg-type]
-            tokenizer_name=tokenizer_name,
-            cache_dir=cache_dir,
-            fix_position_embedding=fix_position_embedding,
-            fix_encoder=fix_encoder,
-            sentence_pooling_method=sentence_pooling_method,
-            normalize_embeddings=normlized,
-            colbert_dim=colbert_dim,
-        )
+            model_name, config_name, tokenizer_name, cache_dir, fix_position_embedding, fix_encoder,
+            sentence_pooling_method, normalize_embeddings=normlized, colbert_dim=colbert_dim,
+        )  # fmt: skip
         experts = MoEConfig(moe, only_train, num_experts, num_experts_per_tok, router_gradient, router_jitter)
         objective = ObjectiveArguments(
-            penalty_weight=penalty_weight,
-            temperature=temperature,
-            negatives_cross_device=negatives_cross_device,
-            unified_finetuning=unified_finetuning,
-            use_self_distill=use_self_distill and unified_finetuning,
-            self_distill_start_step=self_distill_start_step,
-            router_aux_loss_coef=router_aux_loss_coef,
-            router_z_loss_coef=router_z_loss_coef,
-        )
+            penalty_weight, temperature, negatives_cross_device, unified_finetuning,
+            use_self_distill and unified_finetuning, self_distill_start_step, router_aux_loss_coef, router_z_loss_coef,
+        )  # fmt: skip
         engine = engine or EngineConfig()
         engine = replace(engine, enable_sub_batch=engine.enable_sub_batch and enable_sub_batch)
         super().__init__(model, experts, objective, engine, given)
@@ -331,15 +281,11 @@ def _flat(features: Features) -> TokenBatch:
     return features if isinstance(features, TokenBatch) else TokenBatch.from_padded(features)
 
 
-def _cat(calls: list[Routing], part: str) -> Tensor:
-    return torch.cat([getattr(call, part) for call in calls])
-
-
 def _dense(representations: Representations) -> Tensor:
-    return _present(representations.dense)
+    assert representations.dense is not None  # encode() was asked for it
+    return representations.dense
 
 
-def _present(value: Tensor | None) -> Tensor:
-    if value is None:  # encode() was asked for it, so this is a fault of ours
-        raise AssertionError("the encoder left out a representation it was asked for")
-    return value
+def _lexical(representations: Representations) -> tuple[Tensor, Tensor, list[int]]:
+    assert representations.token_weights is not None
+    return representations.tokens.ids, representations.token_weights, representations.tokens.lengths

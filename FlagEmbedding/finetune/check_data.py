@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from FlagEmbedding.row_counts import FileStatistics, report_missing_scores, scan_file
-from FlagEmbedding.schema import Problem, Problems, find_files
+from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.cli import entry_point, option, parse, positional, switch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -40,29 +40,22 @@ def check(options: CheckArguments) -> dict[str, FileStatistics]:
     problems.raise_if_any()
     if options.knowledge_distillation and not any(counts.scored for counts in statistics.values()):
         hint = "add them, or leave --knowledge_distillation out"
-        problems.add(Problem(next(iter(statistics)), 0, "", "no row has pos_scores and neg_scores", hint))
-        problems.raise_if_any()
+        problems.report(next(iter(statistics)), 0, "", "no row has pos_scores and neg_scores", hint)
+    problems.raise_if_any()
     return statistics
 
 
-def describe(path: str, counts: FileStatistics) -> str:
-    """One line for a file."""
+def describe(path: str, counts: FileStatistics, options: CheckArguments) -> list[str]:
+    """A line for a file, and notes of what training will do with it that its owner may not expect."""
     line = f"{path}: {counts.rows} rows, {counts.negatives} negatives (at least {counts.fewest_negatives} a row)"
-    if counts.with_neg_q:
-        line += f", neg_q for {counts.negatives_with_query} of them"
-    if counts.scored:
-        line += f", teacher scores in {counts.scored} rows"
-    return line
-
-
-def notes(counts: FileStatistics, options: CheckArguments) -> list[str]:
-    """What training will do with a file that its owner may not expect."""
-    found, group = [], options.train_group_size
+    line += f", neg_q for {counts.negatives_with_query} of them" if counts.with_neg_q else ""
+    line += f", teacher scores in {counts.scored} rows" if counts.scored else ""
+    lines, group = [line], options.train_group_size
     if group is not None and counts.fewest_negatives < group - 1:
-        found.append(f"rows with fewer than {group - 1} negatives repeat them to fill a group of {group}")
+        lines.append(f"  note: rows with fewer than {group - 1} negatives repeat them to fill a group of {group}")
     if options.knowledge_distillation and not counts.scored:
-        found.append("no teacher scores: its batches train without distillation")
-    return found
+        lines.append("  note: no teacher scores: its batches train without distillation")
+    return lines
 
 
 @entry_point
@@ -71,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse([CheckArguments], argv, __doc__ or "")
     statistics = check(options)
     for path, counts in statistics.items():
-        print(describe(path, counts))
-        for note in notes(counts, options):
-            print(f"  note: {note}")
+        print(*describe(path, counts, options), sep="\n")
     print(f"ok: {sum(counts.rows for counts in statistics.values())} rows in {len(statistics)} files")
 
 

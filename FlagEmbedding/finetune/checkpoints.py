@@ -28,7 +28,7 @@ _NEEDED = ("config.json", "optimizer.pt", "scheduler.pt")
 
 
 class LossWindow:
-    """Sums of the objective's terms since the last log line, and the count of micro-batches whose loss was 0."""
+    """What stands between two log lines: sums of the objective's terms, and micro-batches in a row of loss 0."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -38,11 +38,9 @@ class LossWindow:
     def add(self, terms: dict[str, Tensor]) -> None:
         """Add one micro-batch's terms. A term that only some micro-batches have is averaged over those."""
         for name, value in terms.items():
-            if name == "loss":  # the Trainer logs the sum itself
-                continue
-            value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            if name != "loss":  # the Trainer logs the sum itself
+                self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+                self._counts[name] = self._counts.get(name, 0) + 1
 
     def saw(self, zero: bool) -> None:
         """Count micro-batches in a row whose loss was exactly 0."""
@@ -53,12 +51,10 @@ class LossWindow:
 
         Every process must hold the same names for the reduction, so the union is agreed on first.
         """
-        names = sorted(set().union(*gather_objects(sorted(self._sums))))
         means = {}
-        for name in names:
-            pair = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-            if name in self._sums:
-                pair = torch.stack([self._sums[name].to(pair), torch.tensor(self._counts[name]).to(pair)])
+        for name in sorted(set().union(*gather_objects(sorted(self._sums)))):
+            own = [float(self._sums.get(name, 0)), self._counts.get(name, 0)]
+            pair = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
             total, count = accelerator.reduce(pair, reduction="sum").tolist()
             means[name] = total / count
         self._sums, self._counts = {}, {}
@@ -67,9 +63,8 @@ class LossWindow:
     def save(self, folder: Path, **state: Any) -> None:
         """Write the sums and ``state`` into a checkpoint folder."""
         sums = {name: float(value) for name, value in self._sums.items()}
-        write_json_atomic(
-            folder / WINDOW_FILE, {**state, "sums": sums, "counts": self._counts, "zeros": self.zero_micro_batches}
-        )
+        window = {"sums": sums, "counts": self._counts, "zeros": self.zero_micro_batches}
+        write_json_atomic(folder / WINDOW_FILE, {**state, **window})
 
     def load(self, folder: Path, device: torch.device) -> dict[str, Any] | None:
         """Read back what ``save`` wrote and return ``state``; None where a checkpoint has no such file."""
@@ -78,8 +73,7 @@ class LossWindow:
         stored: dict[str, Any] = json.loads((folder / WINDOW_FILE).read_text(encoding="utf-8"))
         sums = stored.pop("sums")
         self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
-        self._counts = stored.pop("counts")
-        self.zero_micro_batches = stored.pop("zeros")
+        self._counts, self.zero_micro_batches = stored.pop("counts"), stored.pop("zeros")
         return stored
 
 
@@ -90,8 +84,7 @@ def resolve_resume(resume: str | bool | None, output_dir: str, sharded: bool = F
         resume: what the user said: nothing, a folder, or a yes for the newest whole checkpoint in ``output_dir``.
         sharded: the run uses FSDP or DeepSpeed, whose checkpoints hold other files.
 
-    Raises:
-        UsageError: the named folder is no whole checkpoint.
+    Raises ``UsageError`` where the named folder is no whole checkpoint.
     """
     if resume is None or str(resume).lower() in {"false", "n", "no", "0"}:
         return None
@@ -101,8 +94,7 @@ def resolve_resume(resume: str | bool | None, output_dir: str, sharded: bool = F
             logger.warning("%s holds no whole checkpoint: starting at the first step", output_dir)
         return None if newest is None else str(newest)
     folder = Path(str(resume))
-    missing = _missing(folder, sharded)
-    if missing:
+    if missing := _missing(folder, sharded):
         raise UsageError(
             f"--resume_from_checkpoint {folder}: not a whole checkpoint ({missing}); give a checkpoint-N folder, or "
             "True for the newest whole one in --output_dir"
@@ -112,12 +104,8 @@ def resolve_resume(resume: str | bool | None, output_dir: str, sharded: bool = F
 
 def latest_checkpoint(output_dir: Path, sharded: bool = False) -> Path | None:
     """The checkpoint-N of the highest N that was written to the end."""
-    found = [
-        (int(m.group(1)), p)
-        for p in output_dir.glob("checkpoint-*")
-        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    ]
-    for _, folder in sorted(found, reverse=True):
+    named = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    for folder in sorted(named, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
         missing = _missing(folder, sharded)
         if not missing:
             return folder
@@ -129,11 +117,12 @@ def _missing(folder: Path, sharded: bool) -> str:
     """Why ``folder`` is no whole checkpoint; empty when it is."""
     if not folder.is_dir():
         return "no such folder"
-    for name in () if sharded else _NEEDED:
-        if not (folder / name).is_file():
-            return f"no {name}"
-    if not sharded and not list(folder.glob("*.safetensors")):
-        return "no weights"
+    if not sharded:
+        for name in _NEEDED:
+            if not (folder / name).is_file():
+                return f"no {name}"
+        if not any(folder.glob("*.safetensors")):
+            return "no weights"
     try:
         json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -36,18 +36,12 @@ def check_router(arguments: Arguments, num_experts_per_tok: int | None) -> None:
         num_experts_per_tok: of the model as it was made or loaded; None for a dense one.
     """
     experts, objective = arguments.experts, arguments.objective
-    weights = {
-        "router_aux_loss_coef": objective.router_aux_loss_coef,
-        "router_z_loss_coef": objective.router_z_loss_coef,
-        "router_jitter": experts.router_jitter,
-    }
-    given = [f"--{name} {value}" for name, value in weights.items() if value > 0]
-    if experts.router_gradient != "none":
-        given.append(f"--router_gradient {experts.router_gradient}")
-    if num_experts_per_tok is None:
-        if given:
-            raise UsageError(f"{given[0]} has no effect without experts: add --moe, or start from a MoE checkpoint")
-    elif num_experts_per_tok == 1 and experts.router_gradient == "none" and not objective.has_router_loss:
+    values = {name: getattr(objective, name) for name in ("router_aux_loss_coef", "router_z_loss_coef")}
+    values |= {"router_jitter": experts.router_jitter, "router_gradient": experts.router_gradient}
+    given = [f"--{name} {value}" for name, value in values.items() if value not in (0, "none")]
+    if num_experts_per_tok is None and given:
+        raise UsageError(f"{given[0]} has no effect without experts: add --moe, or start from a MoE checkpoint")
+    if num_experts_per_tok == 1 and experts.router_gradient == "none" and not objective.has_router_loss:
         logger.warning(
             "one expert per token and --router_gradient none: the router gets no gradient and routing stays random, as "
             "published (--router_gradient straight_through lets it learn)"
@@ -75,22 +69,24 @@ def _objective(a: Arguments) -> Iterator[str]:
             "--train_group_size 1 with --per_device_train_batch_size 1 leaves no negative, the loss would be 0 for "
             "ever: raise --train_group_size to at least 2"
         )
-    if loss.use_self_distill and not loss.unified_finetuning:
-        yield "--use_self_distill has no effect without --unified_finetuning True"
-    if loss.self_distill_start_step != -1 and not loss.use_self_distill:
-        yield "--self_distill_start_step has no effect without --use_self_distill True"
-    if a.model.colbert_dim != -1 and not loss.unified_finetuning:
-        yield "--colbert_dim has no effect without --unified_finetuning True"
+    for given, name, needed, there in (
+        (loss.use_self_distill, "use_self_distill", "unified_finetuning", loss.unified_finetuning),
+        (loss.self_distill_start_step != -1, "self_distill_start_step", "use_self_distill", loss.use_self_distill),
+        (a.model.colbert_dim != -1, "colbert_dim", "unified_finetuning", loss.unified_finetuning),
+    ):
+        if given and not there:
+            yield f"--{name} has no effect without --{needed} True"
 
 
 def _training(a: Arguments) -> Iterator[str]:
     if a.engine.grad_cache and a.training.sharded:
         yield "--grad_cache does not work with --fsdp or --deepspeed, which run the padded engine"
-    if a.training.eval_strategy != "no":  # an enum that compares to its text
+    strategy = a.training.eval_strategy  # an enum that compares to its text
+    if strategy != "no":
+        named = getattr(strategy, "value", strategy)
         yield (
-            f"--eval_strategy {getattr(a.training.eval_strategy, 'value', a.training.eval_strategy)}: "
-            "run.py does not evaluate while training; "
-            "use evaluation/step0 to step2 on the checkpoints"
+            f"--eval_strategy {named}: run.py does not evaluate while training; use evaluation/step0 to step2 on the "
+            "checkpoints"
         )
     if a.training.load_best_model_at_end:
         yield "--load_best_model_at_end needs evaluation while training, which run.py does not do"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from FlagEmbedding.finetune.arguments import DataArguments
@@ -43,39 +42,28 @@ class TrainCollator:
             ``rows``: ``file:line`` of each query, for messages.
         """
         passages = [text for example in examples for text in example.passages]
-        questions, owner = self._negative_queries(examples)
-        encoded = self._encode(passages + questions, self.options.passage_max_len)
-        queries = self._encode([example.query for example in examples], self.options.query_max_len)
+        group = len(examples[0].passages)
+        owned = [
+            (i * group + j, text)
+            for i, example in enumerate(examples if self.with_neg_q else ())
+            for j, texts in enumerate(example.neg_q or (), 1)
+            for text in texts
+        ]
+        encoded = self._encode(passages + [text for _, text in owned], self.options.passage_max_len)
+        scores = [example.teacher_scores for example in examples if example.teacher_scores is not None]
+        # The dataset lets no batch mix rows with and without scores.
+        assert len(scores) in (0, len(examples)), "rows with and without teacher scores in one batch"
         return {
-            "query": TokenBatch.from_lists(queries),
+            "query": TokenBatch.from_lists(self._encode([e.query for e in examples], self.options.query_max_len)),
             "passage": TokenBatch.from_lists(encoded[: len(passages)]),
-            "teacher_scores": _teacher_scores(examples),
-            "neg_q": TokenBatch.from_lists(encoded[len(passages) :]) if questions else None,
-            "owner": torch.tensor(owner, dtype=torch.int64) if questions else None,
+            "teacher_scores": torch.tensor(scores, dtype=torch.float32) if scores else None,
+            "neg_q": TokenBatch.from_lists(encoded[len(passages) :]) if owned else None,
+            "owner": torch.tensor([passage for passage, _ in owned], dtype=torch.int64) if owned else None,
             "rows": [example.row for example in examples],
         }
-
-    def _negative_queries(self, examples: Sequence[TrainExample]) -> tuple[list[str], list[int]]:
-        texts: list[str] = []
-        owner: list[int] = []
-        group = len(examples[0].passages)
-        for i, example in enumerate(examples if self.with_neg_q else ()):
-            for j, queries in enumerate(example.neg_q or (), 1):
-                texts += queries
-                owner += [i * group + j] * len(queries)
-        return texts, owner
 
     def _encode(self, texts: list[str], max_length: int) -> list[list[int]]:
         encoded = self.tokenizer(
             texts, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
         )
         return cast(list[list[int]], encoded["input_ids"])
-
-
-def _teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
-    scores = [example.teacher_scores for example in examples if example.teacher_scores is not None]
-    if not scores:
-        return None
-    # The dataset lets no batch mix rows with and without scores.
-    assert len(scores) == len(examples), "rows with and without teacher scores in one batch"
-    return torch.tensor(scores, dtype=torch.float32)

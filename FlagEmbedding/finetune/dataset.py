@@ -26,7 +26,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.store import StoredFile, cache_folder, record_of, store_file
+from FlagEmbedding.finetune.store import StoredFile, cache_folder, store_file
 from FlagEmbedding.finetune.tasks import Task, make_tasks
 from FlagEmbedding.row_counts import report_missing_scores
 from FlagEmbedding.schema import DataFile, Problems, TrainRecord, find_files
@@ -72,9 +72,7 @@ class TrainDataset(Dataset[TrainExample]):
         epoch: the epoch that a sampler draws next. It lies here because accelerate and the Trainer hand an epoch
             to the dataset in every arrangement of wrapped samplers, resumed and sharded ones included.
 
-    Raises:
-        DataError: problems in the files (first 20 and their number), or nothing left to train on.
-        UsageError: options that do not fit together.
+    Raises ``DataError``: problems in the files (first 20 and their number), or nothing left to train on.
     """
 
     def __init__(self, options: DataArguments, seed: int = 42) -> None:
@@ -101,14 +99,11 @@ class TrainDataset(Dataset[TrainExample]):
 
         For negatives that were mined again; call it between epochs. Raises ``DataError``.
         """
-        problems, folder, files = Problems(), cache_folder(self.options.cache_path), []
-        for stored, path in zip(self.files, paths, strict=True):
-            new = store_file(DataFile(str(path), stored.file.folder), folder, problems)
-            problems.raise_if_any()
-            assert new is not None
-            if new.statistics.rows != stored.statistics.rows:
-                raise DataError(f"{path}: {new.statistics.rows} rows in place of {stored.statistics.rows}")
-            files.append(new)
+        named = [DataFile(str(path), old.file.folder) for path, old in zip(paths, self.files, strict=True)]
+        files = _store(named, self.options, Problems())
+        for old, new in zip(self.files, files, strict=True):
+            if new.statistics.rows != old.statistics.rows:
+                raise DataError(f"{new.file.path}: {new.statistics.rows} rows in place of {old.statistics.rows}")
         self.files = files
 
     def record(self, row: int) -> tuple[StoredFile, TrainRecord]:
@@ -117,12 +112,11 @@ class TrainDataset(Dataset[TrainExample]):
             raise IndexError(f"row {row} of {self._starts[-1]}")
         index = bisect_right(self._starts, row) - 1
         stored = self.files[index]
-        return stored, record_of(stored.table[row - self._starts[index]])
+        return stored, TrainRecord(**stored.table[row - self._starts[index]])
 
     def __getitem__(self, key: Key) -> TrainExample:
-        epoch, row = key
+        (epoch, row), options = key, self.options
         stored, record = self.record(row)
-        options = self.options
         # Seeding by text goes through SHA-512 and is the same on every platform and Python.
         generator = random.Random(f"{self.seed}/{epoch}/{row}")
         positive = generator.randrange(len(record.pos))
@@ -166,15 +160,7 @@ def shuffle_text(text: str, ratio: float, generator: random.Random) -> str:
 
 def _open_files(options: DataArguments) -> list[StoredFile]:
     problems = Problems()
-    folder = cache_folder(options.cache_path)
-    files = []
-    for file in find_files(options.train_data, problems):
-        stored = store_file(file, folder, problems)
-        if stored is not None:
-            files.append(stored)
-            if options.knowledge_distillation:
-                report_missing_scores(file, stored.statistics, problems)
-    problems.raise_if_any()
+    files = _store(find_files(options.train_data, problems), options, problems)
     if not files:
         raise DataError("--train_data names no path: give at least one folder or file")
     if options.knowledge_distillation and not any(stored.statistics.scored for stored in files):
@@ -182,4 +168,15 @@ def _open_files(options: DataArguments) -> list[StoredFile]:
             f"{Path(files[0].file.path)}: --knowledge_distillation needs pos_scores and neg_scores, and no row of the "
             "training data has them; add them, or leave the flag out"
         )
+    return files
+
+
+def _store(named: Sequence[DataFile], options: DataArguments, problems: Problems) -> list[StoredFile]:
+    """Open every file, converted where needed. Raises ``DataError``: all their problems and those of before."""
+    folder = cache_folder(options.cache_path)
+    files = [stored for file in named if (stored := store_file(file, folder, problems)) is not None]
+    if options.knowledge_distillation:
+        for stored in files:
+            report_missing_scores(stored.file, stored.statistics, problems)
+    problems.raise_if_any()
     return files

@@ -16,20 +16,15 @@ from FlagEmbedding.utils.distributed import all_gather_rows, gather_objects, ran
 
 def gather_representations(own: Representations) -> Representations:
     """Every process's rows in rank order. ``padded_length`` becomes the longest of all, as one batch would pad."""
-    device = own.tokens.ids.device
-    ragged = own.token_weights is not None or own.colbert is not None
-    lengths, padded, ids = [], 0, own.tokens.ids[:0]
-    if ragged:
-        own_lengths = torch.tensor(own.tokens.lengths, dtype=torch.int64, device=device)
+    tokens = own.tokens
+    if own.token_weights is not None or own.colbert is not None:
+        own_lengths = torch.tensor(tokens.lengths, dtype=torch.int64, device=tokens.ids.device)
         lengths = all_gather_rows(own_lengths).tolist()
-        padded = max(gather_objects(own.tokens.padded_length))
-        ids = all_gather_rows(own.tokens.ids)
-    return Representations(
-        tokens=TokenBatch(ids=ids, lengths=lengths, padded_length=padded),
-        dense=None if own.dense is None else all_gather_rows(own.dense),
-        token_weights=None if own.token_weights is None else all_gather_rows(own.token_weights),
-        colbert=None if own.colbert is None else all_gather_rows(own.colbert),
-    )
+        tokens = TokenBatch(all_gather_rows(tokens.ids), lengths, max(gather_objects(tokens.padded_length)))
+    else:
+        tokens = TokenBatch(tokens.ids[:0], [], 0)
+    parts = (own.dense, own.token_weights, own.colbert)
+    return Representations(tokens, *(None if part is None else all_gather_rows(part) for part in parts))
 
 
 def gather_owners(owner: Tensor | None, passages: int, device: torch.device) -> Tensor:

@@ -31,8 +31,7 @@ class _Parser(HfArgumentParser):
                 continue
             field = copy.copy(original)
             field.type = hints[field.name]
-            ours = field.metadata.get("custom_args")
-            if ours is not None:  # made by utils.cli
+            if (ours := field.metadata.get("custom_args")) is not None:  # made by utils.cli
                 aliases = field.metadata.get("alias", [])
                 field.metadata = {"help": ours["help"], "aliases": aliases}  # type: ignore[assignment]
             self._parse_dataclass_field(group, field)  # type: ignore[arg-type]
@@ -108,11 +107,6 @@ def config_words(path: Path) -> list[str]:
         raise UsageError(f"{path}: expected a mapping of option names to values, got {type(values).__name__}")
     words: list[str] = []
     for key, value in values.items():
-        if value is None:
-            continue
-        words.append(f"--{key}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        else:
-            words.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [] if value is None else [f"--{key}", *map(str, items)]
     return words

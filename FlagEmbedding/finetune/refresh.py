@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from FlagEmbedding.finetune.arguments import Arguments
@@ -53,31 +52,37 @@ class RefreshNegatives(TrainerCallback):
     def __init__(self, trainer: BiEncoderTrainer, dataset: TrainDataset, arguments: Arguments) -> None:
         self.trainer, self.dataset = trainer, dataset
         self.every = arguments.refresh.refresh_negatives_every_n_epochs
-        self.settings = refresh_settings(arguments)
+        training = arguments.training
+        self.settings = RefreshSettings(
+            arguments.refresh, arguments.data, arguments.model, training.sampling_seed, training.dtype_name
+        )
+        self.folder = Path(str(training.output_dir)) / FOLDER
         self.originals = [Path(stored.file.path) for stored in dataset.files]
         self.drawn_from = 0  # the epoch whose refresh the dataset draws from; 0: the user's own files
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Let a faulty corpus stop the run now."""
         if is_main():
-            check_passages(self.originals, Path(str(args.output_dir)) / FOLDER, self.settings)
+            check_passages(self.originals, self.folder, self.settings)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mine, or find what was mined, when this epoch needs other files than the last."""
-        epoch, inside = divmod(
-            state.global_step, steps_an_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
-        )
+        # Optimizer steps of an epoch, as the Trainer counts them: a remainder of the accumulation is a step too.
+        steps = max(1, -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps))
+        epoch, inside = divmod(state.global_step, steps)
         due = epoch // self.every * self.every
         if due == self.drawn_from:
             return
-        folder = Path(str(args.output_dir)) / FOLDER / f"epoch-{due}"
+        folder = self.folder / f"epoch-{due}"
         if epoch == due and inside == 0:
             record = self._mine(folder)
-            self._log(state, due, record)
+            figures = {f"refresh_{name}": value for name, value in record["figures"].items()}
+            self.trainer.log({"refresh_epoch": float(due), **figures})
+            # Text is for trainer_state.json alone: the reporters want numbers.
+            line: dict[str, Any] = state.log_history[-1]
+            line[DIGEST] = digest_of(record)
         else:
             record = self._find(folder, state, due)
         self.dataset.replace_files([folder / name for name in record["files"]])
@@ -110,40 +115,10 @@ class RefreshNegatives(TrainerCallback):
             )
         return record
 
-    def _log(self, state: TrainerState, due: int, record: dict[str, Any]) -> None:
-        figures = {f"refresh_{name}": value for name, value in record["figures"].items()}
-        self.trainer.log({"refresh_epoch": float(due), **figures})
-        # Text is for trainer_state.json alone: the reporters want numbers.
-        line: dict[str, Any] = state.log_history[-1]
-        line[DIGEST] = digest_of(record)
-
-
-def refresh_settings(arguments: Arguments) -> RefreshSettings:
-    """A run's options in mining's words."""
-    data, refresh = arguments.data, arguments.refresh
-    return RefreshSettings(
-        corpus=tuple(refresh.refresh_corpus),
-        range_for_sampling=refresh.refresh_range_for_sampling,
-        relative_margin=refresh.refresh_relative_margin,
-        seed=arguments.training.sampling_seed,
-        query_length=data.query_max_len,
-        passage_length=data.passage_max_len,
-        query_instruction=data.query_instruction_for_retrieval,
-        passage_instruction=data.passage_instruction_for_retrieval,
-        pooling=arguments.model.sentence_pooling_method,
-        normalize=arguments.model.normalize_embeddings,
-        dtype=arguments.training.dtype_name,
-    )
-
 
 def digest_of(record: dict[str, Any]) -> str:
     """One SHA-256 for all files of a refresh."""
     return hashlib.sha256(json.dumps(record["sha256"]).encode()).hexdigest()
-
-
-def steps_an_epoch(loader: DataLoader[Any], accumulation: int) -> int:
-    """Optimizer steps of an epoch, as the Trainer counts them: a remainder of the accumulation is a step too."""
-    return max(1, -(-len(loader) // accumulation))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.losses.router import routing_statistics
-from FlagEmbedding.modeling.moe import Routing, record_routing
+from FlagEmbedding.modeling.moe import record_routing
 from FlagEmbedding.modeling.tokens import TokenBatch
 
 PROBE_FILE = "router_probe.safetensors"
@@ -24,26 +24,26 @@ PROBE_PASSAGES = 16
 
 
 class RouterMonitor:
-    """Accumulates routing statistics between log lines and compares the probe's routing with its first."""
+    """Accumulates routing statistics between log lines and compares the probe's routing with its first.
+
+    ``sums`` since the last log line, float64, empty when nothing was observed: ``load`` ``[layers, E]``, the choices
+    that fell on each expert; ``entropy`` ``[layers]``, summed over tokens; ``tokens`` ``[layers]``, of which the last
+    layer has fewer where it routes first tokens alone for cls vectors.
+    """
 
     def __init__(self) -> None:
-        self._load: Tensor | None = None  # [layers, E] choices that fell on each expert
-        self._entropy: Tensor | None = None  # [layers] summed over tokens
-        self._tokens: Tensor | None = None  # [layers]; the last layer routes first tokens alone for cls vectors
+        self.sums: dict[str, Tensor] = {}
         self._probe: TokenBatch | None = None
         self._first: list[Tensor] = []  # per layer [T, K], experts chosen at the start
 
-    def observe(self, layers: list[list[Routing]]) -> None:
-        """Add one forward's routing (one list of calls per layer)."""
-        joined = [(_logits(calls), torch.cat([call.experts for call in calls])) for calls in layers]
-        statistics = [routing_statistics(logits, experts) for logits, experts in joined]
+    def observe(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Add one forward's routing: per layer the logits ``[T, E]`` and the chosen experts ``[T, K]``."""
+        statistics = [routing_statistics(logits, experts) for logits, experts in layers]
         load = torch.stack([item.tokens_per_expert for item in statistics]).double()
-        tokens = torch.tensor([len(logits) for logits, _ in joined], dtype=torch.float64, device=load.device)
+        tokens = torch.tensor([len(logits) for logits, _ in layers], dtype=torch.float64, device=load.device)
         entropy = torch.stack([item.entropy for item in statistics]).double() * tokens
-        if self._load is None or self._entropy is None or self._tokens is None:
-            self._load, self._entropy, self._tokens = load, entropy, tokens
-        else:
-            self._load, self._entropy, self._tokens = self._load + load, self._entropy + entropy, self._tokens + tokens
+        for name, value in (("load", load), ("entropy", entropy), ("tokens", tokens)):
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def start_probe(self, model: BiEncoder, passages: TokenBatch) -> None:
         """Choose the probe from the first batch, once, and remember how it is routed now."""
@@ -53,10 +53,10 @@ class RouterMonitor:
 
     def summary(self, model: BiEncoder) -> dict[str, Any]:
         """Statistics since the last call, which start again from zero. Empty when nothing was observed."""
-        if self._load is None or self._entropy is None or self._tokens is None:
+        if not self.sums:
             return {}
-        share = self._load / self._load.sum(dim=1, keepdim=True)
-        entropy = self._entropy / self._tokens
+        share = self.sums["load"] / self.sums["load"].sum(dim=1, keepdim=True)
+        entropy = self.sums["entropy"] / self.sums["tokens"]
         result: dict[str, Any] = {
             "router_load": [[round(value, 6) for value in layer] for layer in share.tolist()],
             "router_entropy_per_layer": [round(value, 6) for value in entropy.tolist()],
@@ -69,7 +69,7 @@ class RouterMonitor:
             changed = [float((now != first.to(now.device)).any(dim=-1).double().mean()) for now, first in pairs]
             result["router_changed"] = sum(changed) / len(changed)
             result["router_changed_per_layer"] = [round(value, 6) for value in changed]
-        self._load = self._entropy = self._tokens = None
+        self.sums = {}
         return result
 
     @torch.no_grad()
@@ -86,18 +86,17 @@ class RouterMonitor:
         return [torch.cat([call.experts for call in calls]).sort(dim=-1).values for calls in tape.layers]
 
     def save(self, folder: Path) -> None:
-        """Write the probe, its first routing and the counts since the last log line into a checkpoint folder."""
+        """Write the probe, its first routing and the sums since the last log line into a checkpoint folder."""
         if self._probe is None:
             return
         tensors = {
-            "ids": self._probe.ids.cpu(),
+            "ids": self._probe.ids,
             "lengths": torch.tensor(self._probe.lengths),
             "padded_length": torch.tensor([self._probe.padded_length]),
-            **{f"first.{layer}": experts.cpu().contiguous() for layer, experts in enumerate(self._first)},
+            **{f"first.{layer}": experts for layer, experts in enumerate(self._first)},
+            **self.sums,
         }
-        if self._load is not None and self._entropy is not None and self._tokens is not None:
-            tensors |= {"load": self._load.cpu(), "entropy": self._entropy.cpu(), "tokens": self._tokens.cpu()}
-        save_file(tensors, folder / PROBE_FILE)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / PROBE_FILE)
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Read back what ``save`` wrote; a checkpoint without it starts a new probe."""
@@ -105,11 +104,5 @@ class RouterMonitor:
             return
         tensors = load_file(folder / PROBE_FILE)
         self._probe = TokenBatch(tensors["ids"], tensors["lengths"].tolist(), int(tensors["padded_length"]))
-        layers = sum(name.startswith("first.") for name in tensors)
-        self._first = [tensors[f"first.{layer}"] for layer in range(layers)]
-        if "load" in tensors:
-            self._load, self._entropy, self._tokens = (tensors[n].to(device) for n in ("load", "entropy", "tokens"))
-
-
-def _logits(calls: list[Routing]) -> Tensor:
-    return torch.cat([call.logits.detach() for call in calls])
+        self._first = [tensors[f"first.{layer}"] for layer in range(sum(name[:6] == "first." for name in tensors))]
+        self.sums = {name: tensors[name].to(device) for name in ("load", "entropy", "tokens") if name in tensors}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import transformers
 from transformers import set_seed
@@ -44,14 +43,8 @@ def run(arguments: Arguments) -> TrainingSummary:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
-    return TrainingSummary(
-        output_dir=Path(str(training.output_dir)),
-        history=trainer.state.log_history,
-        seconds=time.monotonic() - started,
-        steps=trainer.state.global_step,
-        model=arguments.model,
-        remote_code=trainer.bare_model.has_experts,
-    )
+    seconds, state = time.monotonic() - started, trainer.state
+    return TrainingSummary(arguments, state.log_history, seconds, state.global_step, trainer.bare_model.has_experts)
 
 
 def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
@@ -61,7 +54,10 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     # Process 0 prepares the rows, the others then open what it wrote.
     with training.main_process_first(desc="reading the training data"):
         dataset = TrainDataset(arguments.data, training.sampling_seed)
-    sampler = TaskBatchSampler.for_run(dataset, training)
+    sampler = TaskBatchSampler(
+        dataset, batch_size=training.per_device_train_batch_size, seed=training.sampling_seed,
+        num_processes=training.world_size, drop_last=training.dataloader_drop_last,
+    )  # fmt: skip
     if training.sharded:
         # FSDP and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
         engine = replace(engine, engine="padded")

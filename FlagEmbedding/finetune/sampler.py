@@ -20,7 +20,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
-from transformers import TrainingArguments
 
 from FlagEmbedding.finetune.dataset import Key, TrainDataset
 from FlagEmbedding.finetune.tasks import Task
@@ -47,9 +46,7 @@ class TaskBatchSampler(Sampler[list[Key]]):
     def __init__(
         self, dataset: TrainDataset, *, batch_size: int, seed: int, num_processes: int = 1, drop_last: bool = False
     ) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self.num_processes = num_processes
+        self.dataset, self.seed, self.num_processes = dataset, seed, num_processes
         # For accelerate: there is never a batch that some process lacks, so nothing to even out. There is no
         # attribute batch_size, which would promise that all batches have it.
         self.drop_last = True
@@ -70,17 +67,6 @@ class TaskBatchSampler(Sampler[list[Key]]):
                 "--per_device_train_batch_size, or mix the files (--same_task_within_batch False)"
             )
 
-    @classmethod
-    def for_run(cls, dataset: TrainDataset, training: TrainingArguments) -> TaskBatchSampler:
-        """The sampler of a run: its batch size and processes, and the seed that rows are drawn by."""
-        return cls(
-            dataset,
-            batch_size=training.per_device_train_batch_size,
-            seed=dataset.seed,
-            num_processes=training.world_size,
-            drop_last=training.dataloader_drop_last,
-        )
-
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration draws."""
         self.dataset.set_epoch(epoch)
@@ -90,7 +76,8 @@ class TaskBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.dataset.epoch
-        generator = stable_generator(self.seed, epoch)
+        # RandomState is the kind whose stream numpy promises never to change.
+        generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed % 2**32, epoch])))
         rows: list[NDArray[np.int64]] = []
         order: list[tuple[float, int, int]] = []
         for index, task in enumerate(self.dataset.tasks):
@@ -101,8 +88,7 @@ class TaskBatchSampler(Sampler[list[Key]]):
             order += [(places[step], index, step) for step in range(len(self._steps[index]))]
         for _, index, step in sorted(order):
             start, size = self._steps[index][step]
-            for process in range(self.num_processes):
-                first = start + process * size
+            for first in range(start, start + self.num_processes * size, size):
                 yield [(epoch, int(row)) for row in rows[index][first : first + size]]
 
 
@@ -117,11 +103,6 @@ def plan_steps(rows: int, batch_size: int, num_processes: int, drop_last: bool) 
         if size == batch_size or not drop_last:
             steps.append((start, size))
     return steps
-
-
-def stable_generator(seed: int, epoch: int) -> np.random.RandomState:
-    """A generator for (seed, epoch). ``RandomState`` is the kind whose stream numpy promises never to change."""
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed % 2**32, epoch])))
 
 
 def _rows(task: Task) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from FlagEmbedding.finetune.arguments import ModelArguments
+from FlagEmbedding.finetune.arguments import Arguments
 
 _TERMS = {
     "loss": "loss (what is minimized)",
@@ -17,16 +16,8 @@ _TERMS = {
     "router_aux_loss": "router load balance loss",
     "router_z_loss": "router z-loss",
 }
-_NOT_TERMS = {
-    "epoch",
-    "step",
-    "grad_norm",
-    "learning_rate",
-    "router_load_min",
-    "router_load_max",
-    "router_entropy",
-    "router_changed",
-}
+_NOT_TERMS = {"epoch", "step", "grad_norm", "learning_rate"}
+_NOT_TERMS |= {"router_load_min", "router_load_max", "router_entropy", "router_changed"}
 
 
 @dataclass
@@ -34,18 +25,16 @@ class TrainingSummary:
     """The outcome of one ``run.py``.
 
     Attributes:
-        output_dir: the final checkpoint.
+        arguments: what was asked for.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
-        model: how the checkpoint is to be used.
-        remote_code: it has experts, which other libraries need trust for.
+        remote_code: the checkpoint has experts, which other libraries need trust for.
     """
 
-    output_dir: Path
+    arguments: Arguments
     history: list[dict[str, Any]]
     seconds: float
     steps: int
-    model: ModelArguments
     remote_code: bool
 
     def show(self) -> None:
@@ -56,16 +45,27 @@ class TrainingSummary:
         routed = [line for line in lines if "router_load" in line]
         if routed:
             print(_router_table(routed[-1]))
-        remote = ", trust_remote_code=True" if self.remote_code else ""
-        print(
-            f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {self.output_dir}\n"
+        folder = self.arguments.training.output_dir
+        print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {folder}\n{self.usage()}")
+
+    def usage(self) -> str:
+        """How to use the checkpoint, with the instructions that it was trained with."""
+        model, data = self.arguments.model, self.arguments.data
+        query, passage = data.query_instruction_for_retrieval, data.passage_instruction_for_retrieval
+        words = [repr(str(self.arguments.training.output_dir)), f"pooling_method={model.sentence_pooling_method!r}"]
+        words += [f"normalize_embeddings={model.normalize_embeddings}"]
+        words += [f"query_instruction_for_retrieval={query!r}"] if query else []
+        words += [f"passage_instruction_for_retrieval={passage!r}"] if passage else []
+        prompts = {name: text for name, text in (("query", query), ("document", passage)) if text}
+        other = [words[0], *(["trust_remote_code=True"] if self.remote_code else [])]
+        other += [f"prompts={prompts!r}"] if prompts else []
+        return (
             f"Use it:\n"
             f"  from FlagEmbedding import FlagModel\n"
-            f"  model = FlagModel({str(self.output_dir)!r}, pooling_method={self.model.sentence_pooling_method!r}, "
-            f"normalize_embeddings={self.model.normalize_embeddings})\n"
+            f"  model = FlagModel({', '.join(words)})\n"
             f"  model.encode_queries(['…']) @ model.encode_corpus(['…', '…']).T\n"
             f"or\n"
-            f"  SentenceTransformer({str(self.output_dir)!r}{remote})"
+            f"  SentenceTransformer({', '.join(other)})"
         )
 
 
@@ -73,24 +73,22 @@ def _loss_table(first: dict[str, Any], last: dict[str, Any]) -> str:
     names = [name for name in _TERMS if name in last]
     names += [n for n, v in last.items() if n not in _TERMS and n not in _NOT_TERMS and not isinstance(v, list)]
     rows = [
-        [
-            _TERMS.get(name, name.replace("_", " ")),
-            *("" if name not in line else f"{line[name]:.4f}" for line in (first, last)),
-        ]
-        for name in names
+        [_TERMS.get(n, n.replace("_", " ")), *(f"{line[n]:.4f}" if n in line else "" for line in (first, last))]
+        for n in names
     ]
     return _table("Losses", ["term", f"step {first['step']}", f"step {last['step']}"], rows)
 
 
 def _router_table(line: dict[str, Any]) -> str:
-    experts = [f"expert {expert}" for expert in range(len(line["router_load"][0]))]
-    changed = line.get("router_changed_per_layer", [None] * len(line["router_load"]))
+    loads = line["router_load"]
+    changed = line.get("router_changed_per_layer", [None] * len(loads))
     rows = [
         [layer, *(f"{share:.1%}" for share in load), f"{entropy:.3f}", "" if moved is None else f"{moved:.1%}"]
         for layer, (load, entropy, moved) in enumerate(
-            zip(line["router_load"], line["router_entropy_per_layer"], changed, strict=True)
+            zip(loads, line["router_entropy_per_layer"], changed, strict=True)
         )
     ]
+    experts = [f"expert {expert}" for expert in range(len(loads[0]))]
     header = ["layer", *experts, "entropy", "tokens that changed expert"]
     return "\n" + _table(f"Routers at step {line['step']}", header, rows)
 

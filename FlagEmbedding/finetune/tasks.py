@@ -18,22 +18,9 @@ from FlagEmbedding.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # Upstream's batch sizes for files that split_data_by_length.py names by their longest text in tokens, found by trial
-# on 80 GB cards for 8 passages a query, and for 1 (facts of FlagEmbedding 1.2.10, BGE_M3/data.py).
-LENGTHS = (
-    "0-500",
-    "500-1000",
-    "1000-2000",
-    "2000-3000",
-    "3000-4000",
-    "4000-5000",
-    "5000-6000",
-    "6000-7000",
-    "7000-inf",
-)
-BATCH_SIZES = {
-    8: (48, 32, 20, 18, 14, 14, 12, 10, 8),
-    1: (700, 570, 388, 288, 224, 180, 157, 128, 104),
-}
+# on 80 GB cards for 8 passages per query, and for 1 (facts of FlagEmbedding 1.2.10, BGE_M3/data.py).
+LENGTHS = ("0-500", "500-1000", *(f"{n}000-{n + 1}000" for n in range(1, 7)), "7000-inf")
+BATCH_SIZES = {8: (48, 32, 20, 18, 14, 14, 12, 10, 8), 1: (700, 570, 388, 288, 224, 180, 157, 128, 104)}
 
 
 @dataclass(frozen=True)
@@ -70,24 +57,24 @@ def make_tasks(files: Sequence[StoredFile], starts: Sequence[int], options: Data
         small = stored.statistics.rows < options.small_threshold
         # A file can be named twice (to count double), so its place is part of the name of its part.
         parts.setdefault(f"folder {stored.file.folder}" if small else f"file {index}", []).append(index)
-    tasks = []
-    kept = []
+    tasks: list[Task] = []
+    kept: list[StoredFile] = []
     for name, members in parts.items():
         rows = np.concatenate([_sample(index, starts, options, seed) for index in members])
-        if name.startswith("folder") and len(rows) < options.drop_threshold:
+        merged, title = name.startswith("folder"), files[members[0]].file.path
+        if merged and len(rows) < options.drop_threshold:
             logger.warning("%s: dropped, %d rows in its small files (--drop_threshold)", name, len(rows))
             continue
-        kept += members
         sizes = [batch_size_of(files[i].file.path, options.train_group_size) for i in members]
         size = min((s for s in sizes if s is not None), default=None) if options.batch_size_by_length else None
         if size is not None:
-            logger.info("%s: %d queries a batch by the length table", files[members[0]].file.path, size)
-        title = f"{name} ({len(members)} small files)" if name.startswith("folder") else files[members[0]].file.path
-        tasks.append(Task(title, rows, size))
+            logger.info("%s: %d queries a batch by the length table", title, size)
+        tasks.append(Task(f"{name} ({len(members)} small files)" if merged else title, rows, size))
         _agree_on_scores([files[i] for i in members], options)
+        kept += [files[i] for i in members]
     if options.same_task_within_batch or len(tasks) < 2:
         return tasks
-    _agree_on_scores([files[i] for i in kept], options)
+    _agree_on_scores(kept, options)
     return [Task(f"{len(kept)} files, mixed", np.concatenate([task.rows for task in tasks]))]
 
 

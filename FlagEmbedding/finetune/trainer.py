@@ -7,6 +7,7 @@ carries what stands between two log lines, so that a resumed run logs what the u
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,22 +51,16 @@ class BiEncoderTrainer(Trainer):
         train_arguments: what the command line said, written beside every checkpoint as JSON.
     """
 
-    def __init__(
-        self, *, batch_sampler: TaskBatchSampler, train_arguments: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, batch_sampler: TaskBatchSampler, train_arguments: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.batch_sampler = batch_sampler
-        self.train_arguments = train_arguments or {}
-        self.window = LossWindow()
-        self.router = RouterMonitor()
+        self.batch_sampler, self.train_arguments = batch_sampler, train_arguments
+        self.window, self.router = LossWindow(), RouterMonitor()
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; with a checkpoint folder, go on as if the run had never stopped."""
         if resume_from_checkpoint is not None:
             self.add_callback(_RestoreWindow(self, Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    # ---- batches ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of our sampler; accelerate gives every process its share of them."""
@@ -82,15 +77,10 @@ class BiEncoderTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
-    # ---- loss ----
-
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """The model's objective; its terms go to the log, its rows into the message when it breaks."""
         rows = inputs.pop("rows", [])
         if self.bare_model.has_experts:
@@ -112,7 +102,7 @@ class BiEncoderTrainer(Trainer):
 
     def _watch(self, loss: Tensor, rows: list[str]) -> None:
         value = float(loss)
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.state.global_step + 1}, in the batch of {_shown(rows)}: look at "
                 "these rows, lower --learning_rate, or train in bf16 or fp32 instead of fp16"
@@ -123,8 +113,6 @@ class BiEncoderTrainer(Trainer):
                 f"the loss has been exactly 0 for {ZERO_LOSS_STEPS} steps, last in the batch of {_shown(rows)}: "
                 "nothing is left to learn from these rows; raise --train_group_size, or use harder negatives"
             )
-
-    # ---- log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms and router scalars to a loss line; per-layer lists go to trainer_state.json alone."""
@@ -137,8 +125,6 @@ class BiEncoderTrainer(Trainer):
                 logs |= {key: value for key, value in summary.items() if key not in details}
         super().log(logs, start_time)
         self.state.log_history[-1].update(details)
-
-    # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -153,20 +139,16 @@ class BiEncoderTrainer(Trainer):
             # The state file, written last, marks a whole checkpoint; a killed run may have left an old one here.
             folder.mkdir(parents=True, exist_ok=True)
             (folder / STATE_FILE).unlink(missing_ok=True)
-            self.window.save(
-                folder,
-                forwards=self.bare_model.step,
-                loss_sum=float(self._tr_loss),
-                last_logged=self._globalstep_last_logged,
-            )
+            loss_sum, last_logged = float(self._tr_loss), self._globalstep_last_logged
+            self.window.save(folder, forwards=self.bare_model.step, loss_sum=loss_sum, last_logged=last_logged)
             self.router.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_trained_state(self.bare_model, Path(resume_from_checkpoint))
+        else:
+            load_trained_state(self.bare_model, Path(resume_from_checkpoint))
 
     def restore_window(self, folder: Path) -> None:
         """Put back what stood between the last log line and the checkpoint (called when training begins)."""

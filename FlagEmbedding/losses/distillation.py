@@ -1,6 +1,6 @@
 """Learning from scores: a teacher's over each group, and the sum of the three representations' over the batch.
 
-Shape legend: B queries, M = B·G passages, G passages a query.
+Shape legend: B queries, M = B·G passages, G passages per query.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from FlagEmbedding.losses.precision import full_precision
 
 @full_precision
 def knowledge_distillation(scores: Tensor, teacher_targets: Tensor, group_size: int) -> Tensor:
-    """Listwise distillation over in-batch passages, one item of the group after another.
+    """Listwise distillation over in-batch passages, one item of the group after another; a scalar.
 
     ``Σ_j mean_i t[i, j] · −log( exp s[i, i·G + j] / Σ_{m ∉ {i·G … i·G + j − 1}} exp s[i, m] )``: each passage of the
     group is learned as if it were the positive, against all in-batch passages but those of its group before it, as
@@ -27,9 +27,6 @@ def knowledge_distillation(scores: Tensor, teacher_targets: Tensor, group_size: 
         scores: student's, ``[B, M]`` floating, already divided by the temperature.
         teacher_targets: ``[B, G]`` floating, each row a distribution over the group (softmax of the teacher's scores).
         group_size: G.
-
-    Returns:
-        scalar.
     """
     first = torch.arange(scores.shape[0], device=scores.device) * group_size
     masked = torch.zeros_like(scores)
@@ -45,16 +42,13 @@ def knowledge_distillation(scores: Tensor, teacher_targets: Tensor, group_size: 
 
 @full_precision
 def self_distillation(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
-    """Soft cross entropy ``−mean_i Σ_m softmax(t_i)[m] · log softmax(s_i)[m]``; the teacher gets no gradient.
+    """Soft cross entropy, a scalar, ``−mean_i Σ_m softmax(t_i)[m] · log softmax(s_i)[m]``; no gradient to the teacher.
 
     In unified fine-tuning the ensemble of the three scores teaches each of them. Source: Chen et al. 2024 (BGE-M3),
     section 3.3.
 
     Args:
         student_scores, teacher_scores: ``[B, M]`` floating, already divided by the temperature.
-
-    Returns:
-        scalar.
     """
     targets = torch.softmax(teacher_scores.detach(), dim=-1)
     return -(targets * torch.log_softmax(student_scores, dim=-1)).sum(dim=-1).mean()

@@ -35,9 +35,7 @@ class ObjectiveArguments:
     negatives_cross_device: bool = switch(False, "Passages of all processes serve as in-batch negatives.")
     unified_finetuning: bool = switch(False, "Train dense, sparse and colbert representations together.")
     use_self_distill: bool = switch(False, "With unified fine-tuning: their sum teaches each of the three.")
-    self_distill_start_step: int = option(
-        -1, "Forward passes (not optimizer steps) after which self-distillation counts."
-    )
+    self_distill_start_step: int = option(-1, "Forwards (not optimizer steps) after which self-distillation counts.")
     router_aux_loss_coef: float = option(0.0, "Weight of the Switch load balance loss.")
     router_z_loss_coef: float = option(0.0, "Weight of the router z-loss.")
 
@@ -57,14 +55,9 @@ class ObjectiveArguments:
 
 
 def retrieval_objective(
-    dense: Tensor,
-    sparse: Tensor | None = None,
-    colbert: Tensor | None = None,
-    *,
-    group_size: int,
-    teacher_targets: Tensor | None = None,
-    self_distill: bool = False,
-) -> Terms:
+    dense: Tensor, sparse: Tensor | None = None, colbert: Tensor | None = None, *, group_size: int,
+    teacher_targets: Tensor | None = None, self_distill: bool = False,
+) -> Terms:  # fmt: skip
     """Contrastive loss, or knowledge distillation where a teacher speaks, over one or three representations.
 
     Dense alone: ``L = L_dense``. Unified (BGE-M3): ``L = (L_dense + L_ensemble + 0.1 L_sparse + L_colbert) / 4`` with
@@ -85,8 +78,7 @@ def retrieval_objective(
         ``ensemble``, the unified parts; ``self_dense``, ``self_sparse``, ``self_colbert``, the self-distillation. All
         unscaled but ``loss``.
 
-    Raises:
-        ValueError: shapes that do not belong together, or one of sparse and colbert without the other.
+    Raises ``ValueError``: shapes that do not belong together, or one of sparse and colbert without the other.
     """
     _check_shapes(dense, sparse, colbert, teacher_targets, group_size)
 
@@ -125,11 +117,12 @@ def add_router_losses(terms: Terms, layers: Sequence[tuple[Tensor, Tensor]], opt
     Returns:
         Also ``router_aux_loss`` and ``router_z_loss``, unscaled, and ``…_scaled`` where a weight applies.
     """
+    losses = {
+        "router_aux_loss": (options.router_aux_loss_coef, [load_balance_loss(*layer) for layer in layers]),
+        "router_z_loss": (options.router_z_loss_coef, [z_loss(logits) for logits, _ in layers]),
+    }
     terms = dict(terms)
-    for name, weight, per_layer in (
-        ("router_aux_loss", options.router_aux_loss_coef, [load_balance_loss(*layer) for layer in layers]),
-        ("router_z_loss", options.router_z_loss_coef, [z_loss(logits) for logits, _ in layers]),
-    ):
+    for name, (weight, per_layer) in losses.items():
         terms[name] = torch.stack(per_layer).mean()
         if weight > 0:
             terms[f"{name}_scaled"] = weight * terms[name]

@@ -19,7 +19,7 @@ def clp_penalty(p_reps: Tensor, neg_q_reps: Tensor, owner: Tensor) -> Tensor:
     """``mean over negatives n of ( mean over h in H*(n) of (1 − cos(h, n)) )``.
 
     H*(n) are the known queries of the negative passage n. A negative without any is left out of the outer mean. The
-    gradient reaches passages and queries alike. The cosine is a true one: vectors need not be normalised.
+    gradient reaches passages and queries alike. The cosine is a true one: vectors need not be normalized.
 
     Use it when the negatives of the training data come with queries of their own (``neg_q``).
 
@@ -44,11 +44,7 @@ def apply_penalty(loss: Tensor, penalty: Tensor, weight: float) -> Tensor:
     A batch without any keeps its plain loss: scaling it by 1 − λ would weigh such batches less for no reason.
 
     Args:
-        loss: scalar, everything else that is minimized.
-        penalty: scalar, ``clp_penalty``.
+        loss, penalty: scalars, everything else that is minimized and ``clp_penalty``.
         weight: λ in [0, 1]; 0.1 in the paper.
-
-    Returns:
-        scalar.
     """
     return (1 - weight) * loss + weight * penalty

@@ -1,6 +1,6 @@
 """Losses and statistics of a router. The caller leaves padding out.
 
-Shape legend: T tokens, E experts, K chosen a token.
+Shape legend: T tokens, E experts, K chosen per token.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ class RoutingStatistics(NamedTuple):
 
 @full_precision
 def load_balance_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
-    """``E · Σ_e f_e · P_e``: f_e the share of choices on expert e, P_e its mean router probability over the tokens.
+    """``E · Σ_e f_e · P_e``, a scalar: f_e the share of choices on expert e, P_e its mean router probability.
 
-    1 when both are uniform, up to E when one expert takes everything; the gradient goes through P alone. Use it (weight
-    about 0.01) when the statistics show an expert starving. Source: Fedus et al. 2021 (Switch Transformers), equations
-    4 to 6; for K > 1 the shares are over all choices.
+    0 for no tokens, 1 when both are uniform, up to E when one expert takes everything; the gradient goes through P
+    alone. Use it (weight about 0.01) when the statistics show an expert starving. Source: Fedus et al. 2021 (Switch
+    Transformers), equations 4 to 6; for K > 1 the shares are over all choices.
 
     Args:
         router_logits: ``[T, E]`` floating, real tokens only.
         experts: ``[T, K]`` int64, the chosen ones.
-
-    Returns:
-        scalar; 0 for no tokens.
     """
     tokens, count = router_logits.shape
     if not tokens:
@@ -45,15 +42,12 @@ def load_balance_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
 
 @full_precision
 def z_loss(router_logits: Tensor) -> Tensor:
-    """``mean_t (log Σ_e exp x_te)²`` keeps the router's logits small, so that its softmax stays exact and unsaturated.
+    """``mean_t (log Σ_e exp x_te)²``, a scalar, 0 for no tokens: keeps logits small, so that softmax stays exact.
 
     Use it (weight about 0.001) when router logits grow during training. Source: Zoph et al. 2022 (ST-MoE), equation 5.
 
     Args:
         router_logits: ``[T, E]`` floating, real tokens only.
-
-    Returns:
-        scalar; 0 for no tokens.
     """
     if not router_logits.shape[0]:
         return router_logits.sum() * 0

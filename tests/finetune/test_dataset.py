@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
 import pickle
 import random
+import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,6 +325,37 @@ def test_rows_lie_in_the_cache_and_follow_the_file(tmp_path: Path, settings: Dat
     path.write_text(path.read_text().replace("bridges", "ferries"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert "ferries" in opened([path], settings)[0, 299].passages[1], "content decides, not the file's date"
+
+
+@pytest.fixture
+def opens() -> Iterator[list[str]]:
+    """Paths that Python opens meanwhile. (An audit hook cannot be taken out: it is switched off.)"""
+    found: list[str] = []
+    listening = True
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event == "open":
+            found.append(str(arguments[0]))
+
+    sys.addaudithook(hook)
+    yield found
+    listening = False
+
+
+def test_a_file_is_opened_once(tmp_path: Path, settings: DataArguments, opens: list[str]) -> None:
+    """To be hashed, checked, counted and converted; and no more for a process that finds the table there."""
+    scores = {"pos_scores": [0.5, 0.6], "neg_scores": [0.1, 0.9, -2.0, 0.4, 7.5, 0.3]}
+    for name in ("a", "b"):
+        write_rivers(tmp_path / f"train/{name}.jsonl", rows=5, **scores)
+    packed = tmp_path / "train/c.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "train/a.jsonl").read_bytes()))
+    options = replace(settings, knowledge_distillation=True, small_threshold=9, max_example_num_per_dataset=3)
+    for attempt in range(2):  # nothing is there yet; the tables are there
+        opens.clear()
+        dataset = opened([tmp_path / "train", packed], options)
+        assert [dataset[attempt, row].row for row in (0, 5, 10)] == [f"{file.file.path}:1" for file in dataset.files]
+        rows_opened = [path for path in opens if path.startswith(str(tmp_path / "train/"))]
+        assert sorted(rows_opened) == sorted(file.file.path for file in dataset.files)
 
 
 def test_unwritable_cache_is_one_line(tmp_path: Path, settings: DataArguments) -> None:

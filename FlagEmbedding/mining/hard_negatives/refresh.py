@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.encoding import build_index
@@ -47,28 +47,53 @@ logger = get_logger(__name__)
 CORPUS, RECORD = "corpus", "refresh.json"
 
 
+class SourceOptions(Protocol):
+    """Of a training run: where negatives come from. ``refresh_corpus`` empty: the passages of the training rows."""
+
+    @property
+    def refresh_corpus(self) -> list[str]: ...
+    @property
+    def refresh_range_for_sampling(self) -> str: ...
+    @property
+    def refresh_relative_margin(self) -> float | None: ...
+
+
+class TextOptions(Protocol):
+    """Of a training run: how texts become tokens."""
+
+    @property
+    def query_max_len(self) -> int: ...
+    @property
+    def passage_max_len(self) -> int: ...
+    @property
+    def query_instruction_for_retrieval(self) -> str | None: ...
+    @property
+    def passage_instruction_for_retrieval(self) -> str | None: ...
+
+
+class VectorOptions(Protocol):
+    """Of a training run: how tokens become a vector."""
+
+    @property
+    def sentence_pooling_method(self) -> Pooling: ...
+    @property
+    def normalize_embeddings(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class RefreshSettings:
-    """How negatives are mined again; lengths (tokens), instructions, pooling and dtype as the model trains.
+    """How negatives are mined again: a training run's groups of options, whole.
 
     Attributes:
-        corpus: files or folders of passages; empty: the passages of the training rows.
-        range_for_sampling: ranks, as ``2-30``.
-        relative_margin: see ``filters.py``; None: no filter.
         seed: of the choices; each refresh has its own stream.
+        dtype: what the model computes in.
     """
 
-    corpus: tuple[str, ...] = ()
-    range_for_sampling: str = "10-210"
-    relative_margin: float | None = None
-    seed: int = 42
-    query_length: int = 32
-    passage_length: int = 128
-    query_instruction: str | None = None
-    passage_instruction: str | None = None
-    pooling: Pooling = "cls"
-    normalize: bool = True
-    dtype: DtypeName = "fp32"
+    source: SourceOptions
+    texts: TextOptions
+    vectors: VectorOptions
+    seed: int
+    dtype: DtypeName
 
 
 def check_passages(train_files: Sequence[Path], folder: Path, settings: RefreshSettings) -> None:
@@ -86,14 +111,17 @@ def refresh_negatives(
     """
     encoder = TextEncoder(
         EncoderArguments(
-            encoder=str(checkpoint), pooling_method=settings.pooling, normalize_embeddings=settings.normalize,
+            encoder=str(checkpoint),
+            pooling_method=settings.vectors.sentence_pooling_method,
+            normalize_embeddings=settings.vectors.normalize_embeddings,
             dtype=settings.dtype,
         )
-    )  # fmt: skip
+    )
     identity = {
-        "model": encoder.describe()["model"], "settings": as_json(asdict(settings)),
+        "model": encoder.describe()["model"],
+        "settings": as_json(asdict(settings)),
         "inputs": [sha256_file(path) for path in train_files],
-    }  # fmt: skip
+    }
     there = on_main(lambda: read_refresh(folder))
     if there is not None and there["identity"] == identity:
         logger.info("%s: negatives of these weights are there already", folder)
@@ -103,7 +131,9 @@ def refresh_negatives(
     shared = folder.parent / CORPUS
     files = on_main(lambda: _corpus(train_files, settings, shared))
     config = IndexArguments(
-        settings.passage_length, passage_instruction_for_retrieval=settings.passage_instruction, overwrite=True
+        max_passage_length=settings.texts.passage_max_len,
+        passage_instruction_for_retrieval=settings.texts.passage_instruction_for_retrieval,
+        overwrite=True,
     )
     build_index(encoder, files, folder / "index", "refresh", config)
     return on_main(lambda: _mine(encoder, files, train_files, folder, settings, identity))
@@ -122,7 +152,8 @@ def read_refresh(folder: Path) -> dict[str, Any] | None:
 
 def _corpus(train_files: Sequence[Path], settings: RefreshSettings, shared: Path) -> list[Path]:
     shared.mkdir(parents=True, exist_ok=True)
-    return corpus_files(settings.corpus, shared) if settings.corpus else passages_of_rows(train_files, shared)
+    corpus = settings.source.refresh_corpus
+    return corpus_files(corpus, shared) if corpus else passages_of_rows(train_files, shared)
 
 
 def _mine(
@@ -132,11 +163,14 @@ def _mine(
     """Mine file after file and write the record (main process)."""
     store = PassageStore.prepare(files, folder.parent / CORPUS)
     retriever = Retriever(
-        encoder, FlatIndex(folder / "index"), query_length=settings.query_length,
-        passage_length=settings.passage_length, query_instruction=settings.query_instruction,
-        passage_instruction=settings.passage_instruction,
-    )  # fmt: skip
-    filters = ScoreFilters(relative_margin=settings.relative_margin)
+        encoder,
+        FlatIndex(folder / "index"),
+        query_length=settings.texts.query_max_len,
+        passage_length=settings.texts.passage_max_len,
+        query_instruction=settings.texts.query_instruction_for_retrieval,
+        passage_instruction=settings.texts.passage_instruction_for_retrieval,
+    )
+    filters = ScoreFilters(relative_margin=settings.source.refresh_relative_margin)
     notes: list[dict[str, Any]] = []
     names: list[str] = []
     with negative_table(folder / "known.sqlite", settings.seed) as known:
@@ -159,7 +193,7 @@ def _mine(
 
 def _sampling(rows: TrainingRows, settings: RefreshSettings, folder: Path) -> Sampling:
     return Sampling(
-        range_for_sampling=settings.range_for_sampling,
+        range_for_sampling=settings.source.refresh_range_for_sampling,
         negative_number=max(1, round(rows.negatives / len(rows))),
         # The folder's name tells the epoch: chances are drawn again at every refresh.
         seed=settings.seed + int(folder.name.rpartition("-")[2] or 0),
