@@ -48,7 +48,7 @@ KERNELS = [
 ]
 
 MINING = [
-    "openai>=1.60",  # the client for any OpenAI-style endpoint that writes neg_q
+    "httpx2>=2",  # requests to any OpenAI-style endpoint that writes neg_q
     "py3langid>=0.3",  # the language of an answer
     "sentence-transformers>=5",  # the reranker of --cross_encoder
 ]
@@ -79,7 +79,7 @@ setup(
         "FlagEmbedding": [
             "py.typed",
             "mining/query_generation/prompts/*",
-            "mining/*/report.md.j2",
+            "mining/*/*.md.j2",
             "modeling/kernels/*.h",
             "modeling/kernels/*.cpp",
         ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+# Control characters but tab and line end, turns of the direction of writing, halves of surrogate pairs.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> str:
@@ -34,6 +38,30 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
+def printable(text: str) -> str:
+    """What others wrote, without characters that act on a terminal: they are written as escapes."""
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def one_line(text: str, length: int = 300) -> str:
+    """The beginning of a printable text, on one line."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def literal(text: str) -> str:
+    """What others wrote, for a page: no markup of HTML or Markdown in it takes effect."""
+    shown = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]])", r"\\\1", shown)
+
+
+def code(text: str) -> str:
+    """What others wrote as a span of code, between more backticks than it holds."""
+    shown = " ".join(printable(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence}{shown}{fence}" if fence == "`" else f"{fence} {shown} {fence}"
+
+
 def percent(part: int, whole: int) -> str:
     """``part`` as a share of ``whole``; a dash where there is nothing to share."""
     return f"{100 * part / whole:.2f} %" if whole else "–"
@@ -57,5 +85,5 @@ def render(template: Path, **values: Any) -> str:
         autoescape=False,
     )
     environment.globals.update(table=table, percent=percent, of=of)
-    environment.filters["number"] = "{:,}".format
+    environment.filters.update(number="{:,}".format, literal=literal, code=code)
     return environment.get_template(template.name).render(values)

@@ -77,6 +77,11 @@ class NegativeTable:
         )
         return [text for (text,) in found], answered is not None
 
+    def real_keys(self) -> Iterator[bytes]:
+        """The key of every real query, once for each of its positives."""
+        for (key,) in self._db.execute("SELECT query FROM real"):
+            yield key
+
     # ---- passages without one ----
 
     def add_waiting(self, passage: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,30 +45,35 @@ class Answer:
 
 
 class AnswerCache:
-    """The file at ``path``; threads may share it. Raises ``DataError`` for a file that is no such cache."""
+    """The file at ``path``; threads may share it. Raises ``DataError`` where it cannot be used."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        try:
+        self.path, self._lock = path, threading.Lock()
+        with self._guarded():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False)
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            raise DataError(f"{path}: cannot be used as a cache of answers ({error}); name another --cache") from error
 
-    def _write(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            with self._lock, self._db:
-                self._db.executemany(statement, rows)
-        except sqlite3.Error as error:
-            raise DataError(f"{self.path}: cannot be written ({error}); what it holds is kept, make room") from error
+            with self._lock:
+                yield
+        except (sqlite3.Error, OSError) as error:
+            raise DataError(
+                f"{self.path}: cannot be used as a cache of answers ({error}); what it holds is kept: make room, or "
+                "name another --cache"
+            ) from error
 
-    def _one(self, statement: str, *values: Any) -> tuple[Any, ...] | None:
-        with self._lock:
-            row: tuple[Any, ...] | None = self._db.execute(statement, values).fetchone()
-        return row
+    def _write(self, statement: str, *rows: tuple[Any, ...]) -> int:
+        """Run ``statement`` for all rows or for none; returns how many rows of the file it changed."""
+        with self._guarded(), self._db:
+            return self._db.executemany(statement, rows).rowcount
+
+    def _one(self, statement: str, key: str) -> Any:
+        with self._guarded():
+            return self._db.execute(statement, (key,)).fetchone()
 
     def get(self, key: str) -> Answer | None:
         """The answer filed under ``key``."""
@@ -76,8 +82,8 @@ class AnswerCache:
 
     def put(self, answers: Sequence[tuple[str, Answer]]) -> None:
         """File some answers, all or none of them; the first answer to a key stays."""
-        rows = [(k, _storable(a.text), a.finish, a.prompt_tokens, a.completion_tokens) for k, a in answers]
-        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+        rows = [(k, _storable(a.text), _storable(a.finish), a.prompt_tokens, a.completion_tokens) for k, a in answers]
+        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", *rows)
 
     def rank(self, key: str) -> int | None:
         """A rank filed before; 0 stands for not found."""
@@ -86,7 +92,7 @@ class AnswerCache:
 
     def put_ranks(self, ranks: Sequence[tuple[str, int]]) -> None:
         """File some ranks."""
-        self._write("INSERT OR REPLACE INTO ranks VALUES (?, ?)", ranks)
+        self._write("INSERT OR REPLACE INTO ranks VALUES (?, ?)", *ranks)
 
     def spent(self, job: str) -> int:
         """Requests that ``job`` has sent, earlier runs that were killed included."""
@@ -95,20 +101,15 @@ class AnswerCache:
 
     def spend(self, job: str, limit: int | None) -> bool:
         """Count one more request of ``job``, before it is sent; False where that would pass ``limit``."""
-        try:
-            with self._lock, self._db:
-                self._db.execute("INSERT OR IGNORE INTO spent VALUES (?, 0)", (job,))
-                found = self._db.execute(
-                    "UPDATE spent SET requests = requests + 1 WHERE job = ? AND requests < ?",
-                    (job, 2**62 if limit is None else limit),
-                )
-        except sqlite3.Error as error:
-            raise DataError(f"{self.path}: cannot be written ({error}); nothing more is asked") from error
-        return found.rowcount == 1
+        statement = (
+            "INSERT INTO spent SELECT ?1, 1 WHERE ?2 > 0 "
+            "ON CONFLICT (job) DO UPDATE SET requests = requests + 1 WHERE requests < ?2"
+        )
+        return self._write(statement, (job, 2**62 if limit is None else limit)) == 1
 
     def settle(self, job: str) -> None:
         """Forget the count of a job that is finished."""
-        self._write("DELETE FROM spent WHERE job = ?", [(job,)])
+        self._write("DELETE FROM spent WHERE job = ?", (job,))
 
     def close(self) -> None:
         """Let go of the file."""
@@ -116,5 +117,5 @@ class AnswerCache:
 
 
 def _storable(text: str) -> str:
-    # A model may send half a surrogate pair, which SQLite cannot hold; the checks would reject it anyway.
+    # A model may send half a surrogate pair, which SQLite cannot hold.
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from FlagEmbedding.inference.arguments import DtypeName
 from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, SearchArguments, check_least
-from FlagEmbedding.utils.cli import choice, internal, option, parse_whole, switch
+from FlagEmbedding.mining.query_generation.redaction import strike
+from FlagEmbedding.utils.cli import choice, internal, option, switch
 from FlagEmbedding.utils.errors import UsageError
 
-_EXAMPLES = """examples:
+DESCRIPTION = "Give negatives the queries they answer (neg_q): real ones first, then a language model's."
+EXAMPLES = """examples:
   real queries alone, free of charge:
     python -m FlagEmbedding.mining.query_generation --input_file mined.jsonl --output_file train_data/ko.jsonl
   then Gemini for the rest, 1,000 requests at most (first with --dry_run to see what it comes to):
@@ -49,7 +51,9 @@ class EndpointArguments:
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key", metavar="NAME")
     request_options: str = option("{}", "more fields of each request's body", metavar="JSON")
     concurrency: int = option(8, "requests under way at a time")
-    timeout: float = option(60.0, "seconds that an answer may take")
+    timeout: float = option(
+        60.0, "seconds without a byte that end a request; a whole answer may take five times as long"
+    )
     max_retries: int = option(8, "repeats of a request after 429, 5xx, timeouts, malformed answers")
     backoff: float = option(1.0, "seconds before the first repeat; doubles with each, up to 60")
     max_requests: int | None = option(None, "hard limit on requests, repeats and killed runs of this command included")
@@ -59,10 +63,11 @@ class EndpointArguments:
         check_least(self, concurrency=1, max_retries=0, backoff=0, max_requests=0)
         if self.timeout <= 0:
             raise UsageError(f"--timeout must be above 0, got {self.timeout:g}")
-        if self.base_url and not self.model:
-            raise UsageError("--base_url has no effect without --model, the name of the model there")
-        if self.max_requests is not None and not self.model:
-            raise UsageError("--max_requests has no effect without --model")
+        if self.base_url and not re.fullmatch(r"https?://[^/\s]+\S*", self.base_url):
+            raise UsageError(f"--base_url: expected http://… or https://…, got {strike(self.base_url)!r}")
+        for flag in ("base_url", "max_requests"):
+            if getattr(self, flag) not in (None, "") and not self.model:
+                raise UsageError(f"--{flag} has no effect without --model, the name of the model there")
         assert self.body is not None
 
     @cached_property
@@ -73,7 +78,7 @@ class EndpointArguments:
         except ValueError as error:
             raise UsageError(f"--request_options: not JSON ({error})") from error
         if not isinstance(value, dict):
-            raise UsageError(f"--request_options: expected a JSON object, got {self.request_options[:60]!r}")
+            raise UsageError(f"--request_options: expected a JSON object, got {strike(self.request_options)[:60]!r}")
         return value
 
 
@@ -94,12 +99,8 @@ class LocalModelArguments:
 class WritingArguments:
     """What is asked, and how it is answered."""
 
-    prompt: str | None = option(
-        None, "a file or text with {passage}, or a folder of {language}.txt; default: the package's own"
-    )
-    language: str | None = option(
-        None, "code of the passages' language (chooses the prompt); default: told from each passage"
-    )
+    prompt: str | None = option(None, "text or file with {passage}, or a folder of {language}.txt; default: ours")
+    language: str | None = option(None, "of the passages, a code such as ko; default: told from each passage")
     temperature: float = option(0.7, "of the answers")
     max_tokens: int = option(256, "per answer (a model that thinks needs more)")
     cache: str | None = option(None, "answers so far; default: .neg_q_cache.sqlite beside the output", metavar="FILE")
@@ -165,12 +166,4 @@ class QueryOptions:
         if bool(self.encoder.encoder) != bool(top_k):
             raise UsageError("the round trip needs both: --encoder and --round_trip_top_k")
         if top_k and not self.generates:
-            raise UsageError(
-                "--round_trip_top_k has no effect without --model or --local_model: real queries are not checked"
-            )
-
-
-def parse_query_options(argv: Sequence[str] | None = None) -> QueryOptions:
-    """Parse and check. Raises ``UsageError``."""
-    description = "Give negatives the queries they answer (neg_q): real ones first, then a language model's."
-    return parse_whole(QueryOptions, argv, description, _EXAMPLES)
+            raise UsageError("--round_trip_top_k has no effect without --model or --local_model, which it checks")

@@ -16,16 +16,21 @@ from typing import Any
 from FlagEmbedding.mining.common.alignment import normalize_text
 from FlagEmbedding.mining.query_generation.answer_cache import Answer
 from FlagEmbedding.mining.query_generation.arguments import CheckArguments
+from FlagEmbedding.utils.pages import CONTROLS
 
 REASONS = {
     "empty": "no text came back",
     "cut_off": "the answer ended at --max_tokens",
+    "refusal": "the model declines to answer",
     "several_lines": "more than one line",
+    "control": "holds control characters",
+    "markup": "JSON, XML or code, and no query",
     "too_short": "fewer characters than --min_length",
     "too_long": "more characters than --max_length, or longer than the passage",
     "other_script": "not in the script of the passage",
     "other_language": "the passage's script, another language",
     "copy": "copied from the passage",
+    "repeated": "a query of the rows, or the same for several passages",
     "not_retrieved": "does not bring its passage back into the top k",
 }
 
@@ -39,6 +44,14 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )  # fmt: skip
 _BULLET = re.compile(r"^(?:[-*•]\s+|\d{1,2}[.)]\s+)")
+_REFUSAL = re.compile(
+    r"(?:i(?:['’]m| am) (?:very |so |really )?(?:sorry|unable|not able)|sorry,|unfortunately,? i|i apologi[sz]e|"
+    r"i (?:can(?:['’]t|not| not)|won['’]t|do not|don['’]t) |as an? (?:ai|large language)\b|"
+    r"죄송|미안하지만|متأسف|متاسف|عذرًا|عذرا|آسف|क्षमा कर|माफ़ कर|माफ कर|抱歉|对不起|對不起|申し訳|"
+    r"lo siento|je suis désolé|désolé,|es tut mir leid|к сожалению, я|извините)",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"[\[{<].*[\]}>]|.*(?:\{\s*\"|</\w+>|```).*", re.DOTALL)
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 # Told apart from each other: MIRACL's 18, and others that an answer may come in. Fewer are told more surely than all.
@@ -110,8 +123,14 @@ def _reason(query: str, finish: str, passage: str, limits: CheckArguments) -> st
         return "cut_off"
     if not query:
         return "empty"
+    if finish == "content_filter" or _REFUSAL.match(query):
+        return "refusal"
+    if _MARKUP.fullmatch(query):
+        return "markup"
     if len(query.splitlines()) > 1:
         return "several_lines"
+    if CONTROLS.search(query):
+        return "control"
     if len(query) < limits.min_length:
         return "too_short"
     if len(query) > limits.max_length or len(query) > max(len(passage), limits.min_length):

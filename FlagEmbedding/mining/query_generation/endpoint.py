@@ -2,13 +2,13 @@
 
 OpenAI, Gemini, vLLM, llama.cpp and Ollama all speak this protocol (``chat/completions``). Choices:
 
-* The ``openai`` client sends; retries are ours, so that each request is counted before it leaves, and so that one
-  429 holds back all threads and not only the one that met it.
+* Retries are ours, so that each request is counted before it leaves and one 429 holds back all threads.
 * Again after a while: 408, 409, 425, 429, 5xx, timeouts, broken connections, and answers that are not the protocol's.
-  The wait doubles up to a minute, with jitter; a ``Retry-After`` is honoured where it is longer.
-* Never again: a key that is refused, a model that is not there, a spent quota. These end the run; what was answered
-  is in the cache. Any other refusal (400) concerns one passage, which is passed over.
+  The wait doubles up to a minute, with jitter; a ``Retry-After`` is honored where it is longer.
+* Never again: a key that is refused, a model that is not there, a spent quota, a redirect to another server. These end
+  the run; what was answered is in the cache. Any other refusal (400) concerns one passage, which is passed over.
 * Ten passages that fail in a row, with no answer in between, end the run too.
+* An answer that never ends is broken off: by its bytes, and by a deadline of five times ``--timeout``.
 * The key is read from the environment, travels in the header alone, and is struck out of whatever a server says.
 """
 
@@ -18,17 +18,20 @@ import email.utils
 import json
 import os
 import random
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
 from FlagEmbedding.mining.query_generation.arguments import EndpointArguments, WritingArguments
+from FlagEmbedding.mining.query_generation.redaction import strike
 from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.pages import one_line
 
 logger = get_logger(__name__)
 
@@ -38,6 +41,8 @@ _AGAIN = {408, 409, 425, 429}
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
 _LONGEST_WAIT = 60.0
 _FAILURES_IN_A_ROW = 10
+_LARGEST_ANSWER = 1 << 20  # bytes, thoughts and JSON included
+_WHOLE_ANSWER = 5  # times --timeout, which is for each piece of it
 
 
 class EndpointError(UserError):
@@ -65,149 +70,165 @@ class ChatEndpoint:
         sent, repeated: requests, and those among them that were repeats.
 
     Raises:
-        UsageError: no key, or no ``openai`` package.
+        UsageError: no key, or no ``httpx2`` package.
     """
 
     def __init__(self, options: EndpointArguments, writing: WritingArguments, spend: Callable[[], bool]) -> None:
         try:
-            import openai
+            import httpx2
         except ImportError as error:
-            raise UsageError("an endpoint needs the openai package: pip install 'FlagEmbedding[mining]'") from error
-        self._openai = openai
+            raise UsageError("an endpoint needs the httpx2 package: pip install 'FlagEmbedding[mining]'") from error
         assert options.model is not None
-        self.options, self.writing, self._spend = options, writing, spend
-        self.name = options.model
-        self._key = _read_key(options)
-        self._client = openai.OpenAI(
-            api_key=self._key, base_url=options.base_url, timeout=options.timeout, max_retries=0
-        )
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._not_before = 0.0
-        self._failures = 0
+        self._http, self.options, self.writing, self._spend = httpx2, options, writing, spend
+        self.name, self._key = options.model, _read_key(options)
+        base = options.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self._url = httpx2.URL(f"{base.rstrip('/')}/chat/completions")
+        self._where = strike(base, self._key)
+        self._client: Any = None
+        self._stopped: Any = None
+        self._not_before, self._failures = 0.0, 0
         self.sent = self.repeated = 0
 
     def run(self, tasks: Iterable[Task], save: Save) -> Iterator[tuple[Task, str | None]]:
         """Ask about every task; yields ``(task, None)`` when its answer is saved, or ``(task, why not)``.
 
-        Order is that of completion. ``save`` is called by the thread that got the answer, so an answer is safe as soon
-        as it is here. When the budget is spent the rest comes back as ``(task, 'budget')``. Raises ``EndpointError``.
+        Order is that of completion; ``save`` is called as soon as an answer has come. When the budget is spent the rest
+        comes back as ``(task, 'budget')``. Raises ``EndpointError``.
         """
-        rest, under_way = iter(tasks), set[Future[tuple[Task, str | None]]]()
-        pool = ThreadPoolExecutor(self.options.concurrency)
-        try:
-            while True:
-                free = 2 * self.options.concurrency - len(under_way)
-                under_way |= {pool.submit(self._one, task, save) for task in islice(rest, free)}
-                if not under_way:
-                    return
-                finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        finally:
-            # Answers that are under way are awaited, for they are paid for and their threads save them.
-            self._stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._stopped.clear()
+        from anyio import Event
+        from anyio.from_thread import start_blocking_portal
 
-    def _one(self, task: Task, save: Save) -> tuple[Task, str | None]:
+        rest, under_way = iter(tasks), set[Future[tuple[Task, str | None]]]()
+        with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._open()) as self._client:
+            self._stopped = portal.call(Event)
+            try:
+                while True:
+                    free = self.options.concurrency - len(under_way)
+                    under_way |= {portal.start_task_soon(self._one, task, save) for task in islice(rest, free)}
+                    if not under_way:
+                        return
+                    finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+            finally:
+                # Answers that are under way are awaited, for they are paid for.
+                portal.call(self._stopped.set)
+                wait(under_way)
+
+    def _open(self) -> Any:
+        names = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+        headers = {header: os.environ[name] for header, name in names.items() if os.environ.get(name)}
+        return self._http.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}", **headers}, timeout=self.options.timeout,
+            limits=self._http.Limits(max_connections=self.options.concurrency), follow_redirects=True,
+            event_hooks={"request": [self._stay_there]},
+        )  # fmt: skip
+
+    async def _stay_there(self, request: Any) -> None:
+        """Refuse a redirect to another server: it would get all prompts, and its answers would pass as the model's."""
+        here, there = self._url, request.url
+        if (there.host, there.port) != (here.host, here.port) or there.scheme not in (here.scheme, "https"):
+            target = one_line(strike(f"{there.scheme}://{there.netloc.decode()}", self._key))
+            raise EndpointError(f"{self._where}: sends requests on to {target}; name that in --base_url if it is right")
+
+    async def _one(self, task: Task, save: Save) -> tuple[Task, str | None]:
         try:
-            answer = self._ask(task.prompt)
+            answer = await self._ask(task.prompt)
         except BudgetSpent:
             return task, "budget"
         except Refused as refusal:
-            with self._lock:
-                self._failures += 1
-                hopeless = self._failures >= _FAILURES_IN_A_ROW
-            if hopeless:
+            self._failures += 1
+            if self._failures >= _FAILURES_IN_A_ROW:
                 raise EndpointError(
-                    f"{_FAILURES_IN_A_ROW} passages in a row got no answer from {self._where()}, the last because: "
+                    f"{_FAILURES_IN_A_ROW} passages in a row got no answer from {self._where}, the last because: "
                     f"{refusal}; see to that and run the same command again, the answers so far are kept"
                 ) from refusal
             return task, str(refusal)
         save([(task.key, answer)])
-        with self._lock:
-            self._failures = 0
+        self._failures = 0
         return task, None
 
-    def _ask(self, prompt: str) -> Answer:
-        reason = ""
+    async def _ask(self, prompt: str) -> Answer:
+        reason, pause = "", 0.0
         for repeat in range(self.options.max_retries + 1):
-            self._hold()
+            await self._wait(pause)
             if not self._spend():
                 raise BudgetSpent
-            with self._lock:
-                self.sent += 1
-                self.repeated += repeat > 0
-            found = self._send(prompt)
+            self.sent += 1
+            self.repeated += repeat > 0
+            found = await self._send(prompt)
             if isinstance(found, Answer):
                 return found
             reason, retry_after, everyone = found
             pause = _pause(repeat, retry_after, self.options.backoff)
             logger.debug("%s: again in %.1f s", reason, pause)
-            if repeat < self.options.max_retries:
-                self._wait(pause, everyone)
+            if everyone:
+                self._not_before = max(self._not_before, time.monotonic() + pause)
         raise Refused(f"{reason} ({self.options.max_retries + 1} times)")
 
-    def _send(self, prompt: str) -> Answer | tuple[str, float | None, bool]:
-        """The answer, or what speaks against it: reason, seconds the server asks for, whether all should wait."""
-        openai, options = self._openai, self.options
-        try:
-            response = self._client.chat.completions.with_raw_response.create(
-                model=self.name,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=self.writing.temperature,
-                max_tokens=self.writing.max_tokens,
-                extra_body=options.body or None,
-            )
-            return parse_answer(response.text)
-        except openai.APIStatusError as error:
-            return self._refusal(error)
-        except openai.APITimeoutError:
-            return f"no answer within --timeout {options.timeout:g} s", None, False
-        except (openai.APIConnectionError, OSError) as error:
-            return self._plain(f"no connection to {self._where()}: {error.__cause__ or error}"), None, False
-        except (ValueError, openai.APIError) as error:  # not the protocol's JSON
-            return self._plain(f"malformed answer: {error}"), None, False
+    async def _wait(self, pause: float) -> None:
+        """Wait for ``pause`` seconds, and until the endpoint may be asked again. Raises ``BudgetSpent`` at the end."""
+        from anyio import move_on_after
 
-    def _refusal(self, error: Any) -> tuple[str, float | None, bool]:
-        status, reason = error.status_code, self._plain(f"HTTP {error.status_code}: {_message(error)}")
-        if any(word in json.dumps(error.body, default=str) for word in _SPENT):
-            raise EndpointError(f"{self._where()}: {reason}; the answers so far are kept")
+        until = time.monotonic() + pause
+        while (left := max(until, self._not_before) - time.monotonic()) > 0 and not self._stopped.is_set():
+            with move_on_after(left):
+                await self._stopped.wait()
+        if self._stopped.is_set():
+            raise BudgetSpent
+
+    async def _send(self, prompt: str) -> Answer | tuple[str, float | None, bool]:
+        """The answer, or what speaks against it: reason, seconds the server asks for, whether all should wait."""
+        body = {
+            "model": self.name, "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.writing.temperature, "max_tokens": self.writing.max_tokens, **self.options.body,
+        }  # fmt: skip
+        try:
+            status, headers, text = await self._post(body)
+            if status >= 300:
+                return self._refusal(status, headers, text)
+            answer = parse_answer(text)
+        except (TimeoutError, self._http.TimeoutException):
+            return f"no answer within --timeout {self.options.timeout:g} s", None, False
+        except (self._http.HTTPError, OSError) as error:
+            return self._plain(f"no connection to {self._where}: {error.__cause__ or error}"), None, False
+        except ValueError as error:  # not the protocol's JSON
+            return self._plain(f"malformed answer: {error}"), None, False
+        return replace(answer, text=strike(answer.text, self._key))
+
+    async def _post(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and body of the response. Raises ``ValueError`` for one that does not end."""
+        from anyio import fail_after
+
+        raw = bytearray()
+        with fail_after(_WHOLE_ANSWER * self.options.timeout):
+            async with self._client.stream("POST", self._url, json=body) as response:
+                async for piece in response.aiter_bytes():
+                    raw += piece
+                    if len(raw) > _LARGEST_ANSWER:
+                        raise ValueError(f"expected at most {_LARGEST_ANSWER:,} bytes, found more")
+                return response.status_code, response.headers, raw.decode("utf-8", "replace")
+
+    def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> tuple[str, float | None, bool]:
+        reason = self._plain(f"HTTP {status}: {_message(text)}")
+        if any(word in text for word in _SPENT):
+            raise EndpointError(f"{self._where}: {reason}; the answers so far are kept")
         if status in _AGAIN or status >= 500:
-            retry_after = retry_seconds(error.response.headers)
+            retry_after = retry_seconds(headers)
             if retry_after is not None and retry_after > self.options.longest_retry_after:
                 raise EndpointError(
-                    f"{self._where()} asks to wait {retry_after:.0f} s ({reason}); run the same command again after "
+                    f"{self._where} asks to wait {retry_after:.0f} s ({reason}); run the same command again after "
                     "that, the answers so far are kept"
                 )
             return reason, retry_after, status == 429 or retry_after is not None
         if status in (401, 403):
-            raise EndpointError(f"{self._where()}: {reason}; put a valid key into {self.options.api_key_env}")
+            raise EndpointError(f"{self._where}: {reason}; put a valid key into {self.options.api_key_env}")
         if status == 404:
-            raise EndpointError(f"{self._where()}: {reason}; check --base_url and --model {self.name}")
+            raise EndpointError(f"{self._where}: {reason}; check --base_url and --model {self.name}")
         raise Refused(reason)
 
-    def _hold(self) -> None:
-        """Wait until the endpoint may be asked again."""
-        while (left := self._not_before - time.monotonic()) > 0 and not self._stopped.wait(min(left, 1.0)):
-            pass
-        if self._stopped.is_set():
-            raise BudgetSpent
-
-    def _wait(self, pause: float, everyone: bool) -> None:
-        until = time.monotonic() + pause
-        if everyone:
-            with self._lock:
-                self._not_before = max(self._not_before, until)
-        self._stopped.wait(max(0.0, until - time.monotonic()))
-
-    def _where(self) -> str:
-        return str(self._client.base_url)
-
     def _plain(self, text: str) -> str:
-        """One line of at most 300 characters without the key."""
-        return " ".join(text.replace(self._key, "***").split())[:300]
+        """One line of at most 300 characters without the key, which is struck out before anything is cut."""
+        return one_line(strike(text, self._key))
 
 
 def _read_key(options: EndpointArguments) -> str:
@@ -215,7 +236,9 @@ def _read_key(options: EndpointArguments) -> str:
     if key:
         return key
     if options.base_url is None or options.api_key_env != EndpointArguments.api_key_env:
-        raise UsageError(f"--api_key_env {options.api_key_env}: no such environment variable; put the key there")
+        raise UsageError(
+            f"--api_key_env {strike(options.api_key_env)}: no such environment variable; put the key there"
+        )
     return "no-key-needed"  # a server of one's own, as vLLM, llama.cpp and Ollama are
 
 
@@ -225,20 +248,14 @@ def _pause(repeat: int, retry_after: float | None, backoff: float) -> float:
     return own if retry_after is None else max(own, retry_after)
 
 
-def retry_seconds(headers: Any) -> float | None:
+def retry_seconds(headers: Mapping[str, str]) -> float | None:
     """What ``retry-after-ms`` or ``Retry-After`` (seconds or a date, RFC 9110) ask for; None for neither."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name)
-        if value is None:
-            continue
-        try:
+        value = headers.get(name, "")
+        with suppress(ValueError):
             return max(0.0, float(value) / unit)
-        except ValueError:
-            pass
-        try:
+        with suppress(ValueError, OverflowError):
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
-            continue
     return None
 
 
@@ -248,19 +265,21 @@ def parse_answer(body: str) -> Answer:
         value = json.loads(body)
         choice = value["choices"][0]
         text = choice["message"].get("content")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected choices[0].message.content, found {body[:80]!r}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"expected choices[0].message.content, found {body!r}") from error
     if text is not None and not isinstance(text, str):
         raise ValueError(f"expected text as content, found {type(text).__name__}")
     usage = value.get("usage") if isinstance(value.get("usage"), dict) else {}
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    prompt_tokens, completion_tokens = (count if isinstance(count, int) else None for count in counts)
-    return Answer(text or "", str(choice.get("finish_reason") or "stop"), prompt_tokens, completion_tokens)
+    # What is no plausible number of tokens is not counted; SQLite would take up to 2^63.
+    prompt, completion = (count if isinstance(count, int) and 0 <= count < 2**40 else None for count in counts)
+    return Answer(text or "", str(choice.get("finish_reason") or "stop")[:40], prompt, completion)
 
 
-def _message(error: Any) -> str:
-    body = error.body
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        return str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    return str(body or error.response.reason_phrase)
+def _message(text: str) -> str:
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return text or "no reason given"
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    return str(inner.get("message", inner) if isinstance(inner, dict) else inner)

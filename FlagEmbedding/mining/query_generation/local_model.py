@@ -8,13 +8,13 @@ so a run that was killed asks the same batches again and gets the same answers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.precision import resolve_dtype
+from FlagEmbedding.mining.common.jobs import chunks
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
 from FlagEmbedding.mining.query_generation.arguments import LocalModelArguments, WritingArguments
 from FlagEmbedding.mining.query_generation.endpoint import Save
@@ -56,53 +56,43 @@ class LocalModel:
             dtype = resolve_dtype(options.local_dtype, self.device)
             self.model = kind.from_pretrained(folder, dtype=dtype, **trust).to(self.device).eval()
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UsageError(f"--local_model {self.name}: no language model there ({reason})") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def run(self, tasks: Iterable[Task], save: Save) -> Iterator[tuple[Task, str | None]]:
         """Answer every task, batch by batch; yields ``(task, None)`` when its answer is saved."""
-        iterator = iter(tasks)
-        while batch := list(islice(iterator, self.options.generation_batch_size)):
+        for batch in chunks(tasks, self.options.generation_batch_size):
             self.sent += len(batch)
             save(list(zip((task.key for task in batch), self._generate(batch), strict=True)))
             yield from ((task, None) for task in batch)
 
     @torch.inference_mode()
     def _generate(self, batch: list[Task]) -> list[Answer]:
-        writing = self.writing
+        most, pad = self.writing.max_tokens, self.tokenizer.pad_token_id
         inputs = self._encode([task.prompt for task in batch])
         sampling: dict[str, Any] = {"do_sample": False}
-        if writing.temperature > 0:
+        if self.writing.temperature > 0:
             torch.manual_seed(int(digest(self.seed, [task.key for task in batch])[:12], 16))
-            sampling = {"do_sample": True, "temperature": writing.temperature}
-        found = self.model.generate(
-            **inputs, max_new_tokens=writing.max_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
-        )
+            sampling = {"do_sample": True, "temperature": self.writing.temperature}
+        found = self.model.generate(**inputs, max_new_tokens=most, pad_token_id=pad, **sampling)
         # The decoder's start token stands first, and is the end token of some models.
         start = 1 if self._seq2seq else inputs["input_ids"].shape[1]
         ends = self.model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends])
         answers = []
         for row, mask in zip(found[:, start:].tolist(), inputs["attention_mask"].tolist(), strict=True):
-            whole = bool(stops & set(row)) or len(row) < writing.max_tokens
+            finish = "stop" if stops & set(row) or len(row) < most else "length"
             text = str(self.tokenizer.decode(row, skip_special_tokens=True))
-            written = sum(token != self.tokenizer.pad_token_id for token in row)
-            answers.append(Answer(text, "stop" if whole else "length", sum(mask), written))
+            answers.append(Answer(text, finish, sum(mask), sum(token != pad for token in row)))
         return answers
 
     def _encode(self, prompts: list[str]) -> Any:
         chat = bool(getattr(self.tokenizer, "chat_template", None)) and not self._seq2seq
         if chat:
-            prompts = [
-                str(
-                    self.tokenizer.apply_chat_template(
-                        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                    )
-                )
-                for prompt in prompts
-            ]
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         encoded = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=self.options.longest_prompt, return_tensors="pt",
             return_token_type_ids=False, add_special_tokens=not chat,

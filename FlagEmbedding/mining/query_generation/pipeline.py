@@ -12,6 +12,7 @@ answers are asked for again, and what never passes is listed. Choices:
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -19,27 +20,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from FlagEmbedding.mining.common.alignment import written
+from FlagEmbedding.mining.common.alignment import text_key, written
 from FlagEmbedding.mining.common.jobs import check_output, progress, work_folder
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting, fill, kept_queries, negative_table
-from FlagEmbedding.mining.common.rows import data_files, json_line
-from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache, Task
+from FlagEmbedding.mining.common.rows import KeySet, data_files, json_line
+from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache, Task
 from FlagEmbedding.mining.query_generation.arguments import CheckArguments, QueryOptions, ReuseArguments
 from FlagEmbedding.mining.query_generation.checks import judge
 from FlagEmbedding.mining.query_generation.endpoint import ChatEndpoint, Save
 from FlagEmbedding.mining.query_generation.prompting import make_prompter
+from FlagEmbedding.mining.query_generation.redaction import strike_all
 from FlagEmbedding.mining.query_generation.report import write_report
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problems, parse_record, read_rows
 from FlagEmbedding.utils.identity import digest
 from FlagEmbedding.utils.io import atomic_open, sha256_file
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.pages import printable
 from FlagEmbedding.utils.provenance import provenance
 
 if TYPE_CHECKING:
     from FlagEmbedding.mining.query_generation.round_trip import RoundTrip
 
 logger = get_logger(__name__)
+
+_SHOWN = 500  # characters of an answer in the list of those rejected; the cache has all of it
 
 
 class Model(Protocol):
@@ -50,6 +55,11 @@ class Model(Protocol):
     repeated: int
 
     def run(self, tasks: Iterator[Task], save: Save) -> Iterator[tuple[Task, str | None]]: ...
+
+
+def make_task(model: str, prompt: str, attempt: int) -> Task:
+    """A question to a model; its key is what the cache files the answer under."""
+    return Task(digest(model, prompt, attempt), prompt)
 
 
 class Generation:
@@ -68,11 +78,9 @@ class Generation:
         self.checks, self.round_trip = checks, round_trip
         self.tokens = Counter[str]()
         self.not_asked = self.unjudged = 0
-
-    def task(self, passage: str, attempt: int) -> Task:
-        """The question about a passage; its key is what the cache files the answer under."""
-        prompt = self.prompter(passage)
-        return Task(digest(self.model.name, prompt, attempt), prompt)
+        self._taken = KeySet()  # queries of the rows, and those that a model wrote
+        for key in table.real_keys():
+            self._taken.add(key)
 
     def run(self, attempts: int) -> None:
         """Up to ``attempts`` rounds. Raises ``UserError`` when the model cannot be asked."""
@@ -83,14 +91,18 @@ class Generation:
                 return
             self._ask(attempt)
             self._check(attempt)
+            self._reject_repeated(attempt)
             self._judge(attempt)
+
+    def _task(self, passage: str, attempt: int) -> Task:
+        return make_task(self.model.name, self.prompter(passage), attempt)
 
     def _ask(self, attempt: int) -> None:
         under_way: dict[str, Waiting] = {}
 
         def missing() -> Iterator[Task]:
             for item in self.table.waiting():
-                task = self.task(item.passage, attempt)
+                task = self._task(item.passage, attempt)
                 if self.cache.get(task.key) is None:
                     under_way[task.key] = item
                     yield task
@@ -106,30 +118,35 @@ class Generation:
 
     def _check(self, attempt: int) -> None:
         for item in self.table.waiting():
-            answer = self.cache.get(self.task(item.passage, attempt).key)
+            answer = self.cache.get(self._task(item.passage, attempt).key)
             if answer is None:
                 continue
-            self._count(answer)
+            tokens = {"prompt": answer.prompt_tokens or 0, "completion": answer.completion_tokens or 0, "answers": 1}
+            self.tokens.update(tokens)
             query, reason = judge(answer, item.passage, self.checks)
             if reason is None:
                 self.table.try_query(item, query)
             else:
-                self.table.reject(item, attempt, query, reason)
+                self.table.reject(item, attempt, printable(query[:_SHOWN]), reason)
 
-    def _count(self, answer: Answer) -> None:
-        self.tokens["prompt"] += answer.prompt_tokens or 0
-        self.tokens["completion"] += answer.completion_tokens or 0
-        self.tokens["answers"] += 1
+    def _reject_repeated(self, attempt: int) -> None:
+        """Reject queries of the rows, and what came for several passages: it asks about none of them in particular."""
+        repeated = KeySet()
+        for item in self.table.on_trial():
+            key = text_key(item.query)
+            if not self._taken.add(key):
+                repeated.add(key)
+        for item in self.table.on_trial():
+            if not repeated.add(text_key(item.query)):
+                self.table.reject(item, attempt, item.query, "repeated")
 
     def _judge(self, attempt: int) -> None:
-        if self.round_trip is None:
-            for item in self.table.on_trial():
-                self.table.accept(item, item.query)
-            return
         for item in self.table.on_trial():
-            if not item.present:
-                self.unjudged += 1
+            if self.round_trip is None or not item.present:
+                self.unjudged += self.round_trip is not None
                 self.table.accept(item, item.query)
+        if self.round_trip is None:
+            return
         for item, found in self.round_trip.judge(self.table.on_trial()):
             if found:
                 self.table.accept(item, item.query)
@@ -152,7 +169,7 @@ def write_rows(stream: Any, files: Sequence[Path], table: NegativeTable, a: Reus
                 queries.append(found)
                 places[source] += 1
                 table.mark(negative, source)
-            stream.write(json_line(_with_neg_q(row, record.neg, written(queries))))
+            stream.write(json_line(_with_neg_q({**row, "neg": record.neg}, written(queries))))
         problems.raise_if_any()
     return places
 
@@ -171,22 +188,17 @@ def _queries_of(
     return ([query], "generated") if query else ([], "none")
 
 
-def _with_neg_q(row: dict[str, Any], negatives: list[str], neg_q: list[Any]) -> dict[str, Any]:
+def _with_neg_q(row: dict[str, Any], neg_q: list[Any]) -> dict[str, Any]:
     """The row with ``neg_q`` where it was, or right after ``neg``, as published."""
-    row = {**row, "neg": negatives}
-    if "neg_q" in row:
-        return {**row, "neg_q": neg_q}
-    columns: dict[str, Any] = {}
-    for key, value in row.items():
-        columns[key] = value
-        if key == "neg":
-            columns["neg_q"] = neg_q
-    return columns
+    columns = list(row)
+    if "neg_q" not in row:
+        columns.insert(columns.index("neg") + 1, "neg_q")
+    return {column: neg_q if column == "neg_q" else row[column] for column in columns}
 
 
 def generate_queries(options: QueryOptions) -> dict[str, Any]:
     """Run the command; returns its record. Raises ``UserError``."""
-    output, writing = options.output.path, options.writing
+    output, writing, attempts = options.output.path, options.writing, options.checks.attempts
     if not writing.dry_run:
         check_output(output, options.output.overwrite)
     files, more = data_files(options.rows.input_file), data_files(options.rows.reuse_from)
@@ -198,28 +210,24 @@ def generate_queries(options: QueryOptions) -> dict[str, Any]:
         cache = AnswerCache(Path(writing.cache) if writing.cache else output.with_name(".neg_q_cache.sqlite"))
         with closing(cache):
             job = digest(str(output.resolve()), options.endpoint.model, [sha256_file(path) for path in files])
-            prompter, attempts = make_prompter(writing.prompt, writing.language), options.checks.attempts
+            prompter = make_prompter(writing.prompt, writing.language)
             if writing.dry_run:
                 return {**record, **_estimate(options, table, cache, prompter, job)}
             if writing.temperature == 0 and attempts > 1:
                 logger.info("--temperature 0 gives the same answer again: one attempt each")
                 attempts = 1
-            trip = _round_trip(options, files, work, cache) if table.count() else None
+            trip = None
+            if options.round_trip.round_trip_top_k and table.count():
+                # Imported here because it brings torch, which reusing queries and asking an endpoint can do without.
+                from FlagEmbedding.mining.query_generation.round_trip import RoundTrip
+
+                trip = RoundTrip(options, files, work, cache)
             generation = Generation(table, cache, _model(options, cache, job), prompter, options.checks, trip)
             generation.run(attempts)
             record["model"] = _describe(options, generation, cache.spent(job))
-            _finish(options, files, table, record)
+            record = _finish(options, files, table, record)
             cache.settle(job)
     return record
-
-
-def _round_trip(options: QueryOptions, files: Sequence[Path], work: Path, cache: AnswerCache) -> RoundTrip | None:
-    if not options.round_trip.round_trip_top_k:
-        return None
-    # Imported here because it brings torch, which reusing queries and asking an endpoint can do without.
-    from FlagEmbedding.mining.query_generation.round_trip import open_round_trip
-
-    return open_round_trip(options, files, work, cache)
 
 
 def _model(options: QueryOptions, cache: AnswerCache, job: str) -> Model:
@@ -235,8 +243,8 @@ def _estimate(
 ) -> dict[str, Any]:
     """Requests and tokens of the first round, and what they may come to."""
     name, limit = options.endpoint.model or options.local.local_model or "", options.endpoint.max_requests
-    prompts = (prompter(item.passage) for item in table.waiting())
-    sizes = [estimated_tokens(prompt) for prompt in prompts if cache.get(digest(name, prompt, 0)) is None]
+    tasks = (make_task(name, prompter(item.passage), 0) for item in table.waiting())
+    sizes = [estimated_tokens(task.prompt) for task in tasks if cache.get(task.key) is None]
     return {
         "name": name, "calls": len(sizes), "cached": table.count() - len(sizes), "prompt_tokens": sum(sizes),
         "completion_tokens_at_most": len(sizes) * options.writing.max_tokens, "attempts": options.checks.attempts,
@@ -251,34 +259,29 @@ def estimated_tokens(text: str) -> int:
 
 
 def _describe(options: QueryOptions, generation: Generation, requests: int) -> dict[str, Any]:
-    local, top_k = options.local.local_model, options.round_trip.round_trip_top_k
+    local, top_k, model = options.local.local_model, options.round_trip.round_trip_top_k, generation.model
     return {
-        "name": generation.model.name,
-        "where": "this machine" if local else (options.endpoint.base_url or "OpenAI"),
-        "requests": generation.model.sent if local else requests,
-        "requests_of_this_run": generation.model.sent,
-        "repeats_of_this_run": generation.model.repeated,
-        "answers": generation.tokens["answers"],
-        "prompt_tokens": generation.tokens["prompt"],
-        "completion_tokens": generation.tokens["completion"],
-        "not_asked": generation.not_asked,
+        "name": model.name, "where": "this machine" if local else (options.endpoint.base_url or "OpenAI"),
+        "requests": model.sent if local else requests, "requests_of_this_run": model.sent,
+        "repeats_of_this_run": model.repeated, "answers": generation.tokens["answers"],
+        "prompt_tokens": generation.tokens["prompt"], "completion_tokens": generation.tokens["completion"],
+        "not_asked": generation.not_asked, "round_trip_unjudged": generation.unjudged,
         "round_trip": f"top {top_k} of {options.encoder.encoder}" if top_k else None,
-        "round_trip_unjudged": generation.unjudged,
-    }
+    }  # fmt: skip
 
 
 def _finish(
     options: QueryOptions, files: Sequence[Path], table: NegativeTable, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the rows and the report; the output is moved into place last."""
-    output = options.output.path
+    """Write the rows and the report, which is returned; the output is moved into place last."""
+    output, key = options.output.path, os.environ.get(options.endpoint.api_key_env)
     with clear_disk_errors(f"writing {output}"), atomic_open(output) as stream:
         record["negatives"] = dict(write_rows(stream, files, table, options.rows))
-        record["different"] = table.sources()
-        record["rejected"] = [list(found) for found in table.rejections()]
-        record["left"] = table.count("open = 1")
-        record["arguments"] = asdict(options)
-        record["provenance"] = provenance()
+        record |= {
+            "different": table.sources(), "rejected": [list(found) for found in table.rejections()],
+            "left": table.count("open = 1"), "arguments": asdict(options), "provenance": provenance(),
+        }  # fmt: skip
+        record = strike_all(record, key)
         page = write_report(options.output.report(".neg_q"), record, table.listed() if options.generates else ())
     logger.info("%s: %d rows; report: %s", output, record["rows"], page)
     return record

@@ -26,12 +26,9 @@ def read_prompt(path: Path) -> str:
         raise UsageError(f"{path}: cannot be read as a prompt ({error})") from error
     while lines and lines[0].startswith("#"):
         lines.pop(0)
-    return _checked("\n".join(lines).strip(), str(path))
-
-
-def _checked(text: str, where: str) -> str:
+    text = "\n".join(lines).strip()
     if PLACE not in text:
-        raise UsageError(f"--prompt {where}: expected {PLACE} where the passage goes, found none; write it there")
+        raise UsageError(f"--prompt {path}: expected {PLACE} where the passage goes, found none; write it there")
     return text
 
 
@@ -42,22 +39,19 @@ def make_prompter(prompt: str | None, language: str | None) -> Callable[[str], s
         prompt: as ``--prompt``; None takes the prompts that come with the package.
         language: code of all passages; None tells it from each passage.
     """
-    if prompt is not None and PLACE in prompt:
-        return lambda passage: prompt.replace(PLACE, passage)
     place = SHIPPED if prompt is None else Path(prompt)
-    if place.is_file():
-        text = read_prompt(place)
+    if prompt is not None and (PLACE in prompt or place.is_file()):
+        text = prompt if PLACE in prompt else read_prompt(place)
         return lambda passage: text.replace(PLACE, passage)
     if not place.is_dir():
         raise UsageError(f"--prompt {prompt}: no such file or folder, and no text with {PLACE} in it")
 
     @cache
     def of_language(code: str | None) -> str:
-        own = place / f"{code}.txt"
-        fallback = place / "default.txt"
-        if not own.is_file() and not fallback.is_file():
+        named = [path for path in (place / f"{code}.txt", place / "default.txt") if path.is_file()]
+        if not named:
             raise UsageError(f"--prompt {place}: neither {code}.txt nor default.txt is there; write one of them")
-        return read_prompt(own if own.is_file() else fallback)
+        return read_prompt(named[0])
 
     if language is not None:
         of_language(language)  # a missing file is found before any work

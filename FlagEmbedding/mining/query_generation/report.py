@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _SOURCES = {
     "none": "none",
 }
 _MEANING = {**REASONS, "no_answer": "the endpoint gave no answer"}
-_PAGE = Path(__file__).with_name("report.md.j2")
+_PAGE, _DRY_RUN = (Path(__file__).with_name(name) for name in ("report.md.j2", "dry_run.md.j2"))
 
 Listed = Iterable[tuple[str, list[tuple[int, str, str]]]]
 
@@ -49,12 +49,12 @@ def markdown(record: dict[str, Any]) -> str:
     places, different = record["negatives"], record["different"]
     total, distinct = sum(places.values()), sum(different.values())
 
-    def line(meaning: str, sources: Collection[str]) -> list[object]:
+    def line(meaning: str, *sources: str) -> list[object]:
         here, texts = (sum(counts.get(source, 0) for source in sources) for counts in (places, different))
         return [meaning, here, percent(here, total), texts, percent(texts, distinct)]
 
-    sources = [line(what, [source]) for source, what in _SOURCES.items() if places.get(source) or different.get(source)]
-    sources.append(line("**covered**", ("kept", "reused", "generated")))
+    sources = [line(what, source) for source, what in _SOURCES.items() if source in places]
+    sources.append(line("**covered**", "kept", "reused", "generated"))
     rejected: dict[str, dict[int, int]] = defaultdict(dict)
     for attempt, reason, count in record["rejected"]:
         rejected[reason][attempt] = count
@@ -70,15 +70,4 @@ def markdown(record: dict[str, Any]) -> str:
 
 def dry_run_page(record: dict[str, Any]) -> str:
     """What a run would cost, before it does."""
-    calls = record["calls"]
-    lines = [
-        f"{record['waiting']:,} different negatives need a query from {record['name']}; the cache has answers for "
-        f"{record['cached']:,} of them",
-        f"requests: {calls:,} in the first round; up to {calls * record['attempts']:,} if every answer is rejected "
-        f"{record['attempts'] - 1} times, and more with repeats after failures",
-        f"prompt tokens: about {record['prompt_tokens']:,} in the first round (4 ASCII or 2 other characters a token)",
-        f"completion tokens: at most {record['completion_tokens_at_most']:,} in the first round (--max_tokens each)",
-    ]
-    if record["max_requests"] is not None:
-        lines.append(f"--max_requests {record['max_requests']:,}: {record['already_sent']:,} are sent already")
-    return "\n".join(lines) + "\n"
+    return render(_DRY_RUN, **record)
