@@ -80,6 +80,7 @@ setup(
             "py.typed",
             "mining/query_generation/prompts/*",
             "mining/*/*.md.j2",
+            "evaluation/comparison.md.j2",
             "modeling/kernels/*.h",
             "modeling/kernels/*.cpp",
         ]

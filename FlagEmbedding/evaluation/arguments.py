@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.inference.arguments import EncoderArguments, FfnPart, Pooling
-from FlagEmbedding.utils.cli import choice, option, parse, parse_whole, positional, switch
+from FlagEmbedding.utils.cli import choice, option, positional, switch
 from FlagEmbedding.utils.errors import UsageError
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
@@ -121,28 +120,3 @@ class SearchOptions:
     encoder: EncoderArguments
     collection: CollectionArguments
     search: SearchArguments
-
-
-def parse_embed_options(argv: Sequence[str] | None = None) -> EmbedOptions:
-    """The command line of step 0."""
-    return parse_whole(EmbedOptions, argv, "Embed the passages of MIRACL languages into an index on disk.")
-
-
-def parse_search_options(argv: Sequence[str] | None = None) -> SearchOptions:
-    """The command line of step 1."""
-    what = "Search the index of MIRACL languages for their queries; writes TREC run files."
-    return parse_whole(SearchOptions, argv, what)
-
-
-def parse_score_arguments(argv: Sequence[str] | None = None) -> ScoreArguments:
-    """The command line of step 2."""
-    what = "Score the runs of step 1 against the judgments of MIRACL languages; compare models."
-    arguments: ScoreArguments = parse([ScoreArguments], argv, what)[0]
-    return arguments
-
-
-def parse_compare_arguments(argv: Sequence[str] | None = None) -> CompareArguments:
-    """The command line of the comparison of run files."""
-    what = "Compare two or more TREC run files on the same queries; the first one is the baseline."
-    arguments: CompareArguments = parse([CompareArguments], argv, what)[0]
-    return arguments

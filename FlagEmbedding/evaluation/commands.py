@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from FlagEmbedding.evaluation.arguments import parse_embed_options, parse_score_arguments, parse_search_options
+from FlagEmbedding.evaluation.arguments import EmbedOptions, ScoreArguments, SearchOptions
+from FlagEmbedding.utils.cli import parse, parse_whole
 
 
 def generate_embedding(argv: Sequence[str] | None = None) -> int:
     """Step 0: an index of every language's corpus. Raises ``UserError``."""
-    options = parse_embed_options(argv)
+    options = parse_whole(EmbedOptions, argv, "Embed the passages of MIRACL languages into an index on disk.")
 
     from FlagEmbedding.evaluation.step0 import embed_collections
 
@@ -19,7 +20,8 @@ def generate_embedding(argv: Sequence[str] | None = None) -> int:
 
 def search_results(argv: Sequence[str] | None = None) -> int:
     """Step 1: a run file of every language's queries. Raises ``UserError``."""
-    options = parse_search_options(argv)
+    what = "Search the index of MIRACL languages for their queries; writes TREC run files."
+    options = parse_whole(SearchOptions, argv, what)
 
     from FlagEmbedding.evaluation.step1 import search_collections
 
@@ -29,7 +31,8 @@ def search_results(argv: Sequence[str] | None = None) -> int:
 
 def eval_dense(argv: Sequence[str] | None = None) -> int:
     """Step 2: scores of the runs, and comparisons. Raises ``UserError``."""
-    arguments = parse_score_arguments(argv)
+    what = "Score the runs of step 1 against the judgments of MIRACL languages; compare models."
+    arguments: ScoreArguments = parse([ScoreArguments], argv, what)[0]
 
     from FlagEmbedding.evaluation.step2 import score_models
 

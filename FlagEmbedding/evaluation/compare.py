@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from FlagEmbedding.collections.trec import Qrels, Run, ranking, read_qrels, read_run, read_topics
-from FlagEmbedding.evaluation.arguments import RESAMPLES, parse_compare_arguments
+from FlagEmbedding.evaluation.arguments import RESAMPLES, CompareArguments
 from FlagEmbedding.evaluation.metrics import Measure, evaluate, parse_measures
 from FlagEmbedding.evaluation.report import Texts, write_comparison
-from FlagEmbedding.evaluation.significance import bootstrap_interval, holm, randomisation_p
+from FlagEmbedding.evaluation.significance import bootstrap_interval, holm, randomization_p
 from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
-from FlagEmbedding.utils.cli import entry_point
+from FlagEmbedding.utils.cli import entry_point, parse
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import PathLike
+from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import provenance
+
+logger = get_logger(__name__)
 
 
 def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageScores:
@@ -38,6 +42,34 @@ def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageSc
     return LanguageScores(evaluate(qrels, run, measures), first, top)
 
 
+def score_file(
+    path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int | None = None
+) -> LanguageScores:
+    """A run file's scores, with a line in the log for what a reader of the scores should know.
+
+    Args:
+        passages: of the index that was searched, where that is known.
+
+    Raises:
+        DataError: a run that cannot be read, or is of other queries.
+    """
+    run = read_run(path)
+    try:
+        scores = score_run(qrels, run, measures)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    absent = len(qrels.keys() - run.keys())
+    if absent:
+        logger.warning("%s: %d of %d judged queries have no results and count as 0", path, absent, len(qrels))
+    if not any(scores.first_relevant.values()):
+        logger.warning("%s: no relevant passage of any query is in it: are these the judgments of its corpus?", path)
+    depth = max(map(len, run.values()))
+    for measure in measures:
+        if measure.cutoff is not None and depth < min(measure.cutoff, passages or measure.cutoff):
+            logger.warning("%s: %s on a run that is %d deep; give step 1 more --hits", path, measure.label, depth)
+    return scores
+
+
 def compare_runs(
     systems: Sequence[System],
     measures: Sequence[Measure],
@@ -48,48 +80,47 @@ def compare_runs(
 ) -> list[Comparison]:
     """Test pairs of systems on every language and, with several, on their average; Holm over all tests together.
 
-    :param pairs: places in ``systems``, (baseline, system); None: every system against every earlier one.
-    :raises DataError: when two systems do not have the same judged queries.
+    Args:
+        pairs: places in ``systems``, (baseline, system); None: every system against every earlier one.
+
+    Raises:
+        DataError: two systems do not have the same judged queries.
     """
     pairs = list(combinations(range(len(systems)), 2)) if pairs is None else list(pairs)
-    languages = list(systems[0].languages)
     for system in systems[1:]:
         _check_same_queries(systems[0], system)
-    rows = [*languages, AVERAGE] if len(languages) > 1 else languages
-    tests = [(systems[a], systems[b], lang, measure) for a, b in pairs for lang in rows for measure in measures]
-    found = [_test(*test, resamples=resamples, seed=seed) for test in tests]
-    corrected = holm([p for _, _, p in found])
     results = []
-    for (base, system, lang, measure), (parts, (low, high), p), p_holm in zip(tests, found, corrected, strict=True):
-        each = np.concatenate(parts)
-        results.append(
-            Comparison(
-                baseline=base.name,
-                system=system.name,
-                language=lang,
-                measure=measure.key,
-                queries=len(each),
-                baseline_mean=base.mean(lang, measure),
-                system_mean=system.mean(lang, measure),
-                difference=float(np.mean([part.mean() for part in parts])),
-                low=low,
-                high=high,
-                p_value=p,
-                p_holm=p_holm,
-                better=int((each > 0).sum()),
-                worse=int((each < 0).sum()),
-                equal=int((each == 0).sum()),
-            )
-        )
-    return results
+    for base, system in [(systems[a], systems[b]) for a, b in pairs]:
+        for lang in systems[0].shown:
+            for measure in measures:
+                results.append(_test(base, system, lang, measure, resamples, seed))
+    corrected = holm([found.p_value for found in results])
+    return [replace(found, p_holm=p) for found, p in zip(results, corrected, strict=True)]
 
 
-def _test(
-    base: System, system: System, lang: str, measure: Measure, *, resamples: int, seed: int
-) -> tuple[list[np.ndarray], tuple[float, float], float]:
-    languages = list(base.languages) if lang == AVERAGE else [lang]
-    parts = [differences(base, system, each, measure) for each in languages]
-    return parts, bootstrap_interval(parts, resamples, seed), randomisation_p(parts, resamples, seed)
+def _test(base: System, system: System, lang: str, measure: Measure, resamples: int, seed: int) -> Comparison:
+    """One comparison, not yet corrected for the others."""
+    parts = [differences(base, system, each, measure) for each in (base.languages if lang == AVERAGE else [lang])]
+    each = np.concatenate(parts)
+    low, high = bootstrap_interval(parts, resamples, seed)
+    p = randomization_p(parts, resamples, seed)
+    return Comparison(
+        baseline=base.name,
+        system=system.name,
+        language=lang,
+        measure=measure.key,
+        queries=len(each),
+        baseline_mean=base.mean(lang, measure),
+        system_mean=system.mean(lang, measure),
+        difference=float(np.mean([part.mean() for part in parts])),
+        low=low,
+        high=high,
+        p_value=p,
+        p_holm=p,
+        better=int((each > 0).sum()),
+        worse=int((each < 0).sum()),
+        equal=int((each == 0).sum()),
+    )
 
 
 def differences(base: System, system: System, lang: str, measure: Measure) -> np.ndarray:
@@ -116,20 +147,20 @@ def unique_names(places: Sequence[str]) -> list[str]:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare run files of one query set."""
-    arguments = parse_compare_arguments(argv)
-    names = arguments.names or unique_names(arguments.runs)
+    what = "Compare two or more TREC run files on the same queries; the first one is the baseline."
+    arguments: CompareArguments = parse([CompareArguments], argv, what)[0]
+    names, lang = arguments.names or unique_names(arguments.runs), arguments.language
     if len(arguments.runs) < 2 or len(names) != len(arguments.runs) or len(set(names)) != len(names):
         raise UsageError("give two or more runs, and as many different --names")
     measures = parse_measures(arguments.metrics)
     qrels = read_qrels(arguments.qrels)
     systems = [
-        System(name, {arguments.language: score_run(qrels, read_run(path), measures)})
+        System(name, {lang: score_file(path, qrels, measures)})
         for name, path in zip(names, arguments.runs, strict=True)
     ]
     comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
-    queries = {arguments.language: read_topics(arguments.topics)} if arguments.topics else {}
+    texts = Texts({lang: read_topics(arguments.topics)} if arguments.topics else {}, {lang: qrels})
     record = {"arguments": asdict(arguments), "provenance": provenance()}
-    texts = Texts(queries, {arguments.language: qrels})
     print(write_comparison(arguments.output_dir, systems, measures, comparisons, texts, record))
 
 

@@ -76,59 +76,31 @@ def parse_measures(texts: Sequence[str]) -> list[Measure]:
 def evaluate(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> PerQuery:
     """Value of every measure for every judged query, by measure key and qid.
 
-    Results for queries without judgements are left out, as in trec_eval. Raises ``DataError`` when no judged query
+    Results for queries without judgments are left out, as in trec_eval. Raises ``DataError`` when no judged query
     has results: qrels and run then belong to different query sets.
     """
     if not qrels.keys() & run.keys():
         judged, found = (", ".join(list(qids)[:3]) for qids in (qrels, run))
         raise DataError(f"no judged query is in the run: qrels have {judged} …, the run has {found} …")
-    values: PerQuery = {}
-    whole = [measure for measure in measures if not _cuts_the_run(measure)]
-    for group in [whole, *([measure] for measure in measures if _cuts_the_run(measure))]:
-        if group:
-            values |= _calculate(qrels, _cut(run, group[0]), group)
-    return {measure.key: values[measure.key] for measure in measures}
-
-
-def _cuts_the_run(measure: Measure) -> bool:
-    # trec_eval knows no reciprocal rank with a cutoff: it is the plain one of the cut ranking.
-    return measure.kind == "mrr" and measure.cutoff is not None
-
-
-def _cut(run: Run, measure: Measure) -> Run:
-    if not _cuts_the_run(measure):
-        return run
-    return {qid: {docid: hits[docid] for docid in ranking(hits)[: measure.cutoff]} for qid, hits in run.items()}
-
-
-def _calculate(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> PerQuery:
-    irm = _ir_measures()
-    asked = {_specification(irm, measure): measure.key for measure in measures}
-    # A query missing from the run is scored 0 here, not left to the provider's idea of it.
-    values: PerQuery = {measure.key: dict.fromkeys(qrels, 0.0) for measure in measures}
-    for metric in irm.pytrec_eval.evaluator(list(asked), qrels).iter_calc(run):
-        values[asked[metric.measure]][metric.query_id] = float(metric.value)
-    return values
-
-
-def _specification(irm: Any, measure: Measure) -> Any:
-    found = getattr(irm, _KINDS[measure.kind][1])
-    return found if measure.cutoff is None or _cuts_the_run(measure) else found @ measure.cutoff
-
-
-def _ir_measures() -> Any:
     try:
         import ir_measures
     except ImportError as error:
         raise UsageError("measures need ir_measures and pytrec-eval-terrier: pip install -e '.[eval]'") from error
-    return ir_measures
+    # A query missing from the run is scored 0 here, not left to the provider's idea of it.
+    values: PerQuery = {measure.key: dict.fromkeys(qrels, 0.0) for measure in measures}
+    asked: dict[int | None, dict[Any, str]] = {}  # length the rankings are cut to -> specification -> measure key
+    for measure in measures:
+        # trec_eval knows no reciprocal rank with a cutoff: it is the plain one of the cut ranking.
+        cut = measure.cutoff if measure.kind == "mrr" else None
+        kind = getattr(ir_measures, _KINDS[measure.kind][1])
+        asked.setdefault(cut, {})[kind if cut == measure.cutoff else kind @ measure.cutoff] = measure.key
+    for cut, keys in asked.items():
+        part = {qid: {docid: hits[docid] for docid in ranking(hits)[:cut]} for qid, hits in run.items()} if cut else run
+        for result in ir_measures.pytrec_eval.evaluator(list(keys), qrels).iter_calc(part):
+            values[keys[result.measure]][result.query_id] = float(result.value)
+    return values
 
 
 def mean(values: dict[str, float]) -> float:
     """Mean over queries."""
     return math.fsum(values.values()) / len(values)
-
-
-def run_depth(run: Run) -> int:
-    """The most results a query has."""
-    return max(len(hits) for hits in run.values())

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from FlagEmbedding.collections.trec import Qrels, relevant
+from FlagEmbedding.retrieval.index import DOCID
 from FlagEmbedding.retrieval.shards import MANIFEST, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.io import open_text
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -49,6 +52,24 @@ def check_record(
             raise UsageError(f"--{flag} {asked}: the run was made with {there} ({path})")
 
 
+def check_judged(qrels: Qrels, index_folder: Path | None) -> None:
+    """Compare what is judged relevant with the ids of the index that was searched, where that is at hand.
+
+    One line in the log says how many are missing; ``DataError`` when all are: every score would be 0.
+    """
+    wanted = {docid for judged in qrels.values() for docid in relevant(judged)}
+    if index_folder is None or not (index_folder / DOCID).is_file():
+        return
+    with open_text(index_folder / DOCID) as docids:
+        missing = wanted.difference(line.rstrip("\r\n") for line in docids)
+    if len(missing) == len(wanted):
+        what = f"none of the {len(wanted)} passages judged relevant ({min(missing)} …) is in the index"
+        raise DataError(f"{index_folder}: {what}: these are the judgments of another corpus")
+    if missing:
+        said = "%s: %d of %d passages judged relevant (%s …) are not in the index, so no run can find them"
+        logger.warning(said, index_folder, len(missing), len(wanted), min(missing))
+
+
 def run_origin(record: Record) -> dict[str, Any]:
     """Model hash, corpus size, title rule and the like out of a record; nulls where step 1 left none."""
     encoder, index, arguments = (record.get(key, {}) for key in ("encoder", "index", "arguments"))
@@ -68,14 +89,13 @@ def run_origin(record: Record) -> dict[str, Any]:
 def warn_of_different_conditions(names: Sequence[str], records: Sequence[dict[str, Record]]) -> None:
     """A difference between models should not come from another corpus, title rule, length or depth.
 
-    :param records: language -> record, one mapping a model; the first is held against the others.
+    Args:
+        records: language -> record, one mapping per model; the first is held against the others.
     """
+    said = "%s: %s was made with %s %s, %s with %s: the comparison is not of the models alone"
     for name, record in zip(names[1:], records[1:], strict=True):
         for lang, other in record.items():
             ours, theirs = run_origin(records[0][lang]), run_origin(other)
             for key in ("corpus_passages", "with_title", "max_passage_length", "hits"):
                 if None not in (ours[key], theirs[key]) and ours[key] != theirs[key]:
-                    logger.warning(
-                        "%s: %s was made with %s %s, %s with %s: the comparison is not of the models alone",
-                        lang, names[0], key, ours[key], name, theirs[key],
-                    )  # fmt: skip
+                    logger.warning(said, lang, names[0], key, ours[key], name, theirs[key])

@@ -3,7 +3,7 @@
 One number per query (its difference) comes in one array per language; the statistic is the mean over languages of the
 languages' means, which for one language is the plain mean.
 
-- Randomisation test (Fisher; for retrieval: Smucker, Allan, Carterette 2007): under the null hypothesis the two
+- Randomization test (Fisher; for retrieval: Smucker, Allan, Carterette 2007): under the null hypothesis the two
   systems' names can be swapped on any query, so every difference may change its sign. Two-sided; exact where there
   are no more sign patterns than resamples.
 - Interval: percentile bootstrap over queries, within each language.
@@ -25,8 +25,8 @@ from FlagEmbedding.utils.errors import UsageError
 _BATCH_NUMBERS = 2_000_000  # random numbers held at a time
 
 
-def randomisation_p(differences: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p of the paired randomisation test on the macro mean of ``differences`` (one array a language)."""
+def randomization_p(differences: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p of the paired randomization test on the macro mean of ``differences`` (one array per language)."""
     count = sum(map(len, differences))
     # Weighted so that the plain mean over all queries is the mean of the languages' means.
     weighted = np.concatenate([d * (count / (len(differences) * len(d))) for d in differences])
@@ -35,7 +35,7 @@ def randomisation_p(differences: Sequence[np.ndarray], resamples: int = RESAMPLE
         return 1.0  # one difference is as far from 0 under either sign
     found = _scipy_stats().permutation_test(
         (weighted,),
-        _mean,
+        np.mean,
         permutation_type="samples",
         vectorized=True,
         n_resamples=resamples,
@@ -48,7 +48,7 @@ def randomisation_p(differences: Sequence[np.ndarray], resamples: int = RESAMPLE
 def bootstrap_interval(
     values: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the macro mean of ``values`` (one array a language)."""
+    """Percentile bootstrap interval of the macro mean of ``values`` (one array per language)."""
     if all(len(v) < 2 or np.ptp(v) == 0 for v in values):
         point = float(np.mean([v.mean() for v in values]))
         return point, point
@@ -77,10 +77,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
         corrected[index] = running
     return corrected
-
-
-def _mean(values: np.ndarray, axis: int = -1) -> Any:
-    return np.mean(values, axis=axis)
 
 
 def _macro_mean(*values: np.ndarray, axis: int = -1) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ def search_collections(options: SearchOptions) -> None:
             threads=chosen.threads,
         )
         hits = _search_language(retriever, lang, list(topics[lang].values()), chosen)
+        found = zip(topics[lang], ([(hit.docid, hit.score) for hit in each] for each in hits), strict=True)
         with clear_disk_errors(f"writing {path}"):
             path.with_suffix(".json").unlink(missing_ok=True)  # never a new run beside an old record
-            write_run(path, _lines(topics[lang], hits))
+            write_run(path, found)
             write_json_atomic(path.with_suffix(".json"), _record(options, retriever, len(hits)))
         logger.info("%s: %d queries, %d hits each at most: %s", lang, len(hits), chosen.hits, path)
 
@@ -67,32 +68,19 @@ def search_collections(options: SearchOptions) -> None:
 def _search_language(
     retriever: Retriever, lang: str, queries: Sequence[str], chosen: SearchArguments
 ) -> list[list[Hit]]:
+    index, kind = retriever.index, chosen.index_type
     vectors = retriever.embed_queries(queries)
     started = time.perf_counter()
     exact = retriever.search(vectors, chosen.hits)
     exact_seconds = time.perf_counter() - started
-    if chosen.index_type.lower() == "flat":
-        logger.info("%s: exact search of %d vectors took %.2f s", lang, retriever.index.rows, exact_seconds)
+    if kind.lower() == "flat":
+        logger.info("%s: exact search of %d vectors took %.2f s", lang, index.rows, exact_seconds)
         return exact
     effort = SearchEffort(chosen.n_probe, chosen.ef_search)
-    found, seconds = search_approximate(
-        retriever.index, vectors, chosen.hits, chosen.index_type, threads=chosen.threads, effort=effort
-    )
-    logger.info(
-        "%s: %s finds %.2f %% of the exact top %d in %.3f s (exact: %.3f s)",
-        lang,
-        chosen.index_type,
-        100 * recall(found, exact),
-        chosen.hits,
-        seconds,
-        exact_seconds,
-    )
+    found, seconds = search_approximate(index, vectors, chosen.hits, kind, threads=chosen.threads, effort=effort)
+    said, share = "%s: %s finds %.2f %% of the exact top %d in %.3f s (exact: %.3f s)", 100 * recall(found, exact)
+    logger.info(said, lang, kind, share, chosen.hits, seconds, exact_seconds)
     return found
-
-
-def _lines(qids: Iterable[str], hits: Iterable[Sequence[Hit]]) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-    for qid, found in zip(qids, hits, strict=True):
-        yield qid, [(hit.docid, hit.score) for hit in found]
 
 
 def _record(options: SearchOptions, retriever: Retriever, queries: int) -> dict[str, Any]:

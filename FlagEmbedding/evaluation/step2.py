@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import corpus, miracl
-from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_run, read_topics
+from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_topics
 from FlagEmbedding.evaluation.arguments import ScoreArguments
-from FlagEmbedding.evaluation.compare import compare_runs, score_run
-from FlagEmbedding.evaluation.metrics import Measure, parse_measures, run_depth
+from FlagEmbedding.evaluation.compare import compare_runs, score_file
+from FlagEmbedding.evaluation.metrics import Measure, parse_measures
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
-from FlagEmbedding.evaluation.run_record import check_record, read_record, run_origin, warn_of_different_conditions
-from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
+from FlagEmbedding.evaluation.run_record import (
+    Record,
+    check_judged,
+    check_record,
+    read_record,
+    run_origin,
+    warn_of_different_conditions,
+)  # fmt: skip
+from FlagEmbedding.evaluation.systems import AVERAGE, System
 from FlagEmbedding.retrieval.index import index_name
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
@@ -45,26 +52,33 @@ def score_models(arguments: ScoreArguments) -> None:
     systems, records = [], []
     for name in names:
         folder = Path(arguments.search_result_save_dir) / name
-        records.append({lang: _record(folder, lang, name, arguments) for lang in languages})
-        systems.append(System(name, {lang: _score(folder, lang, qrels[lang], measures) for lang in languages}))
+        records.append({lang: _record(folder / f"{lang}.json", qrels[lang], arguments) for lang in languages})
+        scores = {
+            lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, record.get("index", {}).get("rows"))
+            for lang, record in records[-1].items()
+        }
+        systems.append(System(name, scores))
     origin = {"arguments": asdict(arguments), "provenance": provenance()}
+    runs = {
+        name: {lang: run_origin(each) for lang, each in of.items()} for name, of in zip(names, records, strict=True)
+    }
     for encoder, system, record in zip(arguments.encoder, systems, records, strict=True):
-        path = _write(encoder, system, measures, record, arguments, origin)
+        made = {"model": encoder, **_settings(arguments, record)}
+        path = _write(system, measures, arguments, made, {"runs": runs[system.name], **origin})
         print(f"{system.name} (scores × 100)\n\n{score_table([system], measures)}\n\n{path}\n")
     if arguments.compare:
         warn_of_different_conditions(names, records)
         comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
-        texts = _texts(arguments, languages, qrels, records[0])
-        folder = Path(arguments.compare_save_dir or Path(arguments.eval_result_save_dir) / _pair_name(names))
-        runs = {
-            name: {lang: run_origin(found) for lang, found in record.items()}
-            for name, record in zip(names, records, strict=True)
-        }
+        others = "_".join(names[1:]) if len("_vs_".join(names)) <= 120 else f"{len(names) - 1}_others"
+        folder = Path(arguments.eval_result_save_dir) / f"{names[0]}_vs_{others}"
+        if arguments.compare_save_dir:
+            folder = Path(arguments.compare_save_dir)
+        texts = _texts(arguments, qrels, records[0])
         print(write_comparison(folder, systems, measures, comparisons, texts, {"runs": runs, **origin}))
 
 
 def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Path:
-    """The judgements of a language: from --qrels_dir, --data_dir or the hub; ``DataError`` where there are none."""
+    """The judgments of a language: from --qrels_dir, --data_dir or the hub; ``DataError`` where there are none."""
     for place in (arguments.qrels_dir, arguments.data_dir):
         found = find_qrels(place, lang, arguments.split, only_language) if place else None
         if found:
@@ -80,55 +94,40 @@ def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Pat
         ) from error
 
 
-def _score(folder: Path, lang: str, qrels: Qrels, measures: Sequence[Measure]) -> LanguageScores:
-    path = folder / f"{lang}.txt"
-    if not path.exists():
-        raise DataError(f"{path}: no such run file; run step1-search_results.py --languages {lang} with this encoder")
-    run = read_run(path)
-    try:
-        scores = score_run(qrels, run, measures)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    absent = len(qrels.keys() - run.keys())
-    if absent:
-        logger.warning("%s: %d of %d judged queries have no results and count as 0", path, absent, len(qrels))
-    depth = run_depth(run)
-    for measure in measures:
-        if measure.cutoff is not None and measure.cutoff > depth:
-            logger.warning("%s: %s on a run that is %d deep; give step 1 more --hits", path, measure.label, depth)
-    return scores
-
-
-def _record(folder: Path, lang: str, name: str, arguments: ScoreArguments) -> dict[str, Any]:
-    """Where a run came from, checked against what the command line says."""
-    index = None if arguments.index_save_dir is None else Path(arguments.index_save_dir) / name / lang
-    path = folder / f"{lang}.json"
+def _record(path: Path, qrels: Qrels, arguments: ScoreArguments) -> Record:
+    """Where a run came from, checked against what the command line says and what is judged."""
+    run = path.with_suffix(".txt")
+    if not run.exists():
+        hint = f"run step1-search_results.py --languages {path.stem} with this encoder"
+        raise DataError(f"{run}: no such run file; {hint}")
+    name, given = path.parent.name, arguments.index_save_dir
+    index = None if given is None else Path(given) / name / path.stem
     record = read_record(path, index)
     check_record(record, path, arguments.pooling_method, arguments.normalize_embeddings, arguments.split)
+    searched = record.get("index", {}).get("folder")
+    check_judged(qrels, index or (Path(searched) if searched else None))
     return record
 
 
-def _write(
-    encoder: str,
-    system: System,
-    measures: Sequence[Measure],
-    records: dict[str, dict[str, Any]],
-    arguments: ScoreArguments,
-    origin: dict[str, Any],
-) -> Path:
-    """The published result file (values 0 to 1) with what it came from, and the table beside it."""
+def _settings(arguments: ScoreArguments, records: dict[str, Record]) -> dict[str, Any]:
+    """What the command line says of the encoder, else the runs' records, else what was the default."""
     said: dict[str, Any] = next((record["encoder"] for record in records.values() if record), {})
     normalize = arguments.normalize_embeddings
-    languages = list(system.languages)
-    results = {lang: {m.key: system.mean(lang, m) for m in measures} for lang in [*languages, AVERAGE]}
-    path = Path(arguments.eval_result_save_dir) / f"{system.name}.json"
-    value = {
-        "model": encoder,
+    return {
         "pooling_method": arguments.pooling_method or said.get("pooling", "cls"),
         "normalize_embeddings": said.get("normalize_embeddings", True) if normalize is None else normalize,
-        "results": results,
+    }
+
+
+def _write(
+    system: System, measures: Sequence[Measure], arguments: ScoreArguments, made: dict[str, Any], origin: dict[str, Any]
+) -> Path:
+    """The published result file (values 0 to 1) with what it came from, and the table beside it."""
+    path = Path(arguments.eval_result_save_dir) / f"{system.name}.json"
+    value = {
+        **made,
+        "results": {lang: {m.key: system.mean(lang, m) for m in measures} for lang in [*system.languages, AVERAGE]},
         "queries": {lang: len(scores.first_relevant) for lang, scores in system.languages.items()},
-        "runs": {lang: run_origin(record) for lang, record in records.items()},
         **origin,
     }
     try:
@@ -140,31 +139,21 @@ def _write(
     return path
 
 
-def _pair_name(names: list[str]) -> str:
-    name = f"{names[0]}_vs_{'_'.join(names[1:])}"
-    return name if len(name) <= 120 else f"{names[0]}_vs_{len(names) - 1}_others"
-
-
-def _texts(
-    arguments: ScoreArguments, languages: list[str], qrels: dict[str, Qrels], records: dict[str, dict[str, Any]]
-) -> Texts:
+def _texts(arguments: ScoreArguments, qrels: dict[str, Qrels], records: dict[str, Record]) -> Texts:
     """Texts of queries and passages, from a folder known to hold them: given, recorded by step 1, or the qrels'."""
     queries, folders = {}, {}
-    for lang in languages:
+    for lang in qrels:
         recorded = records[lang].get("arguments", {}).get("data_dir")
-        places = [Path(place) for place in (arguments.data_dir, recorded, arguments.qrels_dir) if place]
-        for place in places:
-            if place.is_dir() and (place / f"miracl-v1.0-{lang}").is_dir():
+        for place in (arguments.data_dir, recorded, arguments.qrels_dir):
+            if lang not in folders and place and (Path(place) / f"miracl-v1.0-{lang}").is_dir():
                 queries[lang] = read_topics(miracl.topics_file(lang, arguments.split, place))
-                folders[lang] = place
-                break
-
-    bare = [lang for lang in languages if lang not in queries]
+                folders[lang] = Path(place)
+    bare = [lang for lang in qrels if lang not in folders]
     if bare:
         logger.info("%s: no folder with their queries is known (--data_dir): tables show ids only", " ".join(bare))
 
     def passages(lang: str, wanted: set[str]) -> dict[str, str]:
-        if lang not in folders or not (folders[lang] / f"miracl-corpus-v1.0-{lang}").is_dir():
+        if not wanted or lang not in folders or not (folders[lang] / f"miracl-corpus-v1.0-{lang}").is_dir():
             return {}
         files = miracl.corpus_files(lang, folders[lang])
         return {p.docid: p.text for path in files for p in corpus.read_file(path) if p.docid in wanted}

@@ -33,6 +33,11 @@ class System:
     name: str
     languages: dict[str, LanguageScores]
 
+    @property
+    def shown(self) -> list[str]:
+        """The languages, and where there are several their ``average``: the lines of a table."""
+        return [*self.languages, AVERAGE] if len(self.languages) > 1 else list(self.languages)
+
     def mean(self, lang: str, measure: Measure) -> float:
         """Mean of a language, or for ``average`` the mean of the languages' means."""
         if lang == AVERAGE:

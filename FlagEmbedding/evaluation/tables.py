@@ -1,55 +1,20 @@
-"""Markdown tables that also read well in a terminal: padded by display width (Hangul and Han take two columns)."""
+"""What stands in the cells of score tables; ``utils.pages.table`` sets the cells."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_right
+from itertools import accumulate
 
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
-    """A Markdown table; ``align`` has one of ``l``, ``r``, ``c`` a column. Cells may hold any text."""
-    cells = [[_clean(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(3, *(width(row[column]) for row in cells)) for column in range(len(header))]
-    rule = {"l": lambda n: "-" * n, "r": lambda n: "-" * (n - 1) + ":", "c": lambda n: ":" + "-" * (n - 2) + ":"}
-    lines = [_line(cells[0], widths, align)]
-    lines.append("| " + " | ".join(rule[a](n) for a, n in zip(align, widths, strict=True)) + " |")
-    lines += [_line(row, widths, align) for row in cells[1:]]
-    return "\n".join(lines)
-
-
-def _line(row: Sequence[str], widths: Sequence[int], align: str) -> str:
-    padded = []
-    for cell, size, side in zip(row, widths, align, strict=True):
-        room = size - width(cell)
-        left = {"l": 0, "r": room, "c": room // 2}[side]
-        padded.append(" " * left + cell + " " * (room - left))
-    return "| " + " | ".join(padded) + " |"
-
-
-def _clean(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
-
-
-def width(text: str) -> int:
-    """Columns of a terminal that ``text`` takes."""
-    return sum(
-        0 if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Mn") else
-        2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )  # fmt: skip
+from wcwidth import wcwidth
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most ``limit`` columns of ``text``, on one line, cut with an ellipsis."""
+    """At most ``limit`` columns of a terminal (Hangul and Han take two), on one line, cut with an ellipsis."""
     text = " ".join(text.split())
-    if width(text) <= limit:
+    ends = list(accumulate(max(0, wcwidth(character)) for character in text))
+    if not ends or ends[-1] <= limit:
         return text
-    kept = ""
-    for character in text:
-        if width(kept + character) > limit - 1:
-            break
-        kept += character
-    return kept.rstrip() + "…"
+    return text[: bisect_right(ends, limit - 1)].rstrip() + "…"
 
 
 def points(value: float) -> str:

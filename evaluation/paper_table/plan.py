@@ -1,16 +1,16 @@
 """What the table consists of: rows from table.yaml, cells (row, language, seed), and each cell's chain of commands.
 
 A cell is four public commands: run.py, step 0, step 1, step 2. Every stage has a key: a hash over everything that
-decides its product (recipe, options, seed, base model, training file, corpus, topics, judgements, and the key of the
+decides its product (recipe, options, seed, base model, training file, corpus, topics, judgments, and the key of the
 stage before). A stage whose recorded key is the present one and whose product is there is not run again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any
 
 import yaml
 
+from FlagEmbedding.evaluation.metrics import Measure
 from FlagEmbedding.retrieval.index import index_name
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.identity import digest
 
 STAGES = ("train", "index", "search", "score")
 
@@ -46,6 +48,14 @@ class Table:
     published: dict[str, dict[str, dict[str, float]]]
     source: str
     published_model: str  # folder or repository name of the base model that the published scores are of
+
+    def score(self, row: str, lang: str, key: str) -> float | None:
+        """The published score × 100 of a measure, None where there is none."""
+        return self.published.get(row, {}).get(lang, {}).get(key)
+
+    def has(self, lang: str, key: str) -> bool:
+        """Whether any row has one."""
+        return any(self.score(row, lang, key) is not None for row in self.published)
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,15 @@ class Options:
     train_dirs: list[Path]
     data_dir: Path | None
     split: str
-    metrics: list[str]
+    measures: list[Measure]
     train_options: list[str]
     index_options: list[str]
     search_options: list[str]
     launcher: list[str]
-    python: str
+
+    @property
+    def _metrics(self) -> list[str]:
+        return [measure.key for measure in self.measures]
 
     def encoder(self, cell: Cell) -> str:
         """The model a cell evaluates."""
@@ -123,29 +136,26 @@ class Options:
 
     def command(self, cell: Cell, stage: str, qrels: Path | None = None) -> list[str]:
         """The public command of a stage."""
-        steps = self.root / "evaluation"
-        encoder = self.encoder(cell)
-        data = [] if self.data_dir is None else ["--data_dir", str(self.data_dir)]
-        where = ["--encoder", encoder, "--languages", cell.lang, "--split", self.split]
-        index = ["--index_save_dir", str(self.output_dir / "corpus-index")]
-        runs = str(self.output_dir / "search_results")
+        encoder, out = self.encoder(cell), self.output_dir
         if stage == "train":
             words = ["--model_name_or_path", self.base_model, "--train_data", str(self.train_file(cell))]
             words += ["--output_dir", encoder, "--seed", str(cell.seed), *self.train_options]
             return [*self.launcher, str(self.root / "run.py"), str(cell.row.recipe), *words]
+        where = ["--encoder", encoder, "--languages", cell.lang, "--split", self.split]
+        data = [] if self.data_dir is None else ["--data_dir", str(self.data_dir)]
+        index = ["--index_save_dir", str(out / "corpus-index")]
+        runs = str(out / "search_results")
         if stage == "index":
             # --overwrite: what was left by other inputs goes, an unfinished index of the same inputs goes on.
-            words = [*where, *data, *index, "--overwrite", "True", *self.index_options]
-            return [self.python, str(steps / "step0-generate_embedding.py"), *words]
-        if stage == "search":
-            script = str(steps / "step1-search_results.py")
-            return [self.python, script, *where, *data, *index, "--result_save_dir", runs, *self.search_options]
-        folder = qrels or self.data_dir
-        judgements = [] if folder is None else ["--qrels_dir", str(folder)]
-        return [
-            self.python, str(steps / "step2-eval_dense_mldr.py"), *where, *judgements, "--search_result_save_dir", runs,
-            "--eval_result_save_dir", str(self.output_dir / "eval_results" / cell.lang), "--metrics", *self.metrics,
-        ]  # fmt: skip
+            script, words = "step0-generate_embedding.py", [*data, *index, "--overwrite", "True", *self.index_options]
+        elif stage == "search":
+            script, words = "step1-search_results.py", [*data, *index, "--result_save_dir", runs, *self.search_options]
+        else:
+            folder = qrels or self.data_dir
+            words = [] if folder is None else ["--qrels_dir", str(folder)]
+            words += ["--search_result_save_dir", runs, "--eval_result_save_dir", str(self.score_file(cell).parent)]
+            script, words = "step2-eval_dense_mldr.py", [*words, "--metrics", *self._metrics]
+        return [sys.executable, str(self.root / "evaluation" / script), *where, *words]
 
     def inputs(self, cell: Cell, stage: str) -> dict[str, Any]:
         """The options of a stage that decide its product, free of folders."""
@@ -156,7 +166,7 @@ class Options:
             return {"options": self.index_options, "lang": cell.lang}
         if stage == "search":
             return {"options": self.search_options, "split": self.split}
-        return {"metrics": self.metrics}
+        return {"metrics": self._metrics}
 
 
 def read_table(path: Path) -> Table:
@@ -188,8 +198,8 @@ def _load(path: Path) -> dict[str, Any]:
     return value
 
 
-def choose_rows(table: Table, names: Sequence[str] | None) -> list[Row]:
-    """The rows asked for by name or slug, in table order; None: all."""
+def choose_rows(table: Table, names: Sequence[str]) -> list[Row]:
+    """The rows asked for by name or slug, in table order; none named: all."""
     if not names:
         return table.rows
     known = {key: row for row in table.rows for key in (row.name, row.slug)}
@@ -214,15 +224,14 @@ def cells(rows: Sequence[Row], languages: Sequence[str], seeds: Sequence[int]) -
 def stage_keys(options: Options, cell: Cell, fingerprints: dict[str, Any]) -> dict[str, str]:
     """Key of every stage of a cell, each over its inputs and the key before it.
 
-    :param fingerprints: stage -> what it reads (hashes of files, names of hub data sets).
+    Args:
+        fingerprints: stage -> what it reads (hashes of files, names of hub data sets).
     """
     keys: dict[str, str] = {}
     before = ""
     for stage in STAGES:
         if stage == "train" and cell.row.recipe is None:
             before = json.dumps(fingerprints["train"]["base_model"])
-            continue
-        value = [stage, options.inputs(cell, stage), fingerprints[stage], before]
-        before = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-        keys[stage] = before
+        else:
+            before = keys[stage] = digest(stage, options.inputs(cell, stage), fingerprints[stage], before)
     return keys

@@ -28,24 +28,26 @@ _GPU_SECONDS = 1.0
 
 
 def run_cell(
-    options: Options, cell: Cell, keys: dict[str, str], place: str, *, qrels: Path | None, keep_index: bool
+    options: Options, cell: Cell, keys: dict[str, str], place: str, qrels: Path | None, keep_index: bool
 ) -> dict[str, Any]:
     """Run the stages of ``cell`` that are not done; its record: stage -> key, command, seconds, memory.
 
-    :param place: where the cell stands among all (``3/11``), for the log.
-    Raises ``DataError`` with the command's own last words when one fails.
+    Args:
+        place: where the cell stands among all (``3/11``), for the log.
+
+    Raises:
+        DataError: a command failed, with its own last words.
     """
     path = options.output_dir / "records" / f"{cell.id}.json"
-    record: dict[str, Any] = _read(path)
-    stages = [stage for stage in STAGES if stage in keys]
-    for stage in stages:
+    record = _read(path)
+    for stage in keys:
         if _done(options, cell, record, keys, stage):
             continue
         _clear(options, cell, stage)
-        command = options.command(cell, stage, qrels)
         logger.info("[%s] %s: %s", place, cell, stage)
         log = options.output_dir / "logs" / f"{cell.id}.{stage}.log"
-        record[stage] = {"key": keys[stage], **run_command(command, log, f"{cell}: {stage}")}
+        found = run_command(options.command(cell, stage, qrels), log, f"{cell}: {stage}")
+        record[stage] = {"key": keys[stage], **found}
         write_json_atomic(path, record)
         if stage == "search" and not keep_index:
             shutil.rmtree(options.index_dir(cell), ignore_errors=True)
@@ -85,18 +87,14 @@ def run_command(command: list[str], log: Path, what: str) -> dict[str, Any]:
     """Run ``command`` with its output in ``log``: seconds, peak memory of its largest process, GPU memory if any."""
     log.parent.mkdir(parents=True, exist_ok=True)
     peak = log.with_suffix(".peak")
-    measured_command = [sys.executable, "-I", "-S", measured.__file__, str(peak), *command]
+    words = [sys.executable, "-I", "-S", measured.__file__, str(peak), *command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with open(log, "w", encoding="utf-8") as stream:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with (
-            _GpuMemory() as gpu,
-            subprocess.Popen(
-                measured_command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-            ) as process,
-        ):
+        channels: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        with _GpuMemory() as gpu, subprocess.Popen(words, env=environment, **channels) as process:
             try:
                 process.wait()
             except BaseException:
@@ -133,20 +131,15 @@ class _GpuMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> _GpuMemory:
-        if shutil.which("nvidia-smi"):
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
     def _watch(self) -> None:
-        while True:
-            used = gpu_memory_mb()
-            if used is None:
-                return
+        while (used := gpu_memory_mb()) is not None:
             self.peak_mb = max(used, self.peak_mb or 0)
             if self._stop.wait(_GPU_SECONDS):
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def write_collection(root: Path, lang: str, passages: list[dict[str, str]], quer
     lines = "".join(f"{qid}\t{query}\n" for qid, query in queries.items())
     (topics / f"topics.miracl-v1.0-{lang}-dev.tsv").write_text(lines, encoding="utf-8")
     return root
+
+
+def cells(page: str) -> list[list[str]]:
+    """The cells of all lines of Markdown tables in ``page``, headers and rules included."""
+    lines = [line.strip().strip("|") for line in page.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
 
 
 QUERIES = {f"{i}-0": f"{word} {i}" for i, word in enumerate(WORDS)}

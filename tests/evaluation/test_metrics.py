@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from FlagEmbedding.evaluation.metrics import Measure, evaluate, mean, parse_measure, parse_measures, run_depth
+from FlagEmbedding.evaluation.metrics import Measure, evaluate, mean, parse_measure, parse_measures
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 # Worked by hand. q1: c (grade 2) first, then a tie at 0.5 that goes to b (grade 0) before a (grade 1).
@@ -171,7 +171,3 @@ def test_lists_of_measures() -> None:
 def test_runs_of_other_queries_are_refused() -> None:
     with pytest.raises(DataError, match="no judged query is in the run"):
         evaluate({"q1": {"a": 1}}, {"5": {"a": 1.0}}, parse_measures(["ndcg@10"]))
-
-
-def test_run_depth() -> None:
-    assert run_depth(RUN) == 3

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from FlagEmbedding.evaluation.arguments import parse_embed_options
+from FlagEmbedding.evaluation.arguments import EmbedOptions
 from FlagEmbedding.evaluation.commands import generate_embedding
 from FlagEmbedding.retrieval.index import FlatIndex
+from FlagEmbedding.utils.cli import parse_whole
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 PUBLISHED = (
@@ -194,16 +195,16 @@ def test_a_length_beyond_the_model_is_cut_with_a_word(
 
 @pytest.mark.parametrize("fp16", ["--fp16", "--fp16 y", "--fp16 True"])
 def test_the_published_command_parses(fp16: str) -> None:
-    found = parse_embed_options(PUBLISHED.replace("--fp16", fp16).split())
+    found = parse_whole(EmbedOptions, PUBLISHED.replace("--fp16", fp16).split(), "")
     assert found.encoder.fp16 is True
     assert (found.encoder.batch_size, found.index.max_passage_length, found.encoder.moe) == (4, 8192, "intermediate")
     assert (found.encoder.pooling_method, found.encoder.normalize_embeddings) == ("cls", True)
     assert found.index.overwrite is False
-    assert parse_embed_options([*PUBLISHED.split(), "--overwrite", "True"]).index.overwrite is True
+    assert parse_whole(EmbedOptions, [*PUBLISHED.split(), "--overwrite", "True"], "").index.overwrite is True
 
 
 def test_published_defaults() -> None:
-    found = parse_embed_options(["--encoder", "m", "--languages", "ko"])
+    found = parse_whole(EmbedOptions, ["--encoder", "m", "--languages", "ko"], "")
     assert (found.index.max_passage_length, found.encoder.batch_size) == (512, 256)
     assert found.collection.index_save_dir == "./corpus-index"
     assert found.encoder.fp16 is False

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from FlagEmbedding.evaluation.arguments import BGE_INSTRUCTION, parse_search_options
+from FlagEmbedding.evaluation.arguments import BGE_INSTRUCTION, SearchOptions
 from FlagEmbedding.evaluation.commands import generate_embedding, search_results
 from FlagEmbedding.retrieval.index import FlatIndex
+from FlagEmbedding.utils.cli import parse_whole
 from FlagEmbedding.utils.errors import DataError, UsageError
 from tests.evaluation.conftest import QUERIES
 
@@ -21,6 +22,10 @@ PUBLISHED = (
     "--result_save_dir ./search_results --threads 4 --hits 20 --pooling_method cls --normalize_embeddings True "
     "--add_instruction False --moe intermediate"
 )
+
+
+def options_of(words: list[str]) -> SearchOptions:
+    return parse_whole(SearchOptions, words, "")
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +109,13 @@ def test_an_instruction_changes_the_queries(
 
 def test_flags_of_the_instruction() -> None:
     base = ["--encoder", "m", "--languages", "ko"]
-    assert parse_search_options(base).search.query_instruction is None
-    assert parse_search_options([*base, "--add_instruction", "False"]).search.query_instruction is None
-    assert parse_search_options([*base, "--add_instruction", "True"]).search.query_instruction == BGE_INSTRUCTION
+    assert options_of(base).search.query_instruction is None
+    assert options_of([*base, "--add_instruction", "False"]).search.query_instruction is None
+    assert options_of([*base, "--add_instruction", "True"]).search.query_instruction == BGE_INSTRUCTION
     text = ["--query_instruction_for_retrieval", "query: "]
-    assert parse_search_options([*base, *text]).search.query_instruction == "query: "
+    assert options_of([*base, *text]).search.query_instruction == "query: "
     with pytest.raises(UsageError, match="contradict"):
-        parse_search_options([*base, *text, "--add_instruction", "False"])
+        options_of([*base, *text, "--add_instruction", "False"])
 
 
 @pytest.mark.parametrize("index_type", ["HNSW8", "SQ8", "IVF4,Flat"])
@@ -165,9 +170,9 @@ def test_what_is_missing_is_said_before_any_work(
 
 
 def test_the_published_command_parses() -> None:
-    options = parse_search_options(PUBLISHED.split())
+    options = options_of(PUBLISHED.split())
     found = options.search
     assert options.collection.languages == ["ko", "fa", "hi"]
     assert (found.threads, found.hits, found.add_instruction) == (4, 20, False)
-    defaults = parse_search_options(["--encoder", "m", "--languages", "ko"]).search
+    defaults = options_of(["--encoder", "m", "--languages", "ko"]).search
     assert (defaults.threads, defaults.hits, defaults.result_save_dir) == (1, 1000, "./search_results")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.evaluation.arguments import parse_embed_options, parse_score_arguments, parse_search_options
+from FlagEmbedding.evaluation.arguments import EmbedOptions, ScoreArguments, SearchOptions
 from FlagEmbedding.evaluation.metrics import parse_measures
 from FlagEmbedding.finetune.parsing import parse_arguments
-from FlagEmbedding.utils.cli import entry_point
+from FlagEmbedding.utils.cli import entry_point, parse, parse_whole
 from FlagEmbedding.utils.errors import DataError, UsageError
-from paper_table.command import build_options, parse_reproduce_arguments, reproduce
+from paper_table.command import ReproduceArguments, TrainOverrides, build_options, reproduce
 from paper_table.plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
-from paper_table.report import _duration, spread
+from paper_table.report import duration, spread
 from paper_table.run import gpu_memory_mb, last_words, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,11 +32,11 @@ NAMES = [
 
 
 def options_for(base: Path, sample: Path, out: Path, *words: str) -> Options:
-    arguments, overrides = parse_reproduce_arguments([
+    arguments, overrides = parse([ReproduceArguments, TrainOverrides], [
         "--base_model", str(base), "--languages", "fa", "--data_dir", str(sample), "--output_dir", str(out),
         "--train_dir", str(sample / "train"), str(sample / "train_random"), *words,
-    ])  # fmt: skip
-    return build_options(REPOSITORY, arguments, overrides, parse_measures(arguments.metrics))
+    ], "")  # fmt: skip
+    return build_options(REPOSITORY, arguments, overrides)
 
 
 def test_the_table_has_the_papers_rows_after_the_published_command() -> None:
@@ -98,8 +98,10 @@ def test_every_command_is_one_that_a_user_could_type(
     assert len(commands) == 2 * 3 + 5 * 2 * 2 * 4
     assert not list(tmp_path.iterdir())
     parsers = {
-        "run.py": parse_arguments, "step0-generate_embedding.py": parse_embed_options,
-        "step1-search_results.py": parse_search_options, "step2-eval_dense_mldr.py": parse_score_arguments,
+        "run.py": parse_arguments,
+        "step0-generate_embedding.py": lambda words: parse_whole(EmbedOptions, words, ""),
+        "step1-search_results.py": lambda words: parse_whole(SearchOptions, words, ""),
+        "step2-eval_dense_mldr.py": lambda words: parse([ScoreArguments], words, "")[0],
     }  # fmt: skip
     seen = set()
     for command in commands:
@@ -226,7 +228,7 @@ def test_a_broken_table_file(tmp_path: Path, content: str, words: str) -> None:
 def test_spread_and_durations() -> None:
     assert spread([0.5]) == "50.0"
     assert spread([0.5, 0.52]) == "51.0 ± 1.4"
-    assert [_duration(s) for s in (4.4, 99, 150, 4000, 7190)] == ["4 s", "99 s", "2.5 min", "1 h 07 min", "2 h 00 min"]
+    assert [duration(s) for s in (4.4, 99, 150, 4000, 7190)] == ["4 s", "99 s", "2.5 min", "1 h 07 min", "2 h 00 min"]
 
 
 SMALL = shlex.split(
