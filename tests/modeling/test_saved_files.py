@@ -172,7 +172,8 @@ def test_loading_leaves_transformers_loud_and_the_memory_aligned(tiny_model_dir:
     finally:
         hf_logging.set_verbosity_warning()
     assert {parameter.data_ptr() % 64 for parameter in model.parameters()} == {0}
-    assert not model.training
+    for each in (model, load_backbone(tiny_model_dir, moe=MoEConfig(moe="output", num_experts=2))):
+        assert not any(module.training for module in each.modules())
 
 
 def test_safetensors_go_before_pickles(tiny_model_dir: Path, tmp_path: Path) -> None:
