@@ -13,7 +13,7 @@ __version__ = "1.4.2.post1"
 
 _PUBLIC = {
     "BGEM3Model": "FlagEmbedding.finetune.biencoder",
-    "BGEM3ForInference": "FlagEmbedding.inference.embedder",
+    "BGEM3ForInference": "FlagEmbedding.inference.m3",
     "FlagModel": "FlagEmbedding.inference.embedder",
     "BGEM3FlagModel": "FlagEmbedding.inference.embedder",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,7 +33,7 @@ class Embedder:
         query_instruction_for_retrieval: str | None = None,
         query_instruction_format: str = "{}{}",
         devices: Devices = None,
-        pooling_method: str | None = None,
+        pooling_method: Pooling | None = None,
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
         batch_size: int = 256,
@@ -44,9 +44,9 @@ class Embedder:
         passage_instruction_format: str = "{}{}",
         *,
         colbert_dim: int = -1,
-        dtype: str | None = None,
+        dtype: DtypeName | None = None,
         engine: EngineName = "packed",
-        moe: str | None = None,
+        moe: FfnPart | None = None,
         workers: int = 0,
     ) -> None:
         self.model_name_or_path = model_name_or_path
@@ -64,42 +64,35 @@ class Embedder:
             TextEncoder(
                 EncoderArguments(
                     encoder=model_name_or_path,
-                    pooling_method=cast(Pooling | None, pooling_method),
+                    pooling_method=pooling_method,
                     normalize_embeddings=normalize_embeddings,
-                    dtype=cast(DtypeName | None, dtype) or _upstream_dtype(use_fp16, use_bf16, device),
+                    dtype=dtype or upstream_dtype(use_fp16, use_bf16, device),
                     device=device,
                     engine=engine,
-                    moe=cast(FfnPart | None, moe),
+                    moe=moe,
                     heads=self._heads,
                     colbert_dim=colbert_dim,
                     workers=workers,
                     cache_dir=cache_dir,
                     trust_remote_code=trust_remote_code,
-                ),
+                )
             )
             for device in self.target_devices
         ]
+        self.tokenizer: Any = self._encoders[0].tokenizer
+        self.model: torch.nn.Module = self._encoders[0].encoder  # on the first device
+        self.pooling_method: str = self._encoders[0].pooling
 
     @property
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return self._encoders[0].tokenizer
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The encoder on the first device."""
-        return self._encoders[0].encoder
-
-    @property
-    def pooling_method(self) -> str:
-        """'cls' or 'mean'."""
-        return self._encoders[0].pooling
+    def _width(self) -> int:
+        width = self._encoders[0].hidden_size
+        return width if self.truncate_dim is None else min(width, self.truncate_dim)
 
     def _run(
         self,
         texts: Sequence[str],
-        max_length: int,
-        batch_size: int,
+        max_length: int | None,
+        batch_size: int | None,
         want: Collection[Kind],
         collect: Callable[[Representations], T],
     ) -> list[T]:
@@ -113,8 +106,9 @@ class Embedder:
         def encode(number: int) -> Iterator[tuple[int, T]]:
             encoder = self._encoders[number]
             mine = ((windows[i], i) for i in range(number, len(windows), share))
-            longest = encoder.max_length(max_length)
-            return ((i, collect(found)) for found, i in encoder.encode(mine, longest, want, batch_size))
+            longest = encoder.max_length(max_length or self.passage_max_length)
+            found = encoder.encode(mine, longest, want, batch_size or self.batch_size)
+            return ((i, collect(representations)) for representations, i in found)
 
         if share == 1:
             return [found for _, found in encode(0)]
@@ -123,30 +117,21 @@ class Embedder:
             return [found for _, found in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
 
     def _dense(self, representations: Representations) -> torch.Tensor:
-        if representations.dense is None:
-            raise UsageError("dense vectors were not asked for")
-        vectors = representations.dense.float()
-        if self.truncate_dim is not None:
-            vectors = vectors[:, : self.truncate_dim]
-            if self.normalize_embeddings:
-                vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors
-
-    @property
-    def _width(self) -> int:
-        width = self._encoders[0].hidden_size
-        return width if self.truncate_dim is None else min(width, self.truncate_dim)
+        """``[N, D]`` float32, cut to ``truncate_dim`` and then normalized again."""
+        assert representations.dense is not None
+        vectors = representations.dense.float()[:, : self._width]
+        shorter = self.truncate_dim is not None and self.normalize_embeddings
+        return torch.nn.functional.normalize(vectors, dim=-1) if shorter else vectors
 
 
-def as_list(texts: Texts, instruction: str | None, instruction_format: str) -> tuple[list[str], bool]:
+def as_list(texts: Texts, instruction: str | None, instruction_format: str | None) -> tuple[list[str], bool]:
     """The texts after the instruction, and whether a single one was given."""
-    single = isinstance(texts, str)
-    rows = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) else list(texts)
     if instruction is not None:
         # A format typed on a command line holds a backslash and an n, not a line end.
-        form = instruction_format.replace("\\n", "\n")
-        rows = [form.format(instruction, row) for row in rows]
-    return rows, single
+        form = (instruction_format or "{}{}").replace("\\n", "\n")
+        listed = [form.format(instruction, text) for text in listed]
+    return listed, isinstance(texts, str)
 
 
 def target_devices(devices: Devices) -> list[str]:
@@ -160,9 +145,8 @@ def target_devices(devices: Devices) -> list[str]:
     return [f"cuda:{device}" if isinstance(device, int) else device for device in listed]
 
 
-def _upstream_dtype(use_fp16: bool | None, use_bf16: bool, device: str) -> DtypeName:
+def upstream_dtype(use_fp16: bool | None, use_bf16: bool, device: str) -> DtypeName:
+    """What upstream's two switches mean on a device: fp16 is for GPUs, and the default there."""
     if use_bf16:
         return "bf16"
-    if use_fp16 is False or not device.startswith("cuda"):
-        return "fp32"
-    return "fp16"
+    return "fp32" if use_fp16 is False or not device.startswith("cuda") else "fp16"

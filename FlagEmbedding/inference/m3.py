@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from FlagEmbedding.inference.arguments import DtypeName, EncoderArguments, Pooling
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
-from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.options import EngineName
 from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.errors import UsageError
@@ -18,23 +15,24 @@ from FlagEmbedding.utils.errors import UsageError
 class BGEM3ForInference(nn.Module):
     """A checkpoint with its heads, called with the published keywords.
 
-    :param model_name: hub id or folder; a mixture of experts describes itself.
-    :param normlized: L2-normalize dense and colbert vectors (published spelling).
-    :param sentence_pooling_method: 'cls' or 'mean'.
-    :param unified_finetuning: load the sparse and colbert heads; False: dense only.
-    :param colbert_dim: width of the colbert head, -1: the hidden size.
-    :param device: where to run; None: the GPU if there is one, else the CPU.
+    Args:
+        model_name: hub id or folder; a mixture of experts describes itself.
+        normlized: L2-normalize dense and colbert vectors (published spelling).
+        sentence_pooling_method: ``cls`` or ``mean``.
+        unified_finetuning: load the sparse and colbert heads; False: dense only.
+        colbert_dim: width of the colbert head, -1: as stored.
+        device: where to run; None: the GPU if there is one, else the CPU.
     """
 
     def __init__(
         self,
         model_name: str,
         normlized: bool = True,
-        sentence_pooling_method: str = "cls",
+        sentence_pooling_method: Pooling = "cls",
         unified_finetuning: bool = True,
         colbert_dim: int = -1,
         *,
-        dtype: str = "fp32",
+        dtype: DtypeName = "fp32",
         device: str | None = None,
         engine: EngineName = "packed",
         cache_dir: str | None = None,
@@ -42,21 +40,20 @@ class BGEM3ForInference(nn.Module):
         super().__init__()
         options = EncoderArguments(
             encoder=model_name,
-            pooling_method=cast(Pooling, sentence_pooling_method),
+            pooling_method=sentence_pooling_method,
             normalize_embeddings=normlized,
-            dtype=cast(DtypeName, dtype),
+            dtype=dtype,
             device=device,
             engine=engine,
             heads=unified_finetuning,
             colbert_dim=colbert_dim,
             cache_dir=cache_dir,
         )
-        loaded = TextEncoder(options)
-        self._loaded = loaded
-        self.encoder = loaded.encoder  # registered, so that .parameters() and .state_dict() show it
-        self.tokenizer = loaded.tokenizer
+        self._loaded = TextEncoder(options)
+        self.encoder = self._loaded.encoder  # registered, so that .parameters() and .state_dict() show it
+        self.tokenizer = self._loaded.tokenizer
         self.normlized = normlized
-        self.has_heads = loaded.has_heads
+        self.has_heads = self._loaded.has_heads
         self.vocab_size: int = self.encoder.model.config.vocab_size
 
     @property
@@ -75,16 +72,15 @@ class BGEM3ForInference(nn.Module):
     ) -> dict[str, Tensor]:
         """Encode ``text_input`` (``input_ids`` and ``attention_mask``, ``[N, L]``).
 
-        :returns: ``dense_vecs [N, D]``; ``sparse_vecs``: token weights ``[N, L, 1]``, 0 at padding, or with
+        Returns:
+            ``dense_vecs [N, D]``; ``sparse_vecs``: token weights ``[N, L, 1]``, 0 at padding, or with
             ``return_sparse_embedding`` their greatest per token id, ``[N, vocabulary]`` with cls, eos, pad and unk
             zero; ``colbert_vecs [N, L - 1, Dc]``, 0 at padding. Only what was asked for.
         """
         asked: dict[Kind, bool] = {"dense": return_dense, "sparse": return_sparse, "colbert": return_colbert}
-        want: set[Kind] = {kind for kind, wanted in asked.items() if wanted}
+        want = {kind for kind, wanted in asked.items() if wanted}
         if not want:
             raise UsageError("ask for at least one of return_dense, return_sparse, return_colbert")
-        if want != {"dense"} and not self.has_heads:
-            raise UsageError("this checkpoint was loaded without sparse and colbert heads: only dense vectors")
         device = next(self.encoder.parameters()).device
         features = {key: text_input[key].to(device) for key in ("input_ids", "attention_mask")}
         found = self._loaded.represent(TokenBatch.from_padded(features), want)
@@ -92,29 +88,19 @@ class BGEM3ForInference(nn.Module):
         if found.dense is not None:
             output["dense_vecs"] = found.dense
         if found.token_weights is not None:
-            output["sparse_vecs"] = (
-                self._over_vocabulary(found) if return_sparse_embedding else _padded_weights(found, features)
-            )
+            mask = features["attention_mask"].bool()
+            padded = found.token_weights.new_zeros(mask.shape)
+            padded[mask] = found.token_weights
+            output["sparse_vecs"] = padded.unsqueeze(-1)
+            if return_sparse_embedding:
+                output["sparse_vecs"] = self._over_vocabulary(padded, features["input_ids"])
         if found.colbert is not None:
             output["colbert_vecs"] = found.colbert_padded()[0]
         return output
 
-    def _over_vocabulary(self, found: Representations) -> Tensor:
-        weights = found.token_weights
-        assert weights is not None
-        weights = weights.reshape(-1)
-        lengths = torch.tensor(found.tokens.lengths, device=weights.device)
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=weights.device), lengths)
-        flat = weights.new_zeros(len(lengths) * self.vocab_size)
-        flat.scatter_reduce_(0, rows * self.vocab_size + found.tokens.ids, weights, reduce="amax")
-        sparse = flat.view(len(lengths), self.vocab_size)
+    def _over_vocabulary(self, weights: Tensor, ids: Tensor) -> Tensor:
+        """Each token id's greatest weight, ``[N, vocabulary]``, from weights and ids ``[N, L]``."""
+        sparse = weights.new_zeros(len(ids), self.vocab_size)
+        sparse.scatter_reduce_(1, ids, weights, reduce="amax")
         sparse[:, special_ids(self.tokenizer)] = 0
         return sparse
-
-
-def _padded_weights(found: Representations, features: dict[str, Tensor]) -> Tensor:
-    assert found.token_weights is not None
-    mask = features["attention_mask"].bool()
-    padded = found.token_weights.new_zeros(mask.shape)
-    padded[mask] = found.token_weights.reshape(-1)
-    return padded.unsqueeze(-1)

@@ -16,22 +16,18 @@ DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype that ``name`` means on ``device``; 'auto' takes bf16 where the hardware has it and says so."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise UsageError(f"--dtype {name}: choose from auto {' '.join(DTYPES)}")
-        if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-            logger.warning("bf16: %s", NO_CPU_BF16)
-        return DTYPES[name]
-    if device.type == "cuda":
-        dtype, reason = (
-            (torch.bfloat16, "the GPU has it") if torch.cuda.is_bf16_supported() else (torch.float16, "no bf16 there")
-        )
-    elif cpu_has_bf16():
-        dtype, reason = torch.bfloat16, "the processor has bf16 matrix instructions"
-    else:
-        dtype, reason = torch.float32, "the processor has no bf16 matrix instructions"
-    logger.info("dtype auto: %s (%s)", dtype_name(dtype), reason)
-    return dtype
+    if name == "auto":
+        if device.type == "cuda":
+            name, reason = ("bf16", "the GPU has it") if torch.cuda.is_bf16_supported() else ("fp16", "no bf16 there")
+        else:
+            name, has = ("bf16", "has") if cpu_has_bf16() else ("fp32", "has no")
+            reason = f"the processor {has} bf16 matrix instructions"
+        logger.info("dtype auto: %s (%s)", name, reason)
+    elif name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        logger.warning("bf16: %s", NO_CPU_BF16)
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name}: choose from auto {' '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def half_precision(device: torch.device) -> DtypeName:

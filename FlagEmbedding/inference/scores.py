@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from FlagEmbedding.modeling.encoder import Representations
-from FlagEmbedding.utils.errors import UsageError
 
 LexicalWeights = dict[str, float]
 SCORES = ("colbert", "sparse", "dense", "sparse+dense", "colbert+sparse+dense")
 
 
 def lexical_weights(representations: Representations, skip: Collection[int]) -> list[LexicalWeights]:
-    """``{token id as text: greatest weight}`` of each row, positive weights only, in order of first appearance."""
-    if representations.token_weights is None:
-        raise UsageError("lexical weights were not asked for")
+    """``{token id as text: greatest weight}`` of each text, positive weights only, in order of first appearance."""
+    assert representations.token_weights is not None
     ids = representations.tokens.ids.tolist()
     weights = representations.token_weights.float().reshape(-1).cpu().numpy()
-    rows, start = [], 0
+    texts, start = [], 0
     for length in representations.tokens.lengths:
-        row: LexicalWeights = {}
+        found: LexicalWeights = {}
         for token, weight in zip(ids[start : start + length], weights[start : start + length], strict=True):
-            if token not in skip and weight > 0 and weight > row.get(key := str(token), 0.0):
-                row[key] = weight
-        rows.append(row)
+            if token not in skip and weight > 0 and weight > found.get(key := str(token), 0.0):
+                found[key] = weight
+        texts.append(found)
         start += length
-    return rows
+    return texts
 
 
 def colbert_vectors(representations: Representations) -> list[np.ndarray]:
-    """``[tokens - 1, D]`` float32 of each row (the first token has no vector)."""
-    if representations.colbert is None:
-        raise UsageError("colbert vectors were not asked for")
+    """``[tokens - 1, D]`` float32 of each text (the first token has no vector)."""
+    assert representations.colbert is not None
     vectors = representations.colbert.float().cpu().numpy()
     ends = np.cumsum([length - 1 for length in representations.tokens.lengths])
     return np.split(vectors, ends[:-1]) if len(ends) else []
@@ -54,14 +52,20 @@ def colbert_score(query: np.ndarray, passage: np.ndarray) -> torch.Tensor:
     return similarity.max(dim=-1).values.sum() / len(query)
 
 
-def combine(dense: float, sparse: float, colbert: float, weights: list[float]) -> dict[str, float]:
-    """The five scores of one pair; ``weights`` are those of dense, sparse, colbert (upstream's order)."""
+def pair_scores(query: Sequence[Any], passage: Sequence[Any], weights: Sequence[float]) -> dict[str, float]:
+    """The five scores of a pair; each side is its dense vector, lexical weights and ColBERT vectors.
+
+    ``weights`` are those of dense, sparse and colbert (upstream's order); the hybrid scores are weighted means.
+    """
     on_dense, on_sparse, on_colbert = weights
-    pair = sparse * on_sparse + dense * on_dense
+    dense = float(query[0] @ passage[0])
+    sparse = lexical_matching_score(query[1], passage[1])
+    colbert = float(colbert_score(query[2], passage[2]))
+    both = sparse * on_sparse + dense * on_dense
     return {
         "colbert": colbert,
         "sparse": sparse,
         "dense": dense,
-        "sparse+dense": pair / (on_sparse + on_dense) if on_sparse + on_dense else 0.0,
-        "colbert+sparse+dense": (colbert * on_colbert + pair) / sum(weights),
+        "sparse+dense": both / (on_sparse + on_dense) if on_sparse + on_dense else 0.0,
+        "colbert+sparse+dense": (colbert * on_colbert + both) / sum(weights),
     }

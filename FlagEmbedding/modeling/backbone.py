@@ -31,9 +31,9 @@ from transformers.utils import logging as hf_logging
 from FlagEmbedding.modeling import interchange
 from FlagEmbedding.modeling.files import first_line, load_config, weight_files, weight_keys
 from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
-from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
+from FlagEmbedding.modeling.moe import MoEConfig, MoELinear, trainable_class
 from FlagEmbedding.modeling.positions import longest_input
-from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, encoder_with_experts, expert_places
+from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, expert_places
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.io import PathLike, write_json_atomic
@@ -145,7 +145,7 @@ def _read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: to
     if base is None:
         raise UsageError(f"{folder} holds a {config.model_type!r} model, for which transformers has no encoder")
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
-    cls = encoder_with_experts(base, MoELinear) if experts else base
+    cls = trainable_class(base) if experts else base
     try:
         with _quiet_transformers():
             model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **pooler)
@@ -202,7 +202,7 @@ def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
         setattr(model.config, name, getattr(config, name))
     # The class that the same model has when it is loaded: it knows how to save itself so that nobody misreads it.
     dense_class: Any = type(model)
-    model.__class__ = encoder_with_experts(dense_class, MoELinear)
+    model.__class__ = trainable_class(dense_class)
 
 
 def moe_layers(model: nn.Module) -> list[MoELinear]:

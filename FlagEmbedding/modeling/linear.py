@@ -104,6 +104,10 @@ class Prepacked:
         tensors = [tensor for each in linears for tensor in (each.weight, each.bias) if tensor is not None]
         return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """In a copy or a pickle of the layer: None, since oneDNN's layout can be neither copied nor stored."""
+        return type(None), ()
+
     def fits(self, linears: tuple[nn.Linear, ...]) -> bool:
         """False once a weight or bias was changed or replaced."""
         return self._look(linears) == self._state

@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from FlagEmbedding.modeling.options import MoEConfig
-from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import ExpertLinear, Routing
+from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import (
+    CLASS_PREFIX,
+    ExpertLinear,
+    Routing,
+    encoder_with_experts,
+)
 
 __all__ = ["ExpertLinear", "MoEConfig", "MoELinear", "Routing", "RoutingTape", "record_routing", "token_mask"]
 
@@ -99,7 +105,7 @@ class MoELinear(ExpertLinear):
         layer.experts = nn.ModuleList(copy.deepcopy(linear) for _ in range(experts))
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         layer.gate = nn.Linear(linear.in_features, experts, bias=False, **like)
-        return layer
+        return layer.train(linear.training)
 
     def router_logits(self, x: Tensor) -> Tensor:
         if self.training and self.router_jitter > 0:
@@ -130,6 +136,19 @@ class MoELinear(ExpertLinear):
         if not routing.weights.requires_grad and torch.is_grad_enabled() and self.gate.weight.requires_grad:
             y = _ZeroGradient.apply(y, self.gate.weight)  # type: ignore[no-untyped-call]
         return y
+
+
+def trainable_class(base: type[Any]) -> type[Any]:
+    """transformers' ``base`` encoder with experts of this module, where a pickle of a model finds its class."""
+    found = encoder_with_experts(base, MoELinear)
+    found.__module__ = __name__
+    return found
+
+
+def __getattr__(name: str) -> type[Any]:
+    if name.startswith(CLASS_PREFIX) and hasattr(transformers, name.removeprefix(CLASS_PREFIX)):
+        return trainable_class(getattr(transformers, name.removeprefix(CLASS_PREFIX)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class RoutingTape:

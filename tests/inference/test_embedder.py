@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +17,11 @@ import FlagEmbedding
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.base import target_devices
+from FlagEmbedding.inference.scores import lexical_weights
 from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.slabs import FILL
-from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.errors import UsageError
 
 TEXTS = [
@@ -147,7 +151,7 @@ def test_lengths_of_queries_and_passages(tiny_heads_dir: Path) -> None:
     assert np.abs(model.encode_queries(TEXTS[3]) - model.encode_corpus(TEXTS[3])).max() > 1e-3
 
 
-def test_shorter_and_unnormalised_vectors(tiny_heads_dir: Path) -> None:
+def test_shorter_and_unnormalized_vectors(tiny_heads_dir: Path) -> None:
     whole = FlagModel(str(tiny_heads_dir)).encode(TEXTS)
     short = FlagModel(str(tiny_heads_dir), truncate_dim=8).encode(TEXTS)
     expected = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
@@ -166,7 +170,7 @@ def test_shorter_and_unnormalised_vectors(tiny_heads_dir: Path) -> None:
         ({"use_fp16": True, "dtype": "bf16"}, torch.bfloat16),
     ],
 )
-def test_the_dtype_is_honoured_on_a_cpu(tiny_heads_dir: Path, settings: dict[str, Any], expected: torch.dtype) -> None:
+def test_the_dtype_holds_on_a_cpu(tiny_heads_dir: Path, settings: dict[str, Any], expected: torch.dtype) -> None:
     model = FlagModel(str(tiny_heads_dir), devices="cpu", **settings)
     assert next(model.model.parameters()).dtype is expected
     exact = FlagModel(str(tiny_heads_dir), devices="cpu").encode(TEXTS)
@@ -337,6 +341,56 @@ def test_devices() -> None:
         assert target_devices(None) == ["cpu"]
     with pytest.raises(UsageError, match="empty list"):
         target_devices([])
+
+
+@pytest.mark.parametrize("fixture", ["tiny_heads_dir", "tiny_moe_dir"])
+def test_models_can_be_copied_and_stored(fixture: str, request: pytest.FixtureRequest) -> None:
+    """To hand one to another process; oneDNN's layout of the weights stays behind."""
+    model = FlagModel(str(request.getfixturevalue(fixture)))
+    expected = model.encode(TEXTS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        np.testing.assert_allclose(other.encode(TEXTS), expected, atol=1e-6)
+    np.testing.assert_array_equal(model.encode(TEXTS), expected)
+
+
+def test_nothing_to_encode(tiny_heads_dir: Path) -> None:
+    """No text, an empty text, one of blanks: empty results of the usual types, and vectors like any other."""
+    model, m3 = FlagModel(str(tiny_heads_dir), truncate_dim=8), BGEM3FlagModel(str(tiny_heads_dir))
+    everything = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
+    for empty in (model.encode([]), model.encode_queries([]), model.encode_corpus([])):
+        assert (empty.shape, empty.dtype) == ((0, 8), np.float32)
+    assert model.encode([], convert_to_numpy=False).shape == (0, 8)
+    found = m3.encode([], **everything)
+    assert found["dense_vecs"].shape == (0, 32) and found["lexical_weights"] == found["colbert_vecs"] == []
+    for text in ("", " "):
+        assert np.linalg.norm(model.encode(text)) == pytest.approx(1, abs=1e-5)
+        found = m3.encode(text, **everything)
+        assert np.isfinite(found["colbert_vecs"]).all()
+        assert found["colbert_vecs"].shape == (len(m3.tokenizer(text)["input_ids"]) - 1, 16)
+    assert m3.encode("", **everything)["lexical_weights"] == {}  # special tokens alone
+
+
+def test_pairs_beyond_a_window_keep_their_order(m3: BGEM3FlagModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(TEXTS[i % 6], TEXTS[(i * i + 1) % 6]) for i in range(7)]
+    expected = m3.compute_score(pairs)
+    for module in ("base", "embedder"):
+        monkeypatch.setattr(f"FlagEmbedding.inference.{module}.WINDOW", 3)
+    found = m3.compute_score(pairs)
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, abs=1e-5)
+
+
+def test_special_tokens_have_no_lexical_weight_but_the_mask_has(m3: BGEM3FlagModel, reference: Reference) -> None:
+    text = "a <mask> b <unk> c <s> </s>"
+    weights = m3.encode(text, return_sparse=True)["lexical_weights"]
+    expected = reference.lexical(text)
+    assert weights.keys() == expected.keys()
+    ids = {name: str(m3.tokenizer.convert_tokens_to_ids(name)) for name in ("<mask>", "<unk>", "<s>", "</s>")}
+    assert not weights.keys() & {ids["<unk>"], ids["<s>"], ids["</s>"]}
+    # The head of this checkpoint gives the mask a weight or not; the rule for it is what is looked at.
+    tokens = TokenBatch.from_lists([[0, int(ids["<mask>"]), int(ids["<unk>"]), 9, 9, 2]])
+    made = Representations(tokens, token_weights=torch.tensor([1.0, 2.0, 3.0, 0.5, 0.75, 4.0]))
+    assert lexical_weights(made, special_ids(m3.tokenizer)) == [{ids["<mask>"]: 2.0, "9": 0.75}]
 
 
 def test_public_names() -> None:

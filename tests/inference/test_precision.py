@@ -12,7 +12,7 @@ from FlagEmbedding.utils.errors import UsageError
 CPU = torch.device("cpu")
 
 
-def test_names_are_honoured_on_a_cpu() -> None:
+def test_names_hold_on_a_cpu() -> None:
     assert precision.resolve_dtype("fp32", CPU) is torch.float32
     assert precision.resolve_dtype("bf16", CPU) is torch.bfloat16
     assert precision.resolve_dtype("fp16", CPU) is torch.float16

@@ -1,4 +1,4 @@
-"""Tokenising ahead gives the tokenizer's own ids in order, stops with its consumer, and passes errors on."""
+"""Tokenizing ahead gives the tokenizer's own ids in order, stops with its consumer, and passes errors on."""
 
 from __future__ import annotations
 
