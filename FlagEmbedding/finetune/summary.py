@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from FlagEmbedding.finetune.arguments import ModelArguments
+from FlagEmbedding.finetune.biencoder import BiEncoder
 
 _TERMS = {
     "loss": "loss (what is minimized)",
@@ -37,7 +37,7 @@ class TrainingSummary:
         output_dir: the final checkpoint.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
-        model: how the checkpoint is to be used.
+        model: what was trained.
         remote_code: it has experts, which other libraries need trust for.
     """
 
@@ -45,7 +45,7 @@ class TrainingSummary:
     history: list[dict[str, Any]]
     seconds: float
     steps: int
-    model: ModelArguments
+    model: BiEncoder
     remote_code: bool
 
     def show(self) -> None:
@@ -56,13 +56,18 @@ class TrainingSummary:
         routed = [line for line in lines if "router_load" in line]
         if routed:
             print(_router_table(routed[-1]))
+        instructions = "".join(
+            f", {role}_instruction_for_retrieval={text!r}"
+            for role, text in vars(self.model.instructions).items()
+            if text is not None
+        )
         remote = ", trust_remote_code=True" if self.remote_code else ""
         print(
             f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {self.output_dir}\n"
             f"Use it:\n"
             f"  from FlagEmbedding import FlagModel\n"
-            f"  model = FlagModel({str(self.output_dir)!r}, pooling_method={self.model.sentence_pooling_method!r}, "
-            f"normalize_embeddings={self.model.normalize_embeddings})\n"
+            f"  model = FlagModel({str(self.output_dir)!r}, pooling_method={self.model.pooling!r}, "
+            f"normalize_embeddings={self.model.normalize}{instructions})\n"
             f"  model.encode_queries(['…']) @ model.encode_corpus(['…', '…']).T\n"
             f"or\n"
             f"  SentenceTransformer({str(self.output_dir)!r}{remote})"

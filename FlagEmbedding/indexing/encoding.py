@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang:
     for a corpus, a shard or a disk that cannot be used; finished shards stay and the same command goes on.
     """
     max_length = encoder.max_length(options.max_passage_length)
+    own = encoder.instruction("passage", options.passage_instruction_for_retrieval)
+    options = replace(options, passage_instruction_for_retrieval=own)
     identity = {
         "language": lang,
         **encoder.describe(),

@@ -51,10 +51,6 @@ class Embedder:
     ) -> None:
         self.model_name_or_path = model_name_or_path
         self.normalize_embeddings = normalize_embeddings
-        self.query_instruction_for_retrieval = query_instruction_for_retrieval
-        self.query_instruction_format = query_instruction_format
-        self.passage_instruction_for_retrieval = passage_instruction_for_retrieval
-        self.passage_instruction_format = passage_instruction_format
         self.batch_size = batch_size
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
@@ -79,6 +75,15 @@ class Embedder:
             )
             for device in self.target_devices
         ]
+        first = self._encoders[0]
+        self.query_instruction_for_retrieval = first.instruction("query", query_instruction_for_retrieval)
+        self.passage_instruction_for_retrieval = first.instruction("passage", passage_instruction_for_retrieval)
+        # A format goes with the instruction given beside it; the checkpoint's own stands as it is.
+        plain = "{}{}"
+        self.query_instruction_format = plain if query_instruction_for_retrieval is None else query_instruction_format
+        self.passage_instruction_format = (
+            plain if passage_instruction_for_retrieval is None else passage_instruction_format
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -92,7 +97,7 @@ class Embedder:
 
     @property
     def pooling_method(self) -> str:
-        """'cls' or 'mean'."""
+        """'cls', 'mean' or 'last_token'."""
         return self._encoders[0].pooling
 
     def _run(

@@ -28,6 +28,7 @@ from FlagEmbedding.modeling.heads import load_heads
 from FlagEmbedding.modeling.interchange import choose, read_modules
 from FlagEmbedding.modeling.options import SLAB_TOKENS, EngineConfig
 from FlagEmbedding.modeling.packed import prepack_weights
+from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.projections import load_projections
 from FlagEmbedding.modeling.tokenizer import load_tokenizer
@@ -60,7 +61,8 @@ class TextEncoder:
         half = half_precision(self.device) if options.fp16 else "fp32"
         self.dtype = resolve_dtype(options.dtype or half, self.device)
         self.stored = read_modules(self.folder)
-        self.pooling = choose("pooling_method", options.pooling_method, self.stored.pooling, self.folder) or "cls"
+        asked = None if options.pooling_method is None else check_method(options.pooling_method)
+        self.pooling = choose("pooling_method", asked, self.stored.pooling, self.name) or "cls"
         self.encoder = self._load().to(device=self.device, dtype=self.dtype).eval()
         if self.device.type == "cpu" and self.encoder.engine.engine == "packed":
             prepack_weights(self.encoder.model, SLAB_TOKENS)
@@ -116,6 +118,13 @@ class TextEncoder:
             "device": self.device.type,
             "dimension": self.hidden_size,
         }
+
+    def instruction(self, role: Literal["query", "passage"], given: str | None) -> str | None:
+        """What stands before a text: ``given`` (empty: nothing), or where it is None what the checkpoint says."""
+        return (
+            choose(f"{role}_instruction_for_retrieval", given, getattr(self.stored.instructions, role), self.name)
+            or None
+        )
 
     def max_length(self, asked: int) -> int:
         """``asked``, or the most that this model can read, in which case one line says so."""
