@@ -28,6 +28,7 @@ from transformers.models.auto import modeling_auto
 
 from FlagEmbedding.modeling.backbone import load_backbone
 from FlagEmbedding.modeling.encoder import M3Encoder
+from FlagEmbedding.modeling.families import try_out
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UserError
 
@@ -151,7 +152,7 @@ def try_type(name: str, folder: Path) -> Outcome:
     way = "equal lengths" if encoder.equal_lengths else encoder.engine.engine
     assert found.dense is not None
     cosines = torch.cosine_similarity(found.dense.double(), own_vectors(cls, folder, tokens).double(), dim=-1)
-    return Outcome(name, cls.__name__, way, float(cosines.min()))
+    return Outcome(name, cls.__name__, way, float(cosines.min()), try_out(encoder.model).note)
 
 
 def outcomes(names: list[str]) -> Iterator[Outcome]:

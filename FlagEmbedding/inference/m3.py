@@ -20,7 +20,7 @@ class BGEM3ForInference(nn.Module):
 
     :param model_name: hub id or folder; a mixture of experts describes itself.
     :param normlized: L2-normalize dense and colbert vectors (published spelling).
-    :param sentence_pooling_method: 'cls' or 'mean'.
+    :param sentence_pooling_method: 'cls', 'mean' or 'last_token'; None: what the checkpoint says, else cls.
     :param unified_finetuning: load the sparse and colbert heads; False: dense only.
     :param colbert_dim: width of the colbert head, -1: the hidden size.
     :param device: where to run; None: the GPU if there is one, else the CPU.
@@ -30,7 +30,7 @@ class BGEM3ForInference(nn.Module):
         self,
         model_name: str,
         normlized: bool = True,
-        sentence_pooling_method: str = "cls",
+        sentence_pooling_method: str | None = None,
         unified_finetuning: bool = True,
         colbert_dim: int = -1,
         *,
@@ -42,7 +42,7 @@ class BGEM3ForInference(nn.Module):
         super().__init__()
         options = EncoderArguments(
             encoder=model_name,
-            pooling_method=cast(Pooling, sentence_pooling_method),
+            pooling_method=cast(Pooling | None, sentence_pooling_method),
             normalize_embeddings=normlized,
             dtype=cast(DtypeName, dtype),
             device=device,

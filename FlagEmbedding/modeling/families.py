@@ -144,7 +144,9 @@ def _states(backbone: PreTrainedModel, name: str, ids: Tensor, mask: Tensor) -> 
     try:
         states = own_forward(backbone, ids, mask)
     except Exception as error:  # foreign code: whatever it raises means the same here
-        raise UsageError(f"{name} encodes no text by itself: {type(error).__name__}: {first_line(error)}") from error
+        what = f"of {ids.shape[1]} tokens " if len(ids) == 1 else ""
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{name} encodes no text {what}by itself, so it cannot be used here ({reason})") from error
     if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
         raise UsageError(f"{name} encodes no text by itself: it gives no state for each token")
     if not states.isfinite().all():
