@@ -31,8 +31,8 @@ PUBLISHED_DEFAULTS = {
     "query_max_len": 32, "passage_max_len": 128, "max_example_num_per_dataset": None,
     "query_instruction_for_retrieval": None, "passage_instruction_for_retrieval": None, "same_task_within_batch": False,
     "shuffle_ratio": 0.0, "small_threshold": 0, "drop_threshold": 0, "negatives_cross_device": False,
-    "temperature": 0.02, "fix_position_embedding": False, "fix_encoder": False, "sentence_pooling_method": "cls",
-    "normalize_embeddings": True, "enable_sub_batch": True, "unified_finetuning": False, "use_self_distill": False,
+    "temperature": 0.02, "fix_position_embedding": False, "fix_encoder": False, "sentence_pooling_method": None,
+    "normalize_embeddings": None, "enable_sub_batch": True, "unified_finetuning": False, "use_self_distill": False,
     "colbert_dim": -1, "self_distill_start_step": -1,
 }  # fmt: skip
 OURS = {

@@ -31,9 +31,11 @@ class SearchArguments:
 
     result_save_dir: str = option("./search_results", "run files go to {this}/{encoder}/{lang}.txt")
     max_query_length: int = option(512, "tokens per query; the rest is cut off")
-    add_instruction: bool | None = switch(None, "put an instruction before every query")
+    add_instruction: bool | None = switch(
+        None, "put an instruction before every query; default: the checkpoint's own, if any"
+    )
     query_instruction_for_retrieval: str | None = option(
-        None, f"that instruction; by default {BGE_INSTRUCTION!r}", metavar="TEXT"
+        None, f"that instruction; by default the checkpoint's own, else {BGE_INSTRUCTION!r}", metavar="TEXT"
     )
     threads: int = option(1, "CPU threads of the search")
     hits: int = option(1000, "passages per query")

@@ -53,7 +53,7 @@ def search_collections(options: SearchOptions) -> None:
             encoder,
             indexes[lang],
             query_length=chosen.max_query_length,
-            query_instruction=chosen.query_instruction,
+            query_instruction=_query_instruction(encoder, chosen),
             threads=chosen.threads,
         )
         hits = _search_language(retriever, lang, list(topics[lang].values()), chosen)
@@ -63,6 +63,16 @@ def search_collections(options: SearchOptions) -> None:
             write_run(path, found)
             write_json_atomic(path.with_suffix(".json"), _record(options, retriever, len(hits)))
         logger.info("%s: %d queries, %d hits each at most: %s", lang, len(hits), chosen.hits, path)
+
+
+def _query_instruction(encoder: TextEncoder, chosen: SearchArguments) -> str | None:
+    """What the flags say, else what the checkpoint says; ``--add_instruction`` alone means its own before BGE's."""
+    if chosen.add_instruction is False:
+        return None
+    given = chosen.query_instruction_for_retrieval
+    if given is None and encoder.stored.instructions.query is None:
+        return chosen.query_instruction
+    return encoder.instruction("query", given)
 
 
 def _search_language(

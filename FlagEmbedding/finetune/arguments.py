@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from FlagEmbedding.losses.objective import ObjectiveArguments
-from FlagEmbedding.modeling.options import EngineConfig, MoEConfig
+from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import NO_CPU_BF16, cpu_has_bf16
@@ -23,8 +23,6 @@ from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.ranks import parse_range
 
 logger = get_logger(__name__)
-
-Pooling = Literal["cls", "mean"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,16 @@ class ModelArguments:
     cache_dir: str | None = option(None, "Where models from the hub are kept.")
     fix_position_embedding: bool = switch(False, "Freeze the position embeddings.")
     fix_encoder: bool = switch(False, "Train the sparse and colbert heads alone.")
-    sentence_pooling_method: Pooling = choice(Pooling, "cls", "Which hidden states become the dense vector.")
-    normalize_embeddings: bool = switch(
-        True,
-        "L2-normalize dense (and colbert) vectors. Published spelling: --normlized.",
+    sentence_pooling_method: Pooling | None = choice(
+        Pooling,
+        None,
+        "Which hidden states become the dense vector; default: what the model's folder says, else cls.",
+        spellings=POOLING_SPELLINGS,
+    )
+    normalize_embeddings: bool | None = switch(
+        None,
+        "L2-normalize dense (and colbert) vectors; default: what the model's folder says, else True. Published "
+        "spelling: --normlized.",
         "--normlized",
         "--normalized",
     )
@@ -62,8 +66,13 @@ class DataArguments:
     query_max_len: int = option(32, "Tokens of a query; longer ones are cut.")
     passage_max_len: int = option(128, "Tokens of a passage or neg_q; longer ones are cut.")
     max_example_num_per_dataset: int | None = option(None, "Sample at most this many rows of each file.")
-    query_instruction_for_retrieval: str | None = option(None, "Text put before queries.")
-    passage_instruction_for_retrieval: str | None = option(None, "Text put before passages.")
+    query_instruction_for_retrieval: str | None = option(
+        None, "Text put before queries; default: what the model's folder says ('': nothing)."
+    )
+    passage_instruction_for_retrieval: str | None = option(None, "Text put before passages; default: likewise.")
+    neg_q_instruction: bool = switch(
+        True, "Put the query instruction before the queries of negatives (neg_q) too; False: none there, as published."
+    )
     same_task_within_batch: bool = switch(False, "Draw each batch from one file.")
     shuffle_ratio: float = option(0.0, "Chance that a passage of over 100 characters becomes 3 shuffled chunks.")
     small_threshold: int = option(0, "Files of fewer rows than this are merged, folder by folder.")

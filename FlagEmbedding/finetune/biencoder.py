@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
-from FlagEmbedding.finetune.arguments import ModelArguments, Pooling
+from FlagEmbedding.finetune.arguments import ModelArguments
 from FlagEmbedding.finetune.gather import gather_owners, gather_representations
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
 from FlagEmbedding.losses.objective import (
@@ -33,8 +33,12 @@ from FlagEmbedding.losses.penalty import clp_penalty
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
+from FlagEmbedding.modeling.interchange import choose, read_modules
 from FlagEmbedding.modeling.moe import record_routing
-from FlagEmbedding.modeling.options import EngineConfig, FfnPart, MoEConfig, RouterGradient
+from FlagEmbedding.modeling.options import EngineConfig, FfnPart, MoEConfig, Pooling, RouterGradient
+from FlagEmbedding.modeling.pooling import check_method
+from FlagEmbedding.modeling.projections import load_projections
+from FlagEmbedding.modeling.tokenizer import load_tokenizer
 from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.distributed import all_gather_rows, world_size
 from FlagEmbedding.utils.errors import UsageError
@@ -95,22 +99,29 @@ class BiEncoder(M3Encoder):
         source, cache = model.model_name_or_path, model.cache_dir
         backbone = load_backbone(source, moe=experts, config=config or model.config_name, cache_dir=cache)
         colbert_linear = sparse_linear = None
+        folder = resolve_folder(source, cache_dir=cache)
         if objective.unified_finetuning:
-            folder = resolve_folder(source, cache_dir=cache)
             colbert_linear, sparse_linear, found = load_heads(folder, backbone.config.hidden_size, model.colbert_dim)
             logger.info("sparse and colbert heads: %s", f"from {source}" if found else "new, to be trained")
+        stored = read_modules(folder)
+        asked = None if model.sentence_pooling_method is None else check_method(model.sentence_pooling_method)
+        normalize = choose("normalize_embeddings", model.normalize_embeddings, stored.normalize, source)
         super().__init__(
             backbone,
             colbert_linear=colbert_linear,
             sparse_linear=sparse_linear,
-            pooling=model.sentence_pooling_method,
-            normalize=model.normalize_embeddings,
+            pooling=choose("sentence_pooling_method", asked, stored.pooling, source) or "cls",
+            normalize=normalize is not False,
             engine=engine,
+            projections=load_projections(stored.dense, backbone.config.hidden_size),
+            instructions=stored.instructions,
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_name or source, cache_dir=cache)
+        if normalize is False and model.normalize_embeddings is None and objective.temperature != 1.0:
+            logger.warning("%s does not normalize its vectors: the temperature is 1, as published", source)
+        self.tokenizer = load_tokenizer(model.tokenizer_name or source, backbone, cache_dir=cache)
         self.skip_ids = special_ids(self.tokenizer)
         self.objective = objective
-        self.temperature = objective.temperature if model.normalize_embeddings else 1.0
+        self.temperature = objective.temperature if self.normalize else 1.0
         self.all_rows = objective.has_router_loss
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
         select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
@@ -119,6 +130,8 @@ class BiEncoder(M3Encoder):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Recompute each layer in the backward; always the non-reentrant kind, which frozen layers need."""
+        if not self.model.supports_gradient_checkpointing:
+            raise UsageError(f"--gradient_checkpointing: {type(self.model).__name__} has none; leave it out")
         renamed = hasattr(self.model, "activation_checkpointing_enable")  # in transformers 5
         enable = self.model.activation_checkpointing_enable if renamed else self.model.gradient_checkpointing_enable
         enable({**(activation_checkpointing_kwargs or {}), "use_reentrant": False}, **options)
@@ -243,7 +256,7 @@ class BGEM3Model(BiEncoder):
     """
 
     def __init__(
-        self, model_name: str, normlized: bool = True, sentence_pooling_method: Pooling = "cls",
+        self, model_name: str, normlized: bool | None = None, sentence_pooling_method: Pooling | None = None,
         negatives_cross_device: bool = False, temperature: float = 1.0, enable_sub_batch: bool = True,
         unified_finetuning: bool = True, use_self_distill: bool = False, colbert_dim: int = -1,
         self_distill_start_step: int = -1, moe: FfnPart | None = None, only_train: FfnPart | None = None,

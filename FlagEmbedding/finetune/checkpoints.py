@@ -28,12 +28,13 @@ _NEEDED = ("config.json", "optimizer.pt", "scheduler.pt")
 
 
 class LossWindow:
-    """What stands between two log lines: sums of the objective's terms, and micro-batches in a row of loss 0."""
+    """What stands between two log lines: sums of the terms, and how many micro-batches in a row told nothing."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self.zero_micro_batches = 0
+        self.zero_micro_batches = 0  # with a loss of exactly 0
+        self.flat_micro_batches = 0  # with one score for all passages
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Add one micro-batch's terms. A term that only some micro-batches have is averaged over those."""
@@ -42,9 +43,10 @@ class LossWindow:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().double()
                 self._counts[name] = self._counts.get(name, 0) + 1
 
-    def saw(self, zero: bool) -> None:
-        """Count micro-batches in a row whose loss was exactly 0."""
+    def saw(self, zero: bool, flat: bool) -> None:
+        """Count micro-batches in a row whose loss was exactly 0, and whose scores were all the same."""
         self.zero_micro_batches = self.zero_micro_batches + 1 if zero else 0
+        self.flat_micro_batches = self.flat_micro_batches + 1 if flat else 0
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last flush, over all processes; starts again from zero.
@@ -63,8 +65,8 @@ class LossWindow:
     def save(self, folder: Path, **state: Any) -> None:
         """Write the sums and ``state`` into a checkpoint folder."""
         sums = {name: float(value) for name, value in self._sums.items()}
-        window = {"sums": sums, "counts": self._counts, "zeros": self.zero_micro_batches}
-        write_json_atomic(folder / WINDOW_FILE, {**state, **window})
+        silent = {"zeros": self.zero_micro_batches, "flats": self.flat_micro_batches}
+        write_json_atomic(folder / WINDOW_FILE, {**state, "sums": sums, "counts": self._counts, **silent})
 
     def load(self, folder: Path, device: torch.device) -> dict[str, Any] | None:
         """Read back what ``save`` wrote and return ``state``; None where a checkpoint has no such file."""
@@ -73,7 +75,8 @@ class LossWindow:
         stored: dict[str, Any] = json.loads((folder / WINDOW_FILE).read_text(encoding="utf-8"))
         sums = stored.pop("sums")
         self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
-        self._counts, self.zero_micro_batches = stored.pop("counts"), stored.pop("zeros")
+        self._counts = stored.pop("counts")
+        self.zero_micro_batches, self.flat_micro_batches = stored.pop("zeros"), stored.pop("flats", 0)
         return stored
 
 

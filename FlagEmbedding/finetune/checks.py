@@ -21,7 +21,7 @@ def check_arguments(arguments: Arguments) -> None:
     for rules in (_trained_parts, _objective, _training, _refresh):
         for complaint in rules(arguments):
             raise UsageError(complaint)
-    if not arguments.model.normalize_embeddings and arguments.objective.temperature != 1.0:
+    if arguments.model.normalize_embeddings is False and arguments.objective.temperature != 1.0:
         logger.warning("--normalize_embeddings False: the temperature is 1, as published")
     if arguments.objective.negatives_cross_device and world_size() == 1:
         logger.warning("--negatives_cross_device has no effect in a single process (start with torchrun)")

@@ -48,7 +48,8 @@ class TrainExample:
     Attributes:
         query: with its instruction.
         passages: G texts with their instruction, the positive first.
-        neg_q: for each of the G − 1 negatives the queries it answers (0 to n, without instruction), or None.
+        neg_q: for each of the G − 1 negatives the queries it answers (0 to n, with the queries' instruction unless
+            ``neg_q_instruction`` is off), or None.
         teacher_scores: G scores in the order of ``passages``, or None.
         row: ``file:line``.
     """
@@ -128,11 +129,13 @@ class TrainDataset(Dataset[TrainExample]):
         texts = [record.pos[positive], *(record.neg[i] for i in negatives)]
         if options.shuffle_ratio > 0:
             texts = [shuffle_text(text, options.shuffle_ratio, generator) for text in texts]
-        prefix = options.passage_instruction_for_retrieval or ""
+        prefix, ask = options.passage_instruction_for_retrieval or "", options.query_instruction_for_retrieval or ""
+        before = ask if options.neg_q_instruction else ""
+        neg_q = record.neg_q and [[before + query for query in record.neg_q[i]] for i in negatives]
         return TrainExample(
-            query=(options.query_instruction_for_retrieval or "") + record.query,
+            query=ask + record.query,
             passages=[prefix + text for text in texts],
-            neg_q=None if record.neg_q is None else [record.neg_q[i] for i in negatives],
+            neg_q=neg_q,
             teacher_scores=scores,
             row=f"{stored.file.path}:{record.line}",
         )

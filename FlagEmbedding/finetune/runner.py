@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import transformers
 from transformers import set_seed
@@ -20,9 +21,14 @@ from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
+from FlagEmbedding.modeling.interchange import Instructions, choose
+from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.utils.distributed import is_main
+from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.memory import keep_freed_memory
 from FlagEmbedding.utils.provenance import provenance
+
+logger = get_logger(__name__)
 
 
 def run(arguments: Arguments) -> TrainingSummary:
@@ -44,7 +50,31 @@ def run(arguments: Arguments) -> TrainingSummary:
     trainer.save_model()
     trainer.save_state()
     seconds, state = time.monotonic() - started, trainer.state
-    return TrainingSummary(arguments, state.log_history, seconds, state.global_step, trainer.bare_model.has_experts)
+    return TrainingSummary(arguments, state.log_history, seconds, state.global_step, trainer.bare_model)
+
+
+def as_the_model_says(arguments: Arguments, model: BiEncoder) -> Arguments:
+    """What was left open filled in from ``model``'s folder, and lengths cut to its positions, in one line each.
+
+    ``model`` learns the instructions that it is trained with, for its checkpoint.
+    """
+    data, name, said = arguments.data, arguments.model.model_name_or_path, model.instructions
+    changes: dict[str, Any] = {}
+    limit = longest_input(model.model)
+    for flag in ("query_max_len", "passage_max_len"):
+        if limit is not None and getattr(data, flag) > limit:
+            logger.warning("--%s %d: %s reads at most %d tokens: cutting there", flag, getattr(data, flag), name, limit)
+            changes[flag] = limit
+    for role in ("query", "passage"):
+        flag = f"{role}_instruction_for_retrieval"
+        given, stored = getattr(data, flag), getattr(said, role)
+        changes[flag] = choose(flag, given, stored, name) or None
+        if given is None and stored:
+            logger.info("%s says what stands before each %s: %r", name, role, stored)
+    data = replace(data, **changes)
+    model.instructions = Instructions(data.query_instruction_for_retrieval, data.passage_instruction_for_retrieval)
+    vectors = replace(arguments.model, sentence_pooling_method=model.pooling, normalize_embeddings=model.normalize)
+    return replace(arguments, data=data, model=vectors)
 
 
 def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
@@ -63,6 +93,8 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
         engine = replace(engine, engine="padded")
     model = BiEncoder(arguments.model, arguments.experts, arguments.objective, engine)
     check_router(arguments, model.num_experts_per_tok)
+    arguments = as_the_model_says(arguments, model)
+    dataset.options = arguments.data
     trainer = BiEncoderTrainer(
         model=model,
         args=training,

@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from FlagEmbedding.finetune.arguments import Arguments
+from FlagEmbedding.finetune.biencoder import BiEncoder
 
 _TERMS = {
     "loss": "loss (what is minimized)",
@@ -28,14 +29,14 @@ class TrainingSummary:
         arguments: what was asked for.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
-        remote_code: the checkpoint has experts, which other libraries need trust for.
+        model: what was trained.
     """
 
     arguments: Arguments
     history: list[dict[str, Any]]
     seconds: float
     steps: int
-    remote_code: bool
+    model: BiEncoder
 
     def show(self) -> None:
         """Print the summary (entry points only)."""
@@ -49,23 +50,22 @@ class TrainingSummary:
         print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {folder}\n{self.usage()}")
 
     def usage(self) -> str:
-        """How to use the checkpoint, with the instructions that it was trained with."""
-        model, data = self.arguments.model, self.arguments.data
-        query, passage = data.query_instruction_for_retrieval, data.passage_instruction_for_retrieval
-        words = [repr(str(self.arguments.training.output_dir)), f"pooling_method={model.sentence_pooling_method!r}"]
-        words += [f"normalize_embeddings={model.normalize_embeddings}"]
-        words += [f"query_instruction_for_retrieval={query!r}"] if query else []
-        words += [f"passage_instruction_for_retrieval={passage!r}"] if passage else []
-        prompts = {name: text for name, text in (("query", query), ("document", passage)) if text}
-        other = [words[0], *(["trust_remote_code=True"] if self.remote_code else [])]
-        other += [f"prompts={prompts!r}"] if prompts else []
+        """How to use the checkpoint, which says itself how its vectors are made and what stands before a text."""
+        folder = repr(str(self.arguments.training.output_dir))
+        instructions = "".join(
+            f", {role}_instruction_for_retrieval={text!r}"
+            for role, text in vars(self.model.instructions).items()
+            if text is not None
+        )
+        remote = ", trust_remote_code=True" if self.model.has_experts else ""
         return (
             f"Use it:\n"
             f"  from FlagEmbedding import FlagModel\n"
-            f"  model = FlagModel({', '.join(words)})\n"
+            f"  model = FlagModel({folder}, pooling_method={self.model.pooling!r}, "
+            f"normalize_embeddings={self.model.normalize}{instructions})\n"
             f"  model.encode_queries(['…']) @ model.encode_corpus(['…', '…']).T\n"
             f"or\n"
-            f"  SentenceTransformer({', '.join(other)})"
+            f"  SentenceTransformer({folder}{remote})"
         )
 
 

@@ -1,8 +1,8 @@
 """The HF Trainer with our batches, our objective's named terms, and exact continuation.
 
 What is ours: batches come from a batch sampler keyed by (epoch, row); ``compute_loss`` keeps the objective's terms for
-the log; a non-finite loss, or a loss of exactly 0 for ten steps, stops the run and names the rows; a checkpoint also
-carries what stands between two log lines, so that a resumed run logs what the uninterrupted one would have.
+the log; a non-finite loss, or one of exactly 0 or ln N for ten steps, stops the run and names the rows; a checkpoint
+also carries what stands between two log lines, so that a resumed run logs what the uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-ZERO_LOSS_STEPS = 10
+SILENT_STEPS = 10  # so long may a loss be 0, or ln N
+# Scores of one query that differ by less, in themselves or as a share of the greatest, are the same but for rounding.
+_SAME_SCORES, _SAME_SHARE = 1e-5, 2e-6
 TRAINING_ARGS_FILE = "training_args.json"
 
 
@@ -87,7 +89,8 @@ class BiEncoderTrainer(Trainer):
             self.router.start_probe(self.bare_model, inputs["passage"])
         output: EncoderOutput = model(**inputs)
         assert output.loss is not None and output.terms is not None
-        self._watch(output.loss.detach(), rows)
+        assert output.scores is not None
+        self._watch(output.loss.detach(), output.scores.detach(), rows)
         self.window.add(output.terms)
         if output.routing:
             self.router.observe(output.routing)
@@ -100,17 +103,26 @@ class BiEncoderTrainer(Trainer):
         assert isinstance(model, BiEncoder)
         return model
 
-    def _watch(self, loss: Tensor, rows: list[str]) -> None:
-        value = float(loss)
+    def _watch(self, loss: Tensor, scores: Tensor, rows: list[str]) -> None:
+        spread = (scores.amax(dim=1) - scores.amin(dim=1)).amax()
+        value, apart, greatest = torch.stack([loss.float(), spread.float(), scores.abs().amax().float()]).tolist()
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.state.global_step + 1}, in the batch of {_shown(rows)}: look at "
                 "these rows, lower --learning_rate, or train in bf16 or fp32 instead of fp16"
             )
-        self.window.saw(zero=value == 0.0)
-        if self.window.zero_micro_batches >= ZERO_LOSS_STEPS * self.args.gradient_accumulation_steps:
+        candidates = scores.shape[1]
+        self.window.saw(zero=value == 0.0, flat=candidates > 1 and apart <= max(_SAME_SCORES, _SAME_SHARE * greatest))
+        enough = SILENT_STEPS * self.args.gradient_accumulation_steps
+        if self.window.flat_micro_batches >= enough:
             raise UserError(
-                f"the loss has been exactly 0 for {ZERO_LOSS_STEPS} steps, last in the batch of {_shown(rows)}: "
+                f"the contrastive loss has been ln {candidates} for {SILENT_STEPS} steps, every passage with the same "
+                f"score, last in the batch of {_shown(rows)}: the vectors do not depend on the texts; look at the "
+                "tokenizer, the pooling and the weights of the model"
+            )
+        if self.window.zero_micro_batches >= enough:
+            raise UserError(
+                f"the loss has been exactly 0 for {SILENT_STEPS} steps, last in the batch of {_shown(rows)}: "
                 "nothing is left to learn from these rows; raise --train_group_size, or use harder negatives"
             )
 

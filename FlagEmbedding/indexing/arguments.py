@@ -15,7 +15,9 @@ class IndexArguments:
 
     max_passage_length: int = option(512, "tokens per passage; the rest is cut off")
     with_title: bool = switch(False, "embed title and text (MIRACL's own rule); published: text alone")
-    passage_instruction_for_retrieval: str | None = option(None, "text put before every passage", metavar="TEXT")
+    passage_instruction_for_retrieval: str | None = option(
+        None, "text put before every passage; default: what the checkpoint says", metavar="TEXT"
+    )
     allow_empty: bool = switch(False, "embed passages without text instead of refusing them")
     shard_size: int = option(WINDOW, "passages per shard: sorted together, lost by a kill at most")
     overwrite: bool = switch(False, "encode again what is there")

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang:
         DataError: a corpus, a shard or a disk that cannot be used.
     """
     max_length = encoder.max_length(options.max_passage_length)
+    own = encoder.instruction("passage", options.passage_instruction_for_retrieval)
+    options = replace(options, passage_instruction_for_retrieval=own)
     identity = {
         "language": lang,
         **encoder.describe(),

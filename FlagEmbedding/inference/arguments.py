@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from FlagEmbedding.modeling.options import POOLING_SPELLINGS
 from FlagEmbedding.modeling.options import EngineName as EngineName
 from FlagEmbedding.modeling.options import FfnPart as FfnPart
+from FlagEmbedding.modeling.options import Pooling as Pooling
 from FlagEmbedding.utils.cli import choice, internal, option, switch
 from FlagEmbedding.utils.errors import UsageError
 
-Pooling = Literal["cls", "mean"]
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 WINDOW = 2_048  # texts that are tokenized, sorted by length and encoded together
 
@@ -26,7 +27,9 @@ class EncoderArguments:
     """
 
     encoder: str = option(help="hub id or folder of the checkpoint")
-    pooling_method: Pooling | None = choice(Pooling, None, "default: what the checkpoint says, else cls")
+    pooling_method: Pooling | None = choice(
+        Pooling, None, "default: what the checkpoint says, else cls", spellings=POOLING_SPELLINGS
+    )
     normalize_embeddings: bool = switch(True, "L2-normalize the vectors")
     fp16: bool = switch(False, "half precision: fp16 on a GPU, --dtype auto on a CPU")
     dtype: DtypeName | None = choice(DtypeName, None, "default fp32; auto: bf16 where the hardware has it")

@@ -51,10 +51,6 @@ class Embedder:
     ) -> None:
         self.model_name_or_path = model_name_or_path
         self.normalize_embeddings = normalize_embeddings
-        self.query_instruction_for_retrieval = query_instruction_for_retrieval
-        self.query_instruction_format = query_instruction_format
-        self.passage_instruction_for_retrieval = passage_instruction_for_retrieval
-        self.passage_instruction_format = passage_instruction_format
         self.batch_size = batch_size
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
@@ -79,9 +75,18 @@ class Embedder:
             )
             for device in self.target_devices
         ]
-        self.tokenizer: Any = self._encoders[0].tokenizer
-        self.model: torch.nn.Module = self._encoders[0].encoder  # on the first device
-        self.pooling_method: str = self._encoders[0].pooling
+        first = self._encoders[0]
+        self.tokenizer: Any = first.tokenizer
+        self.model: torch.nn.Module = first.encoder  # on the first device
+        self.pooling_method: str = first.pooling
+        self.query_instruction_for_retrieval = first.instruction("query", query_instruction_for_retrieval)
+        self.passage_instruction_for_retrieval = first.instruction("passage", passage_instruction_for_retrieval)
+        # A format goes with the instruction given beside it; the checkpoint's own stands as it is.
+        plain = "{}{}"
+        self.query_instruction_format = plain if query_instruction_for_retrieval is None else query_instruction_format
+        self.passage_instruction_format = (
+            plain if passage_instruction_for_retrieval is None else passage_instruction_format
+        )
 
     @property
     def _width(self) -> int:

@@ -18,7 +18,7 @@ class BGEM3ForInference(nn.Module):
     Args:
         model_name: hub id or folder; a mixture of experts describes itself.
         normlized: L2-normalize dense and colbert vectors (published spelling).
-        sentence_pooling_method: ``cls`` or ``mean``.
+        sentence_pooling_method: ``cls``, ``mean`` or ``last_token``; None: what the checkpoint says, else cls.
         unified_finetuning: load the sparse and colbert heads; False: dense only.
         colbert_dim: width of the colbert head, -1: as stored.
         device: where to run; None: the GPU if there is one, else the CPU.
@@ -28,7 +28,7 @@ class BGEM3ForInference(nn.Module):
         self,
         model_name: str,
         normlized: bool = True,
-        sentence_pooling_method: Pooling = "cls",
+        sentence_pooling_method: Pooling | None = None,
         unified_finetuning: bool = True,
         colbert_dim: int = -1,
         *,

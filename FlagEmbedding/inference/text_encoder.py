@@ -11,7 +11,6 @@ suits the machine: 2,048 tokens stay in a CPU's cache, and a GPU wants many more
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -26,9 +25,13 @@ from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.files import load_config
 from FlagEmbedding.modeling.heads import load_heads
+from FlagEmbedding.modeling.interchange import choose, read_modules
 from FlagEmbedding.modeling.options import SLAB_TOKENS, EngineConfig
 from FlagEmbedding.modeling.packed import prepack_weights
+from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.positions import longest_input
+from FlagEmbedding.modeling.projections import load_projections
+from FlagEmbedding.modeling.tokenizer import load_tokenizer
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers
@@ -51,23 +54,23 @@ class TextEncoder:
     """
 
     def __init__(self, options: EncoderArguments) -> None:
-        from transformers import AutoTokenizer
-
         self.options = options
         self.name = options.encoder
         self.folder = str(resolve_folder(self.name, cache_dir=options.cache_dir))
         self.device = torch.device(options.device) if options.device else choose_device()
         half = half_precision(self.device) if options.fp16 else "fp32"
         self.dtype = resolve_dtype(options.dtype or half, self.device)
-        self.pooling = options.pooling_method or stored_pooling(self.folder) or "cls"
-        if self.pooling not in ("cls", "mean"):
-            raise UsageError(f"pooling method {self.pooling!r}: choose cls or mean")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.options.trust_remote_code)
+        self.stored = read_modules(self.folder)
+        asked = None if options.pooling_method is None else check_method(options.pooling_method)
+        self.pooling = choose("pooling_method", asked, self.stored.pooling, self.name) or "cls"
         self.encoder = self._load().to(device=self.device, dtype=self.dtype).eval()
-        if self.device.type == "cpu" and self.options.engine == "packed":
+        if self.device.type == "cpu" and self.encoder.engine.engine == "packed":
             prepack_weights(self.encoder.model, SLAB_TOKENS)
-        self.hidden_size: int = self.encoder.model.config.hidden_size
-        self.longest = longest_input(self.encoder.model.config)
+        self.tokenizer = load_tokenizer(
+            self.folder, self.encoder.model, trust_remote_code=self.options.trust_remote_code
+        )
+        self.hidden_size = self.encoder.dimension
+        self.longest = longest_input(self.encoder.model)
         workers = tokenizer_workers(self.device.type) if options.workers is None else options.workers
         self.pool = TokenizerPool(self.tokenizer, self.folder, workers, options.trust_remote_code)
 
@@ -86,6 +89,7 @@ class TextEncoder:
             pooling=self.pooling,
             normalize=False,  # done in float32 by _finish, whatever the model computes in
             engine=EngineConfig(engine=self.options.engine),
+            projections=load_projections(self.stored.dense, backbone.config.hidden_size),
         )
 
     def _check_moe(self) -> None:
@@ -110,10 +114,17 @@ class TextEncoder:
             "pooling": self.pooling,
             "normalize_embeddings": self.options.normalize_embeddings,
             "dtype": dtype_name(self.dtype),
-            "engine": self.options.engine,
+            "engine": self.encoder.engine.engine,
             "device": self.device.type,
             "dimension": self.hidden_size,
         }
+
+    def instruction(self, role: Literal["query", "passage"], given: str | None) -> str | None:
+        """What stands before a text: ``given`` (empty: nothing), or where it is None what the checkpoint says."""
+        return (
+            choose(f"{role}_instruction_for_retrieval", given, getattr(self.stored.instructions, role), self.name)
+            or None
+        )
 
     def max_length(self, asked: int) -> int:
         """``asked``, or the most that this model can read, in which case one line says so."""
@@ -196,16 +207,3 @@ def encode_texts(
         assert found.dense is not None
         parts.append(found.dense.float().cpu().numpy())
     return np.concatenate(parts)
-
-
-def stored_pooling(folder: str) -> str | None:
-    """The pooling that a checkpoint's sentence-transformers files name ('cls', 'mean'); None where they do not."""
-    try:
-        with open(f"{folder}/1_Pooling/config.json", encoding="utf-8") as stream:
-            config = json.load(stream)
-    except (OSError, ValueError):
-        return None
-    for method in ("cls", "mean"):
-        if config.get("pooling_mode") == method or config.get(f"pooling_mode_{method}_token{'s' * (method == 'mean')}"):
-            return method
-    return None

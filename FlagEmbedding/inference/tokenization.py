@@ -32,7 +32,7 @@ class TokenRows:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenRows:
-    """Token ids of each text with its special tokens, cut at ``max_length``."""
+    """Token ids of each text with its special tokens, cut at ``max_length``; one token at least (of an empty text)."""
     if not texts:
         return TokenRows(np.empty(0, dtype=np.int32), [])
     rows = tokenizer(
@@ -43,6 +43,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenRows
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
+    if not all(rows):  # a tokenizer without special tokens makes nothing of an empty text
+        nothing = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id or 0
+        rows = [row or [nothing] for row in rows]
     ids = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=sum(map(len, rows)))
     return TokenRows(ids, [len(row) for row in rows])
 
@@ -51,12 +54,12 @@ _worker_tokenizer: Any = None
 
 
 def _start_worker(folder: str, trust_remote_code: bool) -> None:
-    from transformers import AutoTokenizer
+    from FlagEmbedding.modeling.tokenizer import load_tokenizer
 
     # One worker a core already; a pool of threads inside each would only get in the way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     global _worker_tokenizer  # noqa: PLW0603 — a worker process holds its tokenizer for life
-    _worker_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _worker_tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def _work(texts: Sequence[str], max_length: int) -> TokenRows:

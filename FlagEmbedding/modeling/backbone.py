@@ -10,29 +10,26 @@ The only module that knows the key names of a state dict.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from FlagEmbedding.modeling import interchange
 from FlagEmbedding.modeling.files import first_line, load_config, weight_files, weight_keys
 from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear, trainable_class
+from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.positions import longest_input
+from FlagEmbedding.modeling.reading import POOLER_KEY, read_model
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, expert_places
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import resolve_folder
@@ -43,8 +40,6 @@ logger = get_logger(__name__)
 
 MOE_FIELDS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 _EXPERT_KEY = re.compile(r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.experts\.(\d+)\.")
-# Heads of other tasks and the pooler are no part of the encoder; position_ids is a constant that old versions stored.
-_BACKBONE_KEY = re.compile(r"(\w+\.)?(encoder|embeddings)\.(?!position_ids$)")
 
 
 # ---- loading ----
@@ -101,7 +96,7 @@ def load_backbone(
     for name in MOE_FIELDS:
         if stored is not None:
             setattr(config, name, getattr(own, name, None))
-    model = _read_model(folder, config, stored is not None, dtype)
+    model = read_model(folder, config, stored is not None, dtype)
     if stored is None and asked.moe is not None:
         insert_experts(model, asked)
     if moe is not None:
@@ -137,46 +132,6 @@ def _check_expert_keys(stored: MoEConfig | None, keys: set[str], folder: Path) -
         raise DataError(
             f"{folder}/config.json says {stored.num_experts} experts in {stored.moe}, but the folder holds {has}"
         )
-
-
-def _read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: torch.dtype) -> PreTrainedModel:
-    found: Any = MODEL_MAPPING.get(type(config), None)
-    base = found[0] if isinstance(found, tuple) else found
-    if base is None:
-        raise UsageError(f"{folder} holds a {config.model_type!r} model, for which transformers has no encoder")
-    pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
-    cls = trainable_class(base) if experts else base
-    try:
-        with _quiet_transformers():
-            model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **pooler)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise DataError(f"{folder}: the weights do not fit config.json: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if _BACKBONE_KEY.match(key))
-    for what, keys in (("lacks", missing), ("holds, beyond what config.json describes,", unexpected)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            hint = "nothing is initialized at random here, give a whole checkpoint"
-            raise DataError(f"{folder} {what} {keys[0]}{more}: {hint}")
-    # The loader leaves parameters inside the mapped file, wherever its header ends. Our own memory is aligned: the same
-    # weights then give the same bits, whichever file they come from.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.eval()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar, no table of keys: what is missing or left over is checked here, and is an error."""
-    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bar:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
@@ -232,7 +187,7 @@ def select_trainable(
     for name, parameter in model.named_parameters():
         if re.match(r"(colbert|sparse)_linear\.", name):
             parameter.requires_grad_(True)
-        elif fix_encoder or (kept is not None and not kept.search(name)):
+        elif fix_encoder or POOLER_KEY.search(name) or (kept is not None and not kept.search(name)):
             parameter.requires_grad_(False)
         else:
             parameter.requires_grad_(not (fix_position_embedding and "position_embeddings" in name))
@@ -244,7 +199,7 @@ def select_trainable(
 
 
 def load_trained_state(model: nn.Module, folder: PathLike) -> None:
-    """Put a checkpoint's weights and heads into ``model`` (an ``M3Encoder``), for continuing a run exactly.
+    """Put a checkpoint's tensors into ``model`` (an ``M3Encoder``), for continuing a run exactly.
 
     Raises:
         DataError: the checkpoint does not hold exactly this model's tensors.
@@ -254,7 +209,12 @@ def load_trained_state(model: nn.Module, folder: PathLike) -> None:
     for file in weight_files(source):
         state |= load_file(file)
     try:
-        model.model.load_state_dict(state)  # type: ignore[union-attr]
+        own = model.model.state_dict()  # type: ignore[union-attr]
+        stored = {own[key].data_ptr(): value for key, value in state.items() if key in own}
+        tied = {key: stored[value.data_ptr()] for key, value in own.items() if value.data_ptr() in stored}
+        model.model.load_state_dict(tied | state)  # type: ignore[union-attr]
+        for number, projection in enumerate(getattr(model, "projections", ()), 2):
+            projection.load_state_dict(load_file(source / f"{number}_Dense" / "model.safetensors"))
         for name, head_file in HEAD_FILES.items():
             head = getattr(model, f"{name}_linear", None)
             if head is not None:
@@ -285,7 +245,8 @@ def save_checkpoint(
 
     Args:
         model: an ``M3Encoder``, which brings its heads, pooling and normalisation, or a bare backbone.
-        heads: for a bare backbone: ``colbert`` and ``sparse`` heads.
+        heads: for a bare backbone: ``colbert`` and ``sparse`` heads; its vectors have no ``Dense`` modules and no
+            instructions.
         max_length: for sentence-transformers; None: the tokenizer's limit, at most what the positions allow.
         state_dict: ``model``'s state gathered from elsewhere (FSDP, DeepSpeed); None: its own.
     """
@@ -294,18 +255,28 @@ def save_checkpoint(
     if backbone is not model:
         pooling, normalize = str(model.pooling), bool(model.normalize)
         heads = {name: head for name in HEAD_FILES if (head := getattr(model, f"{name}_linear")) is not None}
-    weights, head_states = _split_state(backbone, heads or {}, state_dict, wrapped=backbone is not model)
+    projections: Any = list(getattr(model, "projections", ()))
+    parts = _split_state(model, backbone, heads or {}, state_dict)
     target = Path(output_dir)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
         draft = Path(temporary)
-        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
-        save_heads(draft, head_states)
+        save_file(parts.weights, draft / "model.safetensors", metadata={"format": "pt"})
+        save_heads(draft, parts.heads)
+        for number, state in enumerate(parts.projections, 2):
+            (draft / f"{number}_Dense").mkdir()
+            save_file(state, draft / f"{number}_Dense" / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             _save_tokenizer(tokenizer, draft)
-        config = backbone.config
-        length = max_length or _max_length(config, tokenizer)
-        for path, content in interchange.sentence_transformers_files(config, pooling, normalize, length).items():
+        described = interchange.sentence_transformers_files(
+            backbone.config.hidden_size,
+            check_method(pooling),
+            normalize,
+            max_length or _max_length(backbone, tokenizer),
+            tuple(projection.said for projection in projections),
+            getattr(model, "instructions", interchange.NO_INSTRUCTIONS),
+        )
+        for path, content in described.items():
             write_json_atomic(draft / path, content)
         if moe_layers(backbone):
             shutil.copyfile(interchange.REMOTE_FILE, draft / interchange.REMOTE_FILE.name)
@@ -313,23 +284,41 @@ def save_checkpoint(
         _move_into_place(draft, target)
 
 
+class _Parts(NamedTuple):
+    weights: dict[str, Tensor]  # of the backbone, with bare keys
+    heads: dict[str, dict[str, Tensor]]
+    projections: list[dict[str, Tensor]]
+
+
 def _split_state(
-    backbone: PreTrainedModel, heads: dict[str, nn.Linear], state: dict[str, Tensor] | None, wrapped: bool
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Backbone weights with bare keys, and the heads' state dicts."""
-    if state is None:
-        return _portable(backbone.state_dict()), {name: head.state_dict() for name, head in heads.items()}
-    if not wrapped:
-        return _portable(state), {name: head.state_dict() for name, head in heads.items()}
+    model: nn.Module, backbone: PreTrainedModel, heads: dict[str, nn.Linear], state: dict[str, Tensor] | None
+) -> _Parts:
+    """What belongs to which file, from ``model``'s state (gathered elsewhere, or its own)."""
+    projections: Any = list(getattr(model, "projections", ()))
+    if state is None or backbone is model:
+        head_states = {name: head.state_dict() for name, head in heads.items()}
+        dense = [_portable(projection.state_dict()) for projection in projections]
+        return _Parts(_portable(backbone.state_dict() if state is None else state), head_states, dense)
+    everything = state
 
     def below(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        return {key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)}
 
-    return _portable(below("model.")), {name: below(f"{name}_linear.") for name in heads}
+    return _Parts(
+        _portable(below("model.")),
+        {name: below(f"{name}_linear.") for name in heads},
+        [_portable(below(f"projections.{number}.")) for number in range(len(projections))],
+    )
 
 
 def _portable(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    """On the CPU and whole; a weight that stands under two names (T5's embeddings) once, under its first."""
+    names = {value.data_ptr(): key for key, value in reversed(state.items())}
+    return {
+        key: value.detach().cpu().contiguous()
+        for key, value in state.items()
+        if not value.numel() or names[value.data_ptr()] == key
+    }
 
 
 def _config_fields(backbone: PreTrainedModel) -> dict[str, Any]:
@@ -356,10 +345,10 @@ def _save_tokenizer(tokenizer: Any, draft: Path) -> None:
         shutil.copyfile(source, draft / Path(source).name)
 
 
-def _max_length(config: PreTrainedConfig, tokenizer: Any) -> int:
-    """The longest sequence that the position table and the tokenizer allow."""
-    limits = (longest_input(config), getattr(tokenizer, "model_max_length", None))
-    return min(int(limit) for limit in limits if limit is not None)
+def _max_length(backbone: PreTrainedModel, tokenizer: Any) -> int | None:
+    """The longest sequence that the position table and the tokenizer allow; None where neither says."""
+    limits = (longest_input(backbone), getattr(tokenizer, "model_max_length", None))
+    return min((int(limit) for limit in limits if limit is not None and limit < 10**9), default=None)
 
 
 def _move_into_place(draft: Path, target: Path) -> None:
@@ -367,7 +356,7 @@ def _move_into_place(draft: Path, target: Path) -> None:
     for file in sorted(files, key=lambda file: file.name == "config.json" and file.parent == Path()):
         (target / file.parent).mkdir(parents=True, exist_ok=True)
         os.replace(draft / file, target / file)
-    owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, "2_Normalize/config.json"}
+    owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, interchange.PROMPTS_FILE, "2_Normalize/config.json"}
     stale = [target / name for name in owned - {file.as_posix() for file in files}]
     stale += [*target.glob("model-*-of-*.safetensors"), *target.glob("pytorch_model*.bin*")]
     stale += [target / "model.safetensors.index.json"]

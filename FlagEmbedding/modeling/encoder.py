@@ -10,7 +10,8 @@ Shape legend: N sequences, T tokens in all, D hidden size, Dc width of colbert v
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from FlagEmbedding.modeling.families import own_forward, pad_id, try_out
+from FlagEmbedding.modeling.interchange import NO_INSTRUCTIONS, Instructions
 from FlagEmbedding.modeling.moe import token_mask
 from FlagEmbedding.modeling.options import EngineConfig
 from FlagEmbedding.modeling.packed import WordTable, packed_forward
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
+from FlagEmbedding.modeling.projections import Projection
 from FlagEmbedding.modeling.slabs import Slabs, each_on_one_thread, fill_price
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 __all__ = ["KINDS", "SUB_BATCH_BY_LENGTH", "EngineConfig", "M3Encoder", "Representations"]
 
@@ -66,9 +73,14 @@ class M3Encoder(nn.Module):
         model: the backbone, without pooler.
         colbert_linear: ``[D, Dc]`` head or None.
         sparse_linear: ``[D, 1]`` head or None.
-        pooling: ``cls`` or ``mean``.
+        pooling: ``cls``, ``mean`` or ``last_token``.
         normalize: L2-normalize dense and colbert vectors.
-        engine: how to compute; None for the defaults.
+        engine: how to compute; None for the defaults. What the encoder does not bear becomes ``padded``, in one line.
+        projections: ``Dense`` modules between pooling and normalization.
+        instructions: what is put before texts; written into the checkpoint.
+
+    Raises:
+        UsageError: the backbone encodes no text, or ``cls`` of a causal one.
     """
 
     def __init__(
@@ -79,6 +91,8 @@ class M3Encoder(nn.Module):
         pooling: str = "cls",
         normalize: bool = True,
         engine: EngineConfig | None = None,
+        projections: Iterable[Projection] = (),
+        instructions: Instructions = NO_INSTRUCTIONS,
     ) -> None:
         super().__init__()
         self.model = model
@@ -86,10 +100,36 @@ class M3Encoder(nn.Module):
         self.sparse_linear = sparse_linear
         self.pooling = check_method(pooling)
         self.normalize = normalize
-        self.engine = engine or EngineConfig()
+        self.projections = nn.ModuleList(projections)
+        self.instructions = instructions
+        self.engine, self.equal_lengths = self._fitting_engine(engine or EngineConfig())
         # The packed engine computes the last layer for first tokens alone where nothing else is read. A router loss
         # reads the routing of all tokens, and sets this.
         self.all_rows = False
+
+    def _fitting_engine(self, asked: EngineConfig) -> tuple[EngineConfig, bool]:
+        """``asked``, or the padded engine; and whether only sequences of equal length may go together."""
+        family = try_out(self.model, packed=asked.engine == "packed")
+        name = type(self.model).__name__
+        if family.causal and self.pooling == "cls":
+            raise UsageError(
+                f"{name} is causal: its first token sees no other, so cls gives every text the same vector; use "
+                "last_token (or mean) pooling"
+            )
+        if asked.engine == "packed" and family.way != "packed":
+            if asked.grad_cache:
+                raise UsageError(f"--grad_cache needs the packed engine, which {name} does not run on: {family.note}")
+            logger.warning("%s runs on --engine padded, its own forward: %s", name, family.note)
+            asked = replace(asked, engine="padded")
+        if family.way == "equal lengths":
+            logger.warning("%s: padding would change its vectors, so only texts of equal length run together", name)
+        return asked, family.way == "equal lengths"
+
+    @property
+    def dimension(self) -> int:
+        """Dimensions of a dense vector."""
+        last: Any = self.projections[-1] if len(self.projections) else None
+        return int(self.model.config.hidden_size if last is None else last.linear.out_features)
 
     def encode(
         self, batches: Sequence[TokenBatch], want: Sequence[Iterable[str]], slab_tokens: int | None = None
@@ -157,25 +197,27 @@ class M3Encoder(nn.Module):
 
     def _encode_padded(self, tokens: TokenBatch, kinds: frozenset[str]) -> Representations:
         """Transformers' forward on padded sequences, a slice at a time."""
-        rows = len(tokens)
-        size = rows
+        size = len(tokens)
         if self.engine.enable_sub_batch:
             size = next(size for length, size in SUB_BATCH_BY_LENGTH if tokens.padded_length >= length)
-        parts = []
-        for start in range(0, rows, max(size, 1)):
-            piece = tokens.select(range(start, min(start + size, rows)))
-            ids, mask = piece.pad(self._pad_id())
-            real = mask.bool()
-            with token_mask(self.model, real):
-                hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, L, D]
-            dense = pool_padded(hidden, mask, self.pooling) if "dense" in kinds else None
-            states = hidden[real] if kinds - {"dense"} else None
-            parts.append(self._finish(piece, dense, states, kinds))
-        return _join(parts, tokens)
-
-    def _pad_id(self) -> int:
-        pad_id = self.model.config.pad_token_id
-        return 0 if pad_id is None else int(pad_id)
+        groups = [list(range(len(tokens)))]
+        if self.equal_lengths:
+            groups = [[i for i, own in enumerate(tokens.lengths) if own == each] for each in sorted({*tokens.lengths})]
+        parts, order = [], []
+        for group in groups:
+            for start in range(0, len(group), max(size, 1)):
+                chosen = group[start : start + size]
+                piece = tokens.select(chosen)
+                ids, mask = piece.pad(pad_id(self.model), max(piece.lengths) if self.equal_lengths else None)
+                real = mask.bool()
+                with token_mask(self.model, real):
+                    hidden = own_forward(self.model, ids, mask)  # [n, L, D]
+                dense = pool_padded(hidden, mask, self.pooling) if "dense" in kinds else None
+                states = hidden[real] if kinds - {"dense"} else None
+                parts.append(self._finish(piece, dense, states, kinds))
+                order += chosen
+        place = sorted(range(len(order)), key=order.__getitem__) if self.equal_lengths else None
+        return _join(parts, tokens, place)
 
     # ---- packed engine ----
 
@@ -213,6 +255,8 @@ class M3Encoder(nn.Module):
         """Heads over the real tokens' ``states`` ``[T, D]``, and normalization."""
         result = Representations(tokens)
         if dense is not None:
+            for projection in self.projections:
+                dense = projection(dense)
             result.dense = F.normalize(dense, dim=-1) if self.normalize else dense
         if states is not None and "sparse" in kinds and self.sparse_linear is not None:
             result.token_weights = torch.relu(self.sparse_linear(states)).squeeze(-1)

@@ -14,6 +14,8 @@ from FlagEmbedding.utils.errors import UsageError
 FfnPart = Literal["intermediate", "output"]
 RouterGradient = Literal["none", "straight_through"]
 EngineName = Literal["packed", "padded"]
+Pooling = Literal["cls", "mean", "last_token"]
+POOLING_SPELLINGS = {"last": "last_token", "lasttoken": "last_token"}
 SLAB_TOKENS = 2_048  # a slab (``modeling/slabs.py``) of this size stays in a processor's cache
 
 

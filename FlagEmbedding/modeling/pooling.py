@@ -1,24 +1,27 @@
-"""From token states to one vector a row: the first token, or the mean over real tokens.
+"""From token states to one vector per sequence: the first token, the mean over real tokens, or the last one.
 
-Shape legend: N rows, L padded length, T real tokens in all, D dimensions.
+Shape legend: N sequences, L padded length, T real tokens in all, D dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from FlagEmbedding.modeling.options import POOLING_SPELLINGS, Pooling
 from FlagEmbedding.utils.errors import UsageError
 
-METHODS = ("cls", "mean")
+METHODS: tuple[str, ...] = get_args(Pooling)
 
 
 def check_method(method: str) -> str:
-    """``method`` itself if it is known. Raises ``UsageError`` otherwise."""
+    """``method`` by the name it has here. Raises ``UsageError`` if it is unknown."""
+    method = POOLING_SPELLINGS.get(method, method)
     if method not in METHODS:
-        raise UsageError(f"pooling must be cls or mean, got {method!r}")
+        raise UsageError(f"pooling must be cls or mean, got {method!r}; last_token is for causal models")
     return method
 
 
@@ -26,15 +29,19 @@ def pool_padded(hidden: Tensor, mask: Tensor, method: str) -> Tensor:
     """``hidden`` ``[N, L, D]`` with ``mask`` ``[N, L]`` (1 at real tokens, right-padded) to ``[N, D]``."""
     if check_method(method) == "cls":
         return hidden[:, 0]
+    if method == "last_token":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def pool_packed(states: Tensor, lengths: Sequence[int], method: str) -> Tensor:
-    """``states`` ``[T, D]``, rows end to end with the given lengths, to ``[N, D]``."""
+    """``states`` ``[T, D]``, sequences end to end with the given lengths, to ``[N, D]``."""
     sizes = torch.tensor(lengths, device=states.device)
     if check_method(method) == "cls":
         return states.index_select(0, sizes.cumsum(0) - sizes)
+    if method == "last_token":
+        return states.index_select(0, sizes.cumsum(0) - 1)
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), sizes, output_size=len(states))
     sums = states.new_zeros(len(lengths), states.shape[1]).index_add(0, rows, states)
     return sums / sizes.unsqueeze(-1).to(states.dtype)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from torch import nn
 
 
-def longest_input(config: PreTrainedConfig) -> int | None:
-    """Tokens that the position table allows, special tokens included; None where a configuration names no table."""
-    places = getattr(config, "max_position_embeddings", None)
-    if places is None:
+def longest_input(backbone: nn.Module) -> int | None:
+    """Tokens that the position table allows, special tokens included; None where the configuration names no table.
+
+    A table with a padding index (RoBERTa's kind) counts positions from there on, and so loses the places below it.
+    """
+    places = getattr(backbone.config, "max_position_embeddings", None)
+    if not isinstance(places, int) or places < 1:
         return None
-    # RoBERTa's kind counts positions from the padding id on, and so loses the places below it.
-    offset = "roberta" in config.model_type or config.model_type == "camembert"
-    return int(places) - (int(config.pad_token_id or 0) + 1 if offset else 0)
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings"):
+            padding = getattr(module, "padding_idx", None)
+            return places if padding is None else places - padding - 1
+    return places

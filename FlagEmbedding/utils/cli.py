@@ -14,7 +14,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast, get_args, get_type_hints
 
@@ -61,9 +61,19 @@ def switch(default: Any = False, help: str = "", *aliases: str) -> Any:
     return _field(default, help, aliases, keywords)
 
 
-def choice(kind: Any, default: Any = MISSING, help: str = "", *aliases: str) -> Any:
-    """A field that takes one of the texts of ``kind``, a ``Literal``; the field may be ``kind | None``."""
-    return _field(default, help, aliases, {"type": str, "choices": list(get_args(kind))})
+def choice(
+    kind: Any, default: Any = MISSING, help: str = "", *aliases: str, spellings: Mapping[str, str] | None = None
+) -> Any:
+    """A field that takes one of the texts of ``kind``, a ``Literal``; the field may be ``kind | None``.
+
+    Args:
+        spellings: other texts that are taken, and what each stands for.
+    """
+
+    def one_of(text: str) -> str:
+        return (spellings or {}).get(text, text)
+
+    return _field(default, help, aliases, {"type": one_of, "choices": list(get_args(kind))})
 
 
 def positional(help: str = "", metavar: str = "PATH", nargs: str | None = "+") -> Any:

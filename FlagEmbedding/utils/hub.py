@@ -17,7 +17,7 @@ from FlagEmbedding.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # What a model's snapshot needs; the rest of a repository (ONNX, images) may be gigabytes.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "1_Pooling/*")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "*_Pooling/*", "*_Dense/*")
 
 
 class HubError(DataError):

@@ -139,14 +139,15 @@ def test_without_neg_q_and_with_group_size_1(tmp_path: Path, settings: DataArgum
     assert (len(item.passages), item.neg_q) == (1, [])
 
 
-def test_instructions_stand_before_queries_and_passages_only(tmp_path: Path, settings: DataArguments) -> None:
+def test_instructions_stand_before_queries_and_passages(tmp_path: Path, settings: DataArguments) -> None:
     path = write_rivers(tmp_path / "rivers.jsonl", rows=3)
     plain = opened([path], settings)[1, 2]
     told = replace(settings, query_instruction_for_retrieval="Q: ", passage_instruction_for_retrieval="P: ")
     item = opened([path], told)[1, 2]
     assert item.query == "Q: " + plain.query
     assert item.passages == ["P: " + text for text in plain.passages]
-    assert item.neg_q == plain.neg_q
+    assert item.neg_q == [["Q: " + query for query in queries] for queries in plain.neg_q]
+    assert opened([path], replace(told, neg_q_instruction=False))[1, 2].neg_q == plain.neg_q
 
 
 # ---- shuffled passages ----

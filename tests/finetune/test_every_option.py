@@ -65,6 +65,9 @@ CASES = {
     "max_example_num_per_dataset": Case("--max_example_num_per_dataset 5", only=("batches", "drawn")),
     "query_instruction_for_retrieval": Case("--query_instruction_for_retrieval 'find: '", only=("drawn", "tokens")),
     "passage_instruction_for_retrieval": Case("--passage_instruction_for_retrieval 'text: '", only=("drawn", "tokens")),
+    "neg_q_instruction": Case(
+        "--neg_q_instruction False", given="--query_instruction_for_retrieval 'find: '", only=("drawn", "tokens")
+    ),
     "same_task_within_batch": Case("--same_task_within_batch True", only=("batches",)),
     "shuffle_ratio": Case("--shuffle_ratio 1.0", given="--train_data {long}", only=ROWS),
     "small_threshold": Case("--small_threshold 20", given="--same_task_within_batch True", only=("batches",)),

@@ -77,6 +77,8 @@ def open_retriever(
     with_title, instruction = bool(search.with_title), search.passage_instruction_for_retrieval
     store = PassageStore.prepare(corpus.files, work, with_title)
     encoder = TextEncoder(options)
+    if instruction is None and not (folder / MANIFEST).is_file():
+        instruction = encoder.instruction("passage", None)
     if (folder / INDEX).is_file() and (folder / DOCID).is_file() and not (folder / WORK).is_dir():
         logger.info("%s: using the index that is there", folder)
     else:
@@ -85,7 +87,8 @@ def open_retriever(
     check_index(index, encoder, store)
     retriever = Retriever(
         encoder, index, query_length=search.query_max_length, passage_length=length,
-        query_instruction=search.query_instruction_for_retrieval, passage_instruction=instruction,
+        query_instruction=encoder.instruction("query", search.query_instruction_for_retrieval),
+        passage_instruction=instruction,
         threads=search.threads,
     )  # fmt: skip
     return retriever, store

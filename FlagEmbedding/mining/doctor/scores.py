@@ -130,7 +130,7 @@ class VectorFile:
         from FlagEmbedding.inference.text_encoder import encode_texts
 
         vectors = np.empty((len(page), self.dimension), dtype=np.float32)
-        # As in training: a negative's own query is read at the passages' length and without an instruction.
+        # As published: a negative's own query is read at the passages' length and without an instruction.
         for roles, instruction, length in (
             (("query",), settings.query_instruction_for_retrieval, settings.query_max_len),
             (("pos", "neg"), settings.passage_instruction_for_retrieval, settings.passage_max_len),

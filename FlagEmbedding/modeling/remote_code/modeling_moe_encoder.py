@@ -9,6 +9,7 @@ Shape legend: T tokens, E experts, K experts chosen per token, H and I the width
 
 import copy
 import functools
+import inspect
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -106,7 +107,9 @@ def encoder_with_experts(base: type[Any], layer_class: type[ExpertLinear] = Expe
 
     class Encoder(base):  # type: ignore[misc]
         def __init__(self, config: Any, add_pooling_layer: bool = False, **kwargs: Any) -> None:
-            super().__init__(config, add_pooling_layer=add_pooling_layer, **kwargs)
+            if "add_pooling_layer" in inspect.signature(base).parameters:
+                kwargs["add_pooling_layer"] = add_pooling_layer
+            super().__init__(config, **kwargs)
             for place in expert_places(self, config.moe):
                 dense = place.dense
                 place.dense = layer_class(
