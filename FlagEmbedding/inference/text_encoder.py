@@ -12,6 +12,7 @@ suits the machine: 2,048 tokens stay in a CPU's cache, and a GPU wants many more
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.precision import dtype_name, half_precision, resolve_dtype
-from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
+from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows, tokenize
 from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.files import load_config
@@ -156,7 +157,13 @@ class TextEncoder:
         self._check_want(want)
         budget = self.slab_tokens(batch_size, max_length)
         previous: tuple[Representations, T] | None = None
-        for window in self.pool.windows(source, max_length):
+        windows = iter(source)
+        ahead = list(islice(windows, 2))
+        if len(ahead) < 2 and self.device.type == "cpu":  # a single window: no thread is worth its start
+            for texts, extra in ahead:
+                yield self._launch(tokenize(self.tokenizer, texts, max_length), want, budget), extra
+            return
+        for window in self.pool.windows(chain(ahead, windows), max_length):
             current = self._launch(window.tokens, want, budget), window.extra
             if self.device.type != "cuda":
                 yield current

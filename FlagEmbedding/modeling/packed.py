@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.attention import packed_attention
+from FlagEmbedding.modeling.compiled import CompiledEncoder, can_compile
 from FlagEmbedding.modeling.dropout import dropout
 from FlagEmbedding.modeling.feed_forward import feed_forward, residual_block
 from FlagEmbedding.modeling.linear import apply_linear, prepack, side_by_side
@@ -72,10 +73,13 @@ def packed_forward(
     Raises:
         UsageError: the backbone has another structure.
     """
+    layout = Layout(tokens.lengths, tokens.ids.device)
+    compiled: CompiledEncoder | None = backbone.__dict__.get("_compiled")
+    if compiled is not None and compiled.takes(layout.tokens):
+        return compiled.forward(tokens.ids, layout, first_tokens_only)
     reason = why_not_packable(backbone)
     if reason:
         raise UsageError(f"{type(backbone).__name__} {reason}: use --engine padded")
-    layout = Layout(tokens.lengths, tokens.ids.device)
     encoder: Any = backbone.encoder
     x = _embed(backbone.embeddings, tokens.ids, layout, words)
     layers = list(encoder.layer)
@@ -92,9 +96,18 @@ def packed_forward(
 
 
 def prepack_weights(backbone: nn.Module, rows: int) -> None:
-    """Lay out the weights of an encoder that will not change for slabs of ``rows`` tokens (see ``linear.prepack``)."""
+    """Lay out the weights of an encoder that will not change, on a CPU.
+
+    For the compiled encoder where it takes this one (``compiled.py``); where that takes small slabs alone, or nothing,
+    for oneDNN's products of slabs of ``rows`` tokens (``linear.prepack``).
+    """
     if why_not_packable(backbone):
         return
+    if can_compile(backbone):
+        compiled = backbone.__dict__["_compiled"] = CompiledEncoder(backbone)
+        if compiled.most_tokens is None:
+            compiled.lay_out()
+            return
     encoder: Any = backbone.encoder
     for layer in encoder.layer:
         attention = layer.attention.self

@@ -109,7 +109,9 @@ def each_on_one_thread(call: Callable[[TokenBatch], R], slabs: Sequence[TokenBat
     if device.type != "cpu" or threads == 1 or not slabs:
         return [call(slab) for slab in slabs]
     try:
-        # Also for a single slab: its bits must not depend on how many threads there are.
+        if len(slabs) == 1:  # on one thread too: its bits must not depend on how many there are
+            torch.set_num_threads(1)
+            return [call(slabs[0])]
         with ThreadPoolExecutor(min(threads, len(slabs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(call, slabs))
     finally:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,91 @@ class AddNormCall(ctypes.Structure):
     )
 
 
+class EncoderLinear(ctypes.Structure):
+    """``Linear`` of ``products.h``."""
+
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class EncoderNorm(ctypes.Structure):
+    """``Norm`` of ``encoder.h``."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("epsilon", ctypes.c_double))
+
+
+class EncoderLayer(ctypes.Structure):
+    """``Layer`` of ``encoder.h``."""
+
+    _fields_ = (
+        *((name, EncoderLinear) for name in ("query", "key", "value", "output")),
+        ("attention_norm", EncoderNorm),
+        ("wide", ctypes.c_void_p),
+        ("narrow", ctypes.c_void_p),
+        ("wide_experts", ctypes.c_int64),
+        ("narrow_experts", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("output_norm", EncoderNorm),
+    )
+
+
+class Encoder(ctypes.Structure):
+    """``Encoder`` of ``encoder.h``."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("type", ctypes.c_void_p),
+        ("vocabulary", ctypes.c_int64),
+        ("longest", ctypes.c_int64),
+        ("padding", ctypes.c_int64),
+        ("norm", EncoderNorm),
+        ("layers", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+    )
+
+
+def vector_lanes() -> int:
+    """Numbers of float32 in a vector: 16 with AVX-512, 8 with AVX2, 4 with NEON."""
+    return int(_function("vector_lanes", ctypes.c_int64)())
+
+
+def lay_out(weight: Tensor) -> Tensor:
+    """A linear layer's weight ``[M, K]``, float32 and contiguous, in the panels that the products read."""
+    outputs, inputs = map(ctypes.c_int64, weight.shape)
+    panels = torch.empty(_function("panel_size", ctypes.c_int64)(inputs, outputs), dtype=torch.float32)
+    _function("panels_f32")(ctypes.c_void_p(weight.data_ptr()), inputs, outputs, ctypes.c_void_p(panels.data_ptr()))
+    return panels
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, contiguous and float32, by the encoder's product."""
+    panels, y = lay_out(weight), x.new_empty(len(x), len(weight))
+    linear = EncoderLinear(panels.data_ptr(), None if bias is None else bias.data_ptr(), *reversed(weight.shape))
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y)]
+    _function("product_f32")(ctypes.byref(linear), pointers[0], ctypes.c_int64(len(x)), pointers[1])
+    return y
+
+
+def encode(encoder: Encoder, ids: Tensor, starts: Tensor, first_only: bool, output: Tensor) -> int:
+    """Write last hidden states into ``output``; gives -1, or the number of a token that the tables do not hold."""
+    found: int = _function("encode_f32", ctypes.c_int64)(
+        ctypes.byref(encoder),
+        ctypes.c_void_p(ids.data_ptr()),
+        ctypes.c_void_p(starts.data_ptr()),
+        ctypes.c_int64(len(starts) - 1),
+        ctypes.c_int32(first_only),
+        ctypes.c_void_p(output.data_ptr()),
+    )
+    return found
+
+
 def attention(direction: str, dtype: torch.dtype, call: AttentionCall, lengths: Sequence[int]) -> None:
     """Run ``call`` for all rows, shared out among torch's threads.
 
@@ -235,13 +321,13 @@ def add_norm_backward(y: torch.dtype, residual: torch.dtype, call: AddNormCall, 
     return d_weight, d_bias
 
 
-def _function(name: str) -> Callable[..., None]:
+def _function(name: str, result: Any = None) -> Callable[..., Any]:
     found = library()
     if found is None:
         raise RuntimeError("the compiled kernels are not available here: ask `available` first")
     function = getattr(found, name)
-    function.restype = None
-    typed: Callable[..., None] = function
+    function.restype = result
+    typed: Callable[..., Any] = function
     return typed
 
 

@@ -16,9 +16,6 @@
 
 namespace kernels {
 
-// A loop of its own for the compiler: inlined, loops crowd each other out of the registers and run at half the speed.
-#define OWN_LOOP __attribute__((noinline))
-
 constexpr int BLOCK = 24;  // queries at a time, a multiple of both tile heights
 constexpr int PAD = 16;    // keys are padded to a multiple of this, which holds whole vectors of every set
 

@@ -1,6 +1,7 @@
 // What Python calls (by ctypes): plain C functions over pointers, no Python and no torch. See __init__.py.
 #include "attention.h"
 #include "attention_amx.h"
+#include "encoder.h"
 #include "pointwise.h"
 
 using namespace kernels;
@@ -163,6 +164,25 @@ void attention_backward_bf16_amx(const AttentionCall* call) {
                            {static_cast<bf16*>(c.d_value), c.key_stride}, c.first, c.last);
 }
 #endif
+
+int64_t vector_lanes() { return LANES; }
+
+// Floats that a weight [outputs, inputs] takes in panels, and the laying out.
+int64_t panel_size(int64_t inputs, int64_t outputs) { return inputs * round_up(outputs, PANEL); }
+void panels_f32(const float* weight, int64_t inputs, int64_t outputs, float* panels) {
+    lay_out_panels(weight, inputs, outputs, panels);
+}
+
+// See encoder.h.
+int64_t encode_f32(const Encoder* encoder, const int64_t* ids, const int32_t* starts, int64_t rows, int32_t first_only,
+                   float* output) {
+    return encode(*encoder, ids, starts, rows, first_only != 0, output);
+}
+
+// A product alone, for tests.
+void product_f32(const Linear* linear, const float* x, int64_t rows, float* y) {
+    product(*linear, {x, linear->inputs}, rows, {y, linear->outputs});
+}
 
 // The sources that this was compiled from (setup.py says).
 const char* kernel_sources() { return KERNEL_SOURCES; }

@@ -16,6 +16,9 @@
 #include <memory>
 #include <new>
 
+// A loop of its own for the compiler: inlined, loops crowd each other out of the registers and run at half the speed.
+#define OWN_LOOP __attribute__((noinline))
+
 namespace kernels {
 
 struct bf16 {
