@@ -5,11 +5,9 @@ Shape legend: N rows, L padded length, T real tokens in all, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
+from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.utils.errors import UsageError
 
 METHODS = ("cls", "mean")
@@ -30,11 +28,9 @@ def pool_padded(hidden: Tensor, mask: Tensor, method: str) -> Tensor:
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def pool_packed(states: Tensor, lengths: Sequence[int], method: str) -> Tensor:
-    """``states`` ``[T, D]``, rows end to end with the given lengths, to ``[N, D]``."""
-    sizes = torch.tensor(lengths, device=states.device)
+def pool_packed(states: Tensor, layout: Layout, method: str) -> Tensor:
+    """``states`` ``[T, D]``, sequences end to end as ``layout`` says, to ``[N, D]``."""
     if check_method(method) == "cls":
-        return states.index_select(0, sizes.cumsum(0) - sizes)
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), sizes, output_size=len(states))
-    sums = states.new_zeros(len(lengths), states.shape[1]).index_add(0, rows, states)
-    return sums / sizes.unsqueeze(-1).to(states.dtype)
+        return states.index_select(0, layout.starts)
+    sums = states.new_zeros(len(layout.lengths), states.shape[1]).index_add(0, layout.row_of_token, states)
+    return sums / layout.sizes.unsqueeze(-1).to(states.dtype)
