@@ -192,7 +192,8 @@ class BiEncoder(M3Encoder):
                 f"neg_q without 'owner' needs one query for each of the {passages - queries} negatives, got {given}"
             )
         group = passages // queries
-        return torch.tensor([i for i in range(passages) if i % group], device=_dense(encoded["passage"]).device)
+        numbers = torch.arange(passages, device=_dense(encoded["passage"]).device)
+        return numbers.view(queries, group)[:, 1:].reshape(-1)
 
     def _objective(
         self, encoded: dict[str, Representations], teacher_scores: Tensor | None, owner: Tensor | None

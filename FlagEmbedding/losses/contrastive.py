@@ -51,11 +51,25 @@ def sparse_scores(
         skip_ids: tokens that count for nothing (cls, pad, eos, unk).
         temperature: τ > 0.
     """
-    columns = torch.unique(q_ids)  # sorted
-    columns = columns[~torch.isin(columns, columns.new_tensor(skip_ids))]
+    if q_ids.device.type == "cpu":
+        columns = torch.unique(q_ids)  # sorted
+        columns = columns[~torch.isin(columns, columns.new_tensor(skip_ids))]
+    else:
+        columns = _distinct_sorted(q_ids, skip_ids)
     queries = _by_column(q_ids, q_weights, q_lengths, columns)  # [B, C]
     passages = _by_column(p_ids, p_weights, p_lengths, columns)  # [M, C]
     return queries @ passages.T / temperature
+
+
+def _distinct_sorted(ids: Tensor, skip_ids: list[int]) -> Tensor:
+    """``[T]``: distinct ids in order, then a number that is no id; the same length whatever they are."""
+    nobody = torch.iinfo(ids.dtype).max
+    for skipped in skip_ids:
+        ids = torch.where(ids == skipped, nobody, ids)
+    ids = ids.sort().values
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[1:] = ids[1:] == ids[:-1]
+    return torch.where(repeated, nobody, ids).sort().values
 
 
 def _by_column(ids: Tensor, weights: Tensor, lengths: list[int], columns: Tensor) -> Tensor:
@@ -63,13 +77,16 @@ def _by_column(ids: Tensor, weights: Tensor, lengths: list[int], columns: Tensor
     if not len(columns):
         # Keeps the graph whole: a batch without any shared token still has a gradient, of zeros.
         return weights.new_zeros(len(lengths), 0) + weights.sum() * 0
-    counts = torch.tensor(lengths, device=ids.device)
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=ids.device), counts, output_size=len(ids))
+    rows = torch.repeat_interleave(torch.tensor(lengths))
+    if ids.device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(ids.device, non_blocking=True)
     place = torch.searchsorted(columns, ids).clamp_max(len(columns) - 1)
     found = columns[place] == ids
-    cells = (rows * len(columns) + place)[found]
-    table = weights.new_zeros(len(lengths) * len(columns))
-    return table.scatter_reduce(0, cells, weights[found], "amax").view(len(lengths), len(columns))
+    # Tokens that no query has fall into one cell more, which nobody reads (a mask would wait for the device).
+    cells = torch.where(found, rows * len(columns) + place, len(lengths) * len(columns))
+    table = weights.new_zeros(len(lengths) * len(columns) + 1)
+    return table.scatter_reduce(0, cells, weights, "amax")[:-1].view(len(lengths), len(columns))
 
 
 @full_precision

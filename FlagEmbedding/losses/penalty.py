@@ -34,7 +34,9 @@ def clp_penalty(p_reps: Tensor, neg_q_reps: Tensor, owner: Tensor) -> Tensor:
     if not len(owner):
         return p_reps.sum() * 0 + neg_q_reps.sum() * 0
     distance = 1 - F.cosine_similarity(neg_q_reps, p_reps.index_select(0, owner), dim=-1)  # [K]
-    queries = torch.bincount(owner, minlength=p_reps.shape[0])  # [M], how many each passage has
+    # [M], how many each passage has; bincount would wait for a device to learn its own length.
+    queries = torch.zeros(p_reps.shape[0], dtype=torch.int64, device=owner.device)
+    queries = queries.index_add(0, owner, torch.ones_like(owner))
     return (distance / queries[owner]).sum() / (queries > 0).sum()
 
 

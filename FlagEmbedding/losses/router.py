@@ -36,7 +36,7 @@ def load_balance_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
     if not tokens:
         return router_logits.sum() * 0
     probabilities = torch.softmax(router_logits, dim=-1).mean(dim=0)  # [E]
-    shares = torch.bincount(experts.flatten(), minlength=count).to(probabilities.dtype) / experts.numel()  # [E]
+    shares = _counts(experts, count).to(probabilities.dtype) / experts.numel()  # [E]
     return count * (shares * probabilities).sum()
 
 
@@ -66,7 +66,13 @@ def routing_statistics(router_logits: Tensor, experts: Tensor) -> RoutingStatist
     Returns:
         Counts ``[E]`` that sum to T·K, and a scalar in [0, log E]; both 0 for no tokens. No gradient.
     """
-    tokens_per_expert = torch.bincount(experts.flatten(), minlength=router_logits.shape[1])
+    tokens_per_expert = _counts(experts, router_logits.shape[1])
     log_probabilities = torch.log_softmax(router_logits, dim=-1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum() / max(1, router_logits.shape[0])
     return RoutingStatistics(tokens_per_expert, entropy)
+
+
+def _counts(experts: Tensor, count: int) -> Tensor:
+    """``[E]`` int64, how often each expert was chosen; unlike ``bincount`` it waits for no device."""
+    chosen = experts.flatten()
+    return torch.zeros(count, dtype=torch.int64, device=chosen.device).index_add(0, chosen, torch.ones_like(chosen))

@@ -26,7 +26,7 @@ from FlagEmbedding.modeling.options import EngineConfig
 from FlagEmbedding.modeling.packed import WordTable, packed_forward
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.projections import Projection
-from FlagEmbedding.modeling.slabs import Slabs, each_on_one_thread, fill_price
+from FlagEmbedding.modeling.slabs import Layout, Slabs, each_on_one_thread, fill_price, send
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -61,9 +61,12 @@ class Representations:
         if self.colbert is None:
             raise ValueError("colbert vectors were not asked for")
         mask = self.tokens.mask()[:, 1:]
-        padded = self.colbert.new_zeros(*mask.shape, self.colbert.shape[-1])
-        # index_put keeps the gradient; rows of ``mask`` run in the order of ``colbert``.
-        return padded.index_put(mask.nonzero(as_tuple=True), self.colbert), mask
+        width = mask.shape[1]
+        cells = [n * width + column for n, own in enumerate(self.tokens.lengths) for column in range(own - 1)]
+        padded = self.colbert.new_zeros(mask.numel(), self.colbert.shape[-1])
+        # index_put keeps the gradient.
+        padded = padded.index_put((send([cells], self.colbert.device)[0],), self.colbert)
+        return padded.view(*mask.shape, -1), mask
 
 
 class M3Encoder(nn.Module):
@@ -158,7 +161,9 @@ class M3Encoder(nn.Module):
             members = [i for i, wanted in enumerate(wants) if wanted == kinds]
             roles = [batches[i] for i in members]
             together = TokenBatch.cat(roles)
-            found = _join(self._encode_packed(slabs := Slabs(together, budget), kinds), together, slabs.place)
+            found = _join(
+                self._encode_packed(slabs := Slabs(together, budget), kinds), together, slabs.place, slabs.places
+            )
             results |= zip(members, _split(found, roles), strict=True)
         return [results[i] for i in range(len(batches))]
 
@@ -176,12 +181,16 @@ class M3Encoder(nn.Module):
         price = 0.0 if padded or weight.device.type != "cpu" else fill_price(weight.dtype)
         slabs = Slabs(tokens, slab_tokens, padded, price)
 
+        layouts = dict(zip(map(id, slabs.batches), slabs.layouts, strict=True))
+
         def one(slab: TokenBatch) -> Representations:
             with torch.inference_mode():  # a thread's own state
-                return self._encode_padded(slab, kinds) if padded else self._encode_slab(slab, kinds, None)
+                if padded:
+                    return self._encode_padded(slab, kinds)
+                return self._encode_slab(slab, layouts[id(slab)], kinds, None)
 
         with torch.inference_mode():
-            return _join(each_on_one_thread(one, slabs.batches, weight.device), tokens, slabs.place)
+            return _join(each_on_one_thread(one, slabs.batches, weight.device), tokens, slabs.place, slabs.places)
 
     def _check_kinds(self, kinds: frozenset[str]) -> None:
         if not kinds or not kinds <= KINDS:
@@ -228,29 +237,39 @@ class M3Encoder(nn.Module):
         words: list[WordTable | None] = [None] * len(slabs.batches)
         if trains_words and len(words) > 1:
             words = [*WordTable.of_slabs(self.model, [slab.ids for slab in slabs.batches])]
+        pieces = zip(slabs.batches, slabs.layouts, words, strict=True)
         if not caching:
-            return [self._encode_slab(slab, kinds, own) for slab, own in zip(slabs.batches, words, strict=True)]
-        # The non-reentrant kind: frozen first layers are no obstacle, and the recomputation sees the same random
-        # numbers, so dropout and router noise repeat.
-        return [
-            checkpoint(self._encode_slab, slab, kinds, own, use_reentrant=False)
-            for slab, own in zip(slabs.batches, words, strict=True)
-        ]
+            return [self._encode_slab(slab, layout, kinds, own) for slab, layout, own in pieces]
 
-    def _encode_slab(self, tokens: TokenBatch, kinds: frozenset[str], words: WordTable | None) -> Representations:
+        def again(ids: Tensor, slab: TokenBatch, layout: Layout, own: WordTable | None) -> Representations:
+            return self._encode_slab(replace(slab, ids=ids), layout, kinds, own)
+
+        # The non-reentrant kind: frozen first layers are no obstacle. The ids are handed over as a tensor, since torch
+        # keeps a device's random state only for tensors among the arguments: the recomputation sees the same random
+        # numbers, so dropout and router noise repeat.
+        return [checkpoint(again, slab.ids, slab, layout, own, use_reentrant=False) for slab, layout, own in pieces]
+
+    def _encode_slab(
+        self, tokens: TokenBatch, layout: Layout, kinds: frozenset[str], words: WordTable | None
+    ) -> Representations:
         first_tokens_only = kinds == {"dense"} and self.pooling == "cls" and not self.all_rows
-        states = packed_forward(self.model, tokens, first_tokens_only=first_tokens_only, words=words)
+        states = packed_forward(self.model, tokens, first_tokens_only=first_tokens_only, words=words, layout=layout)
         dense = None
         if first_tokens_only:
             dense = states
         elif "dense" in kinds:
-            dense = pool_packed(states, tokens.lengths, self.pooling)
-        return self._finish(tokens, dense, states, kinds)
+            dense = pool_packed(states, layout, self.pooling)
+        return self._finish(tokens, dense, states, kinds, layout)
 
     # ---- heads ----
 
     def _finish(
-        self, tokens: TokenBatch, dense: Tensor | None, states: Tensor | None, kinds: frozenset[str]
+        self,
+        tokens: TokenBatch,
+        dense: Tensor | None,
+        states: Tensor | None,
+        kinds: frozenset[str],
+        layout: Layout | None = None,
     ) -> Representations:
         """Heads over the real tokens' ``states`` ``[T, D]``, and normalization."""
         result = Representations(tokens)
@@ -261,21 +280,22 @@ class M3Encoder(nn.Module):
         if states is not None and "sparse" in kinds and self.sparse_linear is not None:
             result.token_weights = torch.relu(self.sparse_linear(states)).squeeze(-1)
         if states is not None and "colbert" in kinds and self.colbert_linear is not None:
-            later = _not_first(tokens)
-            vectors = self.colbert_linear(states.index_select(0, later))
+            layout = Layout(tokens.lengths, tokens.ids.device) if layout is None else layout
+            vectors = self.colbert_linear(states.index_select(0, layout.not_first))
             result.colbert = F.normalize(vectors, dim=-1) if self.normalize else vectors
         return result
 
 
-def _not_first(tokens: TokenBatch) -> Tensor:
-    """Indices of all tokens but each sequence's first, ``[T - N]``."""
-    keep = torch.ones(len(tokens.ids), dtype=torch.bool)
-    keep[tokens.starts()[:-1]] = False
-    return keep.nonzero().squeeze(-1).to(tokens.ids.device)
+def _join(
+    parts: Sequence[Representations],
+    tokens: TokenBatch,
+    place: Sequence[int] | None = None,
+    places: Tensor | None = None,
+) -> Representations:
+    """The parts' sequences as those of ``tokens``: sequence i is number ``place[i]`` of the parts' (None: the same).
 
-
-def _join(parts: Sequence[Representations], tokens: TokenBatch, place: Sequence[int] | None = None) -> Representations:
-    """The parts' sequences as those of ``tokens``: sequence i is number ``place[i]`` of the parts' (None: the same)."""
+    ``places`` are the same numbers on the device, if they are there already.
+    """
 
     def cat(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
@@ -293,7 +313,7 @@ def _join(parts: Sequence[Representations], tokens: TokenBatch, place: Sequence[
         return torch.cat([pieces[position] for position in place])
 
     if dense is not None:
-        dense = dense.index_select(0, torch.tensor(place, device=dense.device))
+        dense = dense.index_select(0, send([place], dense.device)[0] if places is None else places)
     return Representations(tokens, dense, ragged(weights, 0), ragged(colbert, 1))
 
 

@@ -50,14 +50,32 @@ class WordTable(NamedTuple):
     @classmethod
     def of_slabs(cls, backbone: PreTrainedModel, slabs: Sequence[Tensor]) -> list[WordTable]:
         """For each slab's ids ``[T]`` the places in one table, which is looked up once."""
-        distinct, places = torch.unique(torch.cat(list(slabs)), return_inverse=True)
+        ids = torch.cat(list(slabs))
+        if ids.device.type == "cpu":
+            distinct, places = torch.unique(ids, return_inverse=True)
+        else:
+            distinct, places = _distinct(ids)
         embeddings: Any = backbone.embeddings
         weight = embeddings.word_embeddings(distinct)
         return [cls(weight, own) for own in places.split([len(ids) for ids in slabs])]
 
 
+def _distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.unique`` without waiting to learn how many there are: ``[T]``, filled up with zeros, and the inverse."""
+    sorted_ids, order = ids.sort()
+    is_new = torch.ones_like(sorted_ids)
+    is_new[1:] = (sorted_ids[1:] != sorted_ids[:-1]).long()
+    rank = is_new.cumsum(0) - 1
+    return torch.zeros_like(ids).scatter_(0, rank, sorted_ids), torch.empty_like(ids).scatter_(0, order, rank)
+
+
 def packed_forward(
-    backbone: PreTrainedModel, tokens: TokenBatch, *, first_tokens_only: bool = False, words: WordTable | None = None
+    backbone: PreTrainedModel,
+    tokens: TokenBatch,
+    *,
+    first_tokens_only: bool = False,
+    words: WordTable | None = None,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Last hidden states of the real tokens.
 
@@ -66,6 +84,7 @@ def packed_forward(
         tokens: the sequences, best sorted by length (any order is right, equal lengths side by side are fast).
         first_tokens_only: give each sequence's first token alone.
         words: where to find these tokens' word embeddings; None: in the backbone.
+        layout: where the sequences lie, if that is known already.
 
     Returns:
         ``[T, D]``, sequences end to end, or ``[N, D]``.
@@ -73,7 +92,7 @@ def packed_forward(
     Raises:
         UsageError: the backbone has another structure.
     """
-    layout = Layout(tokens.lengths, tokens.ids.device)
+    layout = Layout(tokens.lengths, tokens.ids.device) if layout is None else layout
     compiled: CompiledEncoder | None = backbone.__dict__.get("_compiled")
     if compiled is not None and compiled.takes(layout.tokens):
         return compiled.forward(tokens.ids, layout, first_tokens_only)

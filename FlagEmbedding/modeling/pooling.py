@@ -5,13 +5,13 @@ Shape legend: N sequences, L padded length, T real tokens in all, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, Pooling
+from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.utils.errors import UsageError
 
 METHODS: tuple[str, ...] = get_args(Pooling)
@@ -35,13 +35,11 @@ def pool_padded(hidden: Tensor, mask: Tensor, method: str) -> Tensor:
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def pool_packed(states: Tensor, lengths: Sequence[int], method: str) -> Tensor:
-    """``states`` ``[T, D]``, sequences end to end with the given lengths, to ``[N, D]``."""
-    sizes = torch.tensor(lengths, device=states.device)
+def pool_packed(states: Tensor, layout: Layout, method: str) -> Tensor:
+    """``states`` ``[T, D]``, sequences end to end as ``layout`` says, to ``[N, D]``."""
     if check_method(method) == "cls":
-        return states.index_select(0, sizes.cumsum(0) - sizes)
+        return states.index_select(0, layout.starts)
     if method == "last_token":
-        return states.index_select(0, sizes.cumsum(0) - 1)
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), sizes, output_size=len(states))
-    sums = states.new_zeros(len(lengths), states.shape[1]).index_add(0, rows, states)
-    return sums / sizes.unsqueeze(-1).to(states.dtype)
+        return states.index_select(0, layout.starts + layout.sizes - 1)
+    sums = states.new_zeros(len(layout.lengths), states.shape[1]).index_add(0, layout.row_of_token, states)
+    return sums / layout.sizes.unsqueeze(-1).to(states.dtype)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TypeVar
 
 import torch
@@ -76,11 +76,16 @@ class Slabs:
 
     Attributes:
         batches: the slabs, ``padded_length`` each one's longest.
+        layouts: where the sequences of each slab lie.
         place: for each sequence of the batch its number among all slabs' sequences.
+        places: the same, int64 on the batch's device.
     """
 
     def __init__(self, tokens: TokenBatch, budget: int, padded: bool = False, fill_price: float = 0.0) -> None:
         slabs = plan_slabs(tokens.lengths, budget, padded)
+        if tokens.ids.device.type != "cpu":
+            self._send(tokens, slabs)
+            return
         ids, lengths = list(tokens.ids.split(tokens.lengths)), list(tokens.lengths)  # type: ignore[no-untyped-call]
         for slab in slabs:
             size = sum(lengths[number] for number in slab)
@@ -94,8 +99,25 @@ class Slabs:
             for slab in slabs
             for longest in [lengths[slab[0]]]
         ]
+        self.layouts = [Layout(slab.lengths, tokens.ids.device) for slab in self.batches]
         order = [number for slab in slabs for number in slab]
         self.place = sorted(range(len(order)), key=order.__getitem__)[: len(tokens)]
+        self.places = torch.tensor(self.place)
+
+    def _send(self, tokens: TokenBatch, slabs: Sequence[Sequence[int]]) -> None:
+        """The same without filling up, on a device: every index of the batch goes there in one copy."""
+        starts, lengths, device = tokens.starts(), tokens.lengths, tokens.ids.device
+        self.layouts = [Layout([lengths[number] for number in slab], device) for slab in slabs]
+        order = [number for slab in slabs for number in slab]
+        self.place = sorted(range(len(order)), key=order.__getitem__)
+        taken = [token for number in order for token in range(starts[number], starts[number + 1])]
+        sent = send([taken, self.place, *(layout.ends() for layout in self.layouts)], device)
+        self.places = sent[1]
+        self.layouts = [layout.place(ends) for layout, ends in zip(self.layouts, sent[2:], strict=True)]
+        ids = tokens.ids.index_select(0, sent[0]).split([layout.tokens for layout in self.layouts])  # type: ignore[no-untyped-call]
+        self.batches = [
+            TokenBatch(own, layout.lengths, layout.longest) for own, layout in zip(ids, self.layouts, strict=True)
+        ]
 
 
 def each_on_one_thread(call: Callable[[TokenBatch], R], slabs: Sequence[TokenBatch], device: torch.device) -> list[R]:
@@ -116,6 +138,14 @@ def each_on_one_thread(call: Callable[[TokenBatch], R], slabs: Sequence[TokenBat
             return list(pool.map(call, slabs))
     finally:
         torch.set_num_threads(threads)  # parts of torch keep this number for the whole process
+
+
+def send(numbers: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Lists of numbers as int64 tensors on ``device``: one page-locked buffer, one copy that nothing waits for."""
+    flat = torch.tensor([number for part in numbers for number in part], dtype=torch.int64)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return list(flat.to(device, non_blocking=True).split([len(part) for part in numbers]))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -157,13 +187,23 @@ class Layout:
         self.tokens = token
         self.longest = max(self.lengths, default=0)
 
+    def ends(self) -> list[int]:
+        """Where each sequence begins, and T at the end: ``N + 1`` numbers."""
+        return [0, *accumulate(self.lengths)]
+
+    def place(self, ends: Tensor) -> Layout:
+        """Take ``ends`` (int64, on the device) for the index tensors; itself."""
+        self.__dict__["_ends"] = ends
+        return self
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        return send([self.ends()], self.device)[0]
+
     @cached_property
     def cumulative(self) -> Tensor:
         """``[N + 1]`` int32: where each sequence begins, and T at the end (what variable-length kernels ask for)."""
-        ends = [0]
-        for length in self.lengths:
-            ends.append(ends[-1] + length)
-        return torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
+        return self._ends.to(torch.int32)
 
     @cached_property
     def row_numbers(self) -> Tensor:
@@ -173,13 +213,26 @@ class Layout:
     @cached_property
     def starts(self) -> Tensor:
         """``[N]`` int64: the first token of each sequence."""
-        return self.cumulative[:-1].long()
+        return self._ends[:-1]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """``[N]`` int64: the length of each sequence."""
+        return self._ends[1:] - self._ends[:-1]
 
     @cached_property
     def row_of_token(self) -> Tensor:
         """``[T]`` int64: the sequence that each token belongs to."""
-        rows = torch.repeat_interleave(torch.tensor(self.lengths))
-        return rows.to(self.device, non_blocking=True)
+        numbers = torch.arange(len(self.lengths), device=self.device)
+        return torch.repeat_interleave(numbers, self.sizes, output_size=self.tokens)
+
+    @cached_property
+    def not_first(self) -> Tensor:
+        """``[T - N]`` int64: every token but each sequence's first."""
+        # The first tokens lie at ends[i], so the j-th other token of sequence i at its own rank plus i + 1.
+        others = torch.arange(self.tokens - len(self.lengths), device=self.device)
+        numbers = torch.arange(1, len(self.lengths) + 1, device=self.device)
+        return others + torch.repeat_interleave(numbers, self.sizes - 1, output_size=len(others))
 
 
 def row_view(packed: Tensor, first: int, rows: int, length: int, heads: int, part: int, parts: int) -> Tensor:

@@ -76,7 +76,10 @@ class TokenBatch:
 
     def mask(self, length: int | None = None) -> Tensor:
         """``[N, length]`` bool, True at real tokens; ``length`` defaults to ``padded_length``."""
-        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        lengths = torch.tensor(self.lengths)
+        if self.ids.device.type == "cuda":
+            lengths = lengths.pin_memory()
+        lengths = lengths.to(self.ids.device, non_blocking=True)
         columns = torch.arange(self.padded_length if length is None else length, device=self.ids.device)
         return columns < lengths[:, None]
 

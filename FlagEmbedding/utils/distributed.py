@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,14 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Every process's numbers, in rank order, by one collective; a device waits for them once."""
+    own = torch.tensor(counts, dtype=torch.int64, device=device)
+    every = own.new_empty(dist.get_world_size() * len(own))
+    dist.all_gather_into_tensor(every, own)
+    return every.view(-1, len(own)).tolist()  # type: ignore[no-any-return]
+
+
 class _ScaleGradient(torch.autograd.Function):
     """Identity forward; multiplies the gradient by a constant."""
 
@@ -92,16 +101,14 @@ def all_gather_rows(rows: Tensor, scale_gradient: bool = True) -> Tensor:
         return rows
     world, me = dist.get_world_size(), dist.get_rank()
     rows = rows.contiguous()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device))
-    sizes = [int(count) for count in counts]
-    most = max(sizes)
+    sizes = gather_counts([rows.shape[0]], rows.device)
+    most = max(own[0] for own in sizes)
     # all_gather wants equal shapes, so every process sends as many rows as the fullest one.
     padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    gathered = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    together = padded.new_empty((world, *padded.shape))
+    dist.all_gather_into_tensor(together.flatten(0, 1), padded)
+    gathered = [part[: own[0]] for part, own in zip(together, sizes, strict=True)]
     if scale_gradient and rows.requires_grad:
         gathered[me] = _ScaleGradient.apply(rows, float(world))  # type: ignore[no-untyped-call]
     else:

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from FlagEmbedding.modeling.backbone import load_backbone
 from FlagEmbedding.modeling.encoder import SUB_BATCH_BY_LENGTH, EngineConfig, M3Encoder
 from FlagEmbedding.modeling.pooling import pool_packed, pool_padded
+from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -158,9 +159,9 @@ def test_pooling_equals_loops(method: str) -> None:
     loops = [row[0] if method == "cls" else sum(row[:n]) / n for row, n in zip(hidden, lengths, strict=True)]
     expected = torch.stack(loops)
     torch.testing.assert_close(pool_padded(hidden, mask, method), expected)
-    torch.testing.assert_close(pool_packed(hidden[mask.bool()], lengths, method), expected)
+    torch.testing.assert_close(pool_packed(hidden[mask.bool()], Layout(lengths, hidden.device), method), expected)
 
 
 def test_unknown_pooling_is_refused() -> None:
     with pytest.raises(UsageError, match="pooling must be cls or mean"):
-        pool_packed(torch.zeros(2, 3), [1, 1], "max")
+        pool_packed(torch.zeros(2, 3), Layout([1, 1], torch.device("cpu")), "max")

@@ -112,7 +112,7 @@ def test_variable_length_kernel_gets_what_it_asks_for(first: bool) -> None:
     """The GPU kernel cannot run here; torch's own description of it (its fake kernel) checks dtypes and shapes."""
     projections, queries = (None if x is None else x.detach().bfloat16().to("meta") for x in inputs(first))
     layout = Layout(LENGTHS, torch.device("meta"))
-    found = _varlen(projections, layout, HEADS, queries, 0.0)
+    found = _varlen("torch", projections, layout, HEADS, queries, 0.0)
     assert found.shape == (len(LENGTHS) if first else sum(LENGTHS), WIDTH)
     assert layout.cumulative.dtype == layout.row_numbers.dtype == torch.int32
 
