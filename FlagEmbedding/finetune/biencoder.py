@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from FlagEmbedding.finetune.arguments import ModelArguments
-from FlagEmbedding.finetune.gather import gather_owners, gather_representations
+from FlagEmbedding.finetune.gather import Gathered, gather_batch
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
 from FlagEmbedding.losses.objective import (
     ObjectiveArguments,
@@ -40,7 +40,7 @@ from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.projections import load_projections
 from FlagEmbedding.modeling.tokenizer import load_tokenizer
 from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
-from FlagEmbedding.utils.distributed import all_gather_rows, world_size
+from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.logging import get_logger
@@ -199,17 +199,11 @@ class BiEncoder(M3Encoder):
         self, encoded: dict[str, Representations], teacher_scores: Tensor | None, owner: Tensor | None
     ) -> tuple[Tensor, Terms]:
         """The retrieval objective and the penalty: dense scores and the named terms."""
-        queries, passages = encoded["query"], encoded["passage"]
         negative_reps = _dense(encoded["neg_q"]) if "neg_q" in encoded else None
+        batch = Gathered(encoded["query"], encoded["passage"], negative_reps, owner, teacher_scores)
         if self.objective.negatives_cross_device and world_size() > 1:
-            if self.objective.penalty_weight > 0:
-                # A process without any neg_q still takes part in the gathering, with no vectors.
-                own = _dense(passages)
-                owner = gather_owners(owner, own.shape[0], own.device)
-                negative_reps = all_gather_rows(own[:0] if negative_reps is None else negative_reps)
-            queries, passages = gather_representations(queries), gather_representations(passages)
-            teacher_scores = None if teacher_scores is None else all_gather_rows(teacher_scores)
-
+            batch = gather_batch(batch, with_penalty=self.objective.penalty_weight > 0)
+        queries, passages, teacher_scores = batch.queries, batch.passages, batch.teacher_scores
         q_reps, p_reps = _dense(queries), _dense(passages)
         dense = dense_scores(q_reps, p_reps, self.temperature)
         sparse = colbert = None
@@ -225,8 +219,9 @@ class BiEncoder(M3Encoder):
             teacher_targets=None if teacher_scores is None else torch.softmax(teacher_scores, dim=-1),
             self_distill=self.objective.use_self_distill and self.step > self.objective.self_distill_start_step,
         )
-        if negative_reps is not None and owner is not None and len(owner):
-            terms = add_penalty(terms, clp_penalty(p_reps, negative_reps, owner), self.objective.penalty_weight)
+        if batch.negative_reps is not None and batch.owner is not None and len(batch.owner):
+            penalty = clp_penalty(p_reps, batch.negative_reps, batch.owner)
+            terms = add_penalty(terms, penalty, self.objective.penalty_weight)
         return dense, terms
 
     @property

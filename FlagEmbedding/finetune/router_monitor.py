@@ -40,8 +40,9 @@ class RouterMonitor:
         """Add one forward's routing: per layer the logits ``[T, E]`` and the chosen experts ``[T, K]``."""
         statistics = [routing_statistics(logits, experts) for logits, experts in layers]
         load = torch.stack([item.tokens_per_expert for item in statistics]).double()
-        tokens = torch.tensor([len(logits) for logits, _ in layers], dtype=torch.float64, device=load.device)
-        entropy = torch.stack([item.entropy for item in statistics]).double() * tokens
+        sizes = [len(logits) for logits, _ in layers]
+        entropy = torch.stack([item.entropy.double() * size for item, size in zip(statistics, sizes, strict=True)])
+        tokens = torch.tensor(sizes, dtype=torch.float64)  # stays here: nothing waits for a device
         for name, value in (("load", load), ("entropy", entropy), ("tokens", tokens)):
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
@@ -56,7 +57,7 @@ class RouterMonitor:
         if not self.sums:
             return {}
         share = self.sums["load"] / self.sums["load"].sum(dim=1, keepdim=True)
-        entropy = self.sums["entropy"] / self.sums["tokens"]
+        entropy = self.sums["entropy"].cpu() / self.sums["tokens"]
         result: dict[str, Any] = {
             "router_load": [[round(value, 6) for value in layer] for layer in share.tolist()],
             "router_entropy_per_layer": [round(value, 6) for value in entropy.tolist()],
@@ -105,4 +106,5 @@ class RouterMonitor:
         tensors = load_file(folder / PROBE_FILE)
         self._probe = TokenBatch(tensors["ids"], tensors["lengths"].tolist(), int(tensors["padded_length"]))
         self._first = [tensors[f"first.{layer}"] for layer in range(sum(name[:6] == "first." for name in tensors))]
-        self.sums = {name: tensors[name].to(device) for name in ("load", "entropy", "tokens") if name in tensors}
+        self.sums = {name: tensors[name].to(device) for name in ("load", "entropy") if name in tensors}
+        self.sums |= {name: tensors[name] for name in ("tokens",) if name in tensors}

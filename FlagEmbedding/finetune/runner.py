@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import set_seed
 
-from FlagEmbedding.finetune.arguments import Arguments
+from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.checkpoints import resolve_resume
 from FlagEmbedding.finetune.checks import check_arguments, check_router
@@ -42,6 +42,7 @@ def run(arguments: Arguments) -> TrainingSummary:
     resume = resolve_resume(training.resume_from_checkpoint, str(training.output_dir), training.sharded)
     if training.device.type == "cpu":
         keep_freed_memory()
+    one_device(training)
     if is_main():
         transformers.utils.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
     trainer = build_trainer(arguments)
@@ -51,6 +52,21 @@ def run(arguments: Arguments) -> TrainingSummary:
     trainer.save_state()
     seconds, state = time.monotonic() - started, trainer.state
     return TrainingSummary(arguments, state.log_history, seconds, state.global_step, trainer.bare_model)
+
+
+def one_device(training: RetrieverTrainingArguments) -> None:
+    """One process trains on one device, also where it sees several.
+
+    The Trainer would wrap the model in ``DataParallel`` and scatter a batch by rows: passages would be torn from their
+    queries.
+    """
+    if training.n_gpu > 1:
+        logger.warning(
+            "one process trains on one device: using %s of %d; for all of them start "
+            "'torchrun --nproc_per_node %d run.py …'",
+            training.device, training.n_gpu, training.n_gpu,
+        )  # fmt: skip
+        training._n_gpu = 1
 
 
 def as_the_model_says(arguments: Arguments, model: BiEncoder) -> Arguments:

@@ -7,7 +7,6 @@ also carries what stands between two log lines, so that a resumed run logs what 
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,13 @@ from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
 from FlagEmbedding.finetune.checkpoints import STATE_FILE, LossWindow
 from FlagEmbedding.finetune.router_monitor import RouterMonitor
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
-from FlagEmbedding.utils.errors import UserError
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-SILENT_STEPS = 10  # so long may a loss be 0, or ln N
-# Scores of one query that differ by less, in themselves or as a share of the greatest, are the same but for rounding.
-_SAME_SCORES, _SAME_SHARE = 1e-5, 2e-6
 TRAINING_ARGS_FILE = "training_args.json"
 
 
@@ -57,6 +53,7 @@ class BiEncoderTrainer(Trainer):
         super().__init__(**kwargs)
         self.batch_sampler, self.train_arguments = batch_sampler, train_arguments
         self.window, self.router = LossWindow(), RouterMonitor()
+        self.watch = LossWatch(self.window, self.args.gradient_accumulation_steps)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; with a checkpoint folder, go on as if the run had never stopped."""
@@ -90,7 +87,7 @@ class BiEncoderTrainer(Trainer):
         output: EncoderOutput = model(**inputs)
         assert output.loss is not None and output.terms is not None
         assert output.scores is not None
-        self._watch(output.loss.detach(), output.scores.detach(), rows)
+        self.watch.look(output.loss.detach(), output.scores.detach(), rows, self.state.global_step + 1)
         self.window.add(output.terms)
         if output.routing:
             self.router.observe(output.routing)
@@ -103,31 +100,9 @@ class BiEncoderTrainer(Trainer):
         assert isinstance(model, BiEncoder)
         return model
 
-    def _watch(self, loss: Tensor, scores: Tensor, rows: list[str]) -> None:
-        spread = (scores.amax(dim=1) - scores.amin(dim=1)).amax()
-        value, apart, greatest = torch.stack([loss.float(), spread.float(), scores.abs().amax().float()]).tolist()
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.state.global_step + 1}, in the batch of {_shown(rows)}: look at "
-                "these rows, lower --learning_rate, or train in bf16 or fp32 instead of fp16"
-            )
-        candidates = scores.shape[1]
-        self.window.saw(zero=value == 0.0, flat=candidates > 1 and apart <= max(_SAME_SCORES, _SAME_SHARE * greatest))
-        enough = SILENT_STEPS * self.args.gradient_accumulation_steps
-        if self.window.flat_micro_batches >= enough:
-            raise UserError(
-                f"the contrastive loss has been ln {candidates} for {SILENT_STEPS} steps, every passage with the same "
-                f"score, last in the batch of {_shown(rows)}: the vectors do not depend on the texts; look at the "
-                "tokenizer, the pooling and the weights of the model"
-            )
-        if self.window.zero_micro_batches >= enough:
-            raise UserError(
-                f"the loss has been exactly 0 for {SILENT_STEPS} steps, last in the batch of {_shown(rows)}: "
-                "nothing is left to learn from these rows; raise --train_group_size, or use harder negatives"
-            )
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms and router scalars to a loss line; per-layer lists go to trainer_state.json alone."""
+        self.watch.settle()
         details: dict[str, Any] = {}
         if "loss" in logs:
             logs |= self.window.flush(self.accelerator)
@@ -146,6 +121,7 @@ class BiEncoderTrainer(Trainer):
         write_json_atomic(Path(folder) / TRAINING_ARGS_FILE, self.train_arguments)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.watch.settle()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             # The state file, written last, marks a whole checkpoint; a killed run may have left an old one here.
@@ -172,8 +148,3 @@ class BiEncoderTrainer(Trainer):
         self._tr_loss += state["loss_sum"]
         self._globalstep_last_logged = state["last_logged"]
         self.router.load(folder, self.args.device)
-
-
-def _shown(rows: list[str]) -> str:
-    shown = ", ".join(rows[:8])
-    return shown + (f" and {len(rows) - 8} more" if len(rows) > 8 else "") if rows else "unknown rows"

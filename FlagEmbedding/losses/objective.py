@@ -5,7 +5,7 @@ Every function returns named scalars. The names are those of the training log; `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,13 +117,14 @@ def add_router_losses(terms: Terms, layers: Sequence[tuple[Tensor, Tensor]], opt
     Returns:
         Also ``router_aux_loss`` and ``router_z_loss``, unscaled, and ``…_scaled`` where a weight applies.
     """
-    losses = {
-        "router_aux_loss": (options.router_aux_loss_coef, [load_balance_loss(*layer) for layer in layers]),
-        "router_z_loss": (options.router_z_loss_coef, [z_loss(logits) for logits, _ in layers]),
+    losses: dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]] = {
+        "router_aux_loss": (options.router_aux_loss_coef, load_balance_loss),
+        "router_z_loss": (options.router_z_loss_coef, lambda logits, _: z_loss(logits)),
     }
     terms = dict(terms)
-    for name, (weight, per_layer) in losses.items():
-        terms[name] = torch.stack(per_layer).mean()
+    for name, (weight, loss) in losses.items():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # without a weight it is only logged
+            terms[name] = torch.stack([loss(*layer) for layer in layers]).mean()
         if weight > 0:
             terms[f"{name}_scaled"] = weight * terms[name]
             terms["loss"] = terms["loss"] + terms[f"{name}_scaled"]

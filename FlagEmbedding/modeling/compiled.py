@@ -51,6 +51,10 @@ class CompiledEncoder:
         self._lock = threading.Lock()
         self.most_tokens = FEW_ROWS if kernels.vector_lanes() == 16 else None
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of the model leaves this behind: it points into the weights of one process."""
+        return type(None), ()
+
     def takes(self, tokens: int) -> bool:
         """Whether to use it for so many tokens: not where anything that was laid out has changed (a weight, a module,
         its hooks), in training, or with gradients."""

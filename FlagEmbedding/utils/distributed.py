@@ -89,27 +89,32 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def all_gather_rows(rows: Tensor, scale_gradient: bool = True) -> Tensor:
+def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Rows of every process, end to end in rank order: ``[n_r, …]`` on rank r to ``[sum n_r, …]``.
 
     Processes may hold different numbers of rows. Other processes' rows arrive as constants; the own slice keeps
     its gradient, multiplied by the world size: each process then differentiates the loss of the whole gathered
     batch with respect to its own rows, and the mean that DDP takes over processes is exactly the gradient of
     one process holding the whole batch (without the factor it would be 1/world of it).
+
+    Args:
+        rows: this process's.
+        sizes: how many rows each process has, if that is known; otherwise a collective of its own asks.
     """
     if not is_initialized() or dist.get_world_size() == 1:
         return rows
     world, me = dist.get_world_size(), dist.get_rank()
     rows = rows.contiguous()
-    sizes = gather_counts([rows.shape[0]], rows.device)
-    most = max(own[0] for own in sizes)
+    if sizes is None:
+        sizes = [own for (own,) in gather_counts([rows.shape[0]], rows.device)]
+    most = max(sizes)
     # all_gather wants equal shapes, so every process sends as many rows as the fullest one.
     padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows.detach()
     together = padded.new_empty((world, *padded.shape))
     dist.all_gather_into_tensor(together.flatten(0, 1), padded)
-    gathered = [part[: own[0]] for part, own in zip(together, sizes, strict=True)]
-    if scale_gradient and rows.requires_grad:
+    gathered = [part[:size] for part, size in zip(together, sizes, strict=True)]
+    if rows.requires_grad:
         gathered[me] = _ScaleGradient.apply(rows, float(world))  # type: ignore[no-untyped-call]
     else:
         gathered[me] = rows
