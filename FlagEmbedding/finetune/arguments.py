@@ -167,6 +167,8 @@ class RetrieverTrainingArguments(TrainingArguments):
         elif self.bf16 and self.use_cpu and not cpu_has_bf16():
             logger.warning("--bf16: %s", NO_CPU_BF16)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if not self.use_cpu and self.dataloader_pin_memory and self.accelerator_config is not None:
+            self.accelerator_config.non_blocking = True  # batches come page-locked: nothing waits for their copies
         reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         if reporters:
             # Imported here: it takes seconds, and the default is no reporter.
@@ -184,6 +186,11 @@ class RetrieverTrainingArguments(TrainingArguments):
     def sharded(self) -> bool:
         """True when FSDP or DeepSpeed divides the model."""
         return bool(self.fsdp or self.deepspeed)
+
+    @property
+    def sharded_by_layer(self) -> bool:
+        """True for FSDP2, which the packed engine runs under."""
+        return bool(self.fsdp and not self.deepspeed and int(self.fsdp_config.get("version", 2)) == 2)
 
     @property
     def dtype_name(self) -> Literal["fp32", "bf16", "fp16"]:

@@ -25,8 +25,9 @@ def check_arguments(arguments: Arguments) -> None:
         logger.warning("--normalize_embeddings False: the temperature is 1, as published")
     if arguments.objective.negatives_cross_device and world_size() == 1:
         logger.warning("--negatives_cross_device has no effect in a single process (start with torchrun)")
-    if arguments.training.sharded and arguments.engine.engine == "packed":
-        logger.warning("--fsdp and --deepspeed run the padded engine")
+    training = arguments.training
+    if training.sharded and not training.sharded_by_layer and arguments.engine.engine == "packed":
+        logger.warning("--deepspeed and FSDP version 1 run the padded engine; --fsdp with version 2 runs packed")
 
 
 def check_router(arguments: Arguments, num_experts_per_tok: int | None) -> None:
@@ -80,7 +81,9 @@ def _objective(a: Arguments) -> Iterator[str]:
 
 def _training(a: Arguments) -> Iterator[str]:
     if a.engine.grad_cache and a.training.sharded:
-        yield "--grad_cache does not work with --fsdp or --deepspeed, which run the padded engine"
+        yield "--grad_cache does not work with --fsdp or --deepspeed: weights are gathered layer by layer"
+    if a.training.fsdp and a.training.use_cpu:
+        yield "--fsdp divides a model over accelerators, and there is none: leave it out (DDP trains on CPUs)"
     strategy = a.training.eval_strategy  # an enum that compares to its text
     if strategy != "no":
         named = getattr(strategy, "value", strategy)

@@ -80,7 +80,7 @@ class RouterMonitor:
         model.eval()
         probe = self._probe.to(next(model.parameters()).device)
         with record_routing(model.model) as tape:
-            model.encode([probe], [{"dense"}])
+            model.encode_alone(probe)
         model.train(was_training)
         # The order of tokens within a call is the engine's, the same every time for the same rows. The set of chosen
         # experts counts, not their order by weight.

@@ -104,10 +104,11 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
         dataset, batch_size=training.per_device_train_batch_size, seed=training.sampling_seed,
         num_processes=training.world_size, drop_last=training.dataloader_drop_last,
     )  # fmt: skip
-    if training.sharded:
-        # FSDP and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
+    if training.sharded and not training.sharded_by_layer:
+        # FSDP1 and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
         engine = replace(engine, engine="padded")
     model = BiEncoder(arguments.model, arguments.experts, arguments.objective, engine)
+    model.sharded = training.sharded
     check_router(arguments, model.num_experts_per_tok)
     arguments = as_the_model_says(arguments, model)
     dataset.options = arguments.data

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
@@ -23,6 +24,7 @@ from FlagEmbedding.finetune.router_monitor import RouterMonitor
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
+from FlagEmbedding.modeling.sharding import let_packed
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
@@ -41,6 +43,15 @@ class _RestoreWindow(TrainerCallback):
         self.trainer.restore_window(self.folder)
 
 
+class _LetPacked(TrainerCallback):
+    """By the time that training begins, accelerate has sharded the model."""
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if isinstance(model, BiEncoder) and isinstance(model, FSDPModule):
+            let_packed(model)
+
+
 class BiEncoderTrainer(Trainer):
     """Trains a ``BiEncoder`` on batches of a ``TaskBatchSampler``.
 
@@ -57,6 +68,7 @@ class BiEncoderTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; with a checkpoint folder, go on as if the run had never stopped."""
+        self.add_callback(_LetPacked())
         if resume_from_checkpoint is not None:
             self.add_callback(_RestoreWindow(self, Path(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

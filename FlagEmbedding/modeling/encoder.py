@@ -28,6 +28,7 @@ from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padde
 from FlagEmbedding.modeling.projections import Projection
 from FlagEmbedding.modeling.slabs import Layout, Slabs, each_on_one_thread, fill_price, send
 from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.utils.distributed import gather_counts
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
 
@@ -109,6 +110,7 @@ class M3Encoder(nn.Module):
         # The packed engine computes the last layer for first tokens alone where nothing else is read. A router loss
         # reads the routing of all tokens, and sets this.
         self.all_rows = False
+        self.sharded = False  # the weights are divided over processes (modeling.sharding)
 
     def _fitting_engine(self, asked: EngineConfig) -> tuple[EngineConfig, bool]:
         """``asked``, or the padded engine; and whether only sequences of equal length may go together."""
@@ -153,19 +155,52 @@ class M3Encoder(nn.Module):
         if len(wants) != len(batches):
             raise ValueError(f"want needs one set for each of the {len(batches)} batches, got {len(wants)}")
         if self.engine.engine == "padded":
-            return [self._encode_padded(tokens, kinds) for tokens, kinds in zip(batches, wants, strict=True)]
+            idle = self._idle_forwards(sum(len(self._pieces(tokens)) for tokens in batches))
+            padded = [self._encode_padded(tokens, kinds) for tokens, kinds in zip(batches, wants, strict=True)]
+            return self._idle(padded, idle)
         budget = self.engine.slab_tokens if slab_tokens is None else slab_tokens
-        results: dict[int, Representations] = {}
         # Roles that want the same go through together; with one kind of want that is all of them.
-        for kinds in sorted(set(wants), key=sorted):
-            members = [i for i, wanted in enumerate(wants) if wanted == kinds]
-            roles = [batches[i] for i in members]
-            together = TokenBatch.cat(roles)
-            found = _join(
-                self._encode_packed(slabs := Slabs(together, budget), kinds), together, slabs.place, slabs.places
-            )
-            results |= zip(members, _split(found, roles), strict=True)
-        return [results[i] for i in range(len(batches))]
+        groups = {kinds: [i for i, own in enumerate(wants) if own == kinds] for kinds in sorted(set(wants), key=sorted)}
+        together = {kinds: TokenBatch.cat([batches[i] for i in members]) for kinds, members in groups.items()}
+        slabs = {kinds: Slabs(tokens, budget) for kinds, tokens in together.items()}
+        idle = self._idle_forwards(sum(len(own.batches) for own in slabs.values()))
+        results: dict[int, Representations] = {}
+        for kinds, members in groups.items():
+            own = slabs[kinds]
+            found = _join(self._encode_packed(own, kinds), together[kinds], own.place, own.places)
+            results |= zip(members, _split(found, [batches[i] for i in members]), strict=True)
+        return self._idle([results[i] for i in range(len(batches))], idle)
+
+    def encode_alone(self, tokens: TokenBatch) -> Representations:
+        """Dense vectors of one batch, outside of a forward: what FSDP has divided is gathered for it."""
+        return self.encode([tokens], [{"dense"}])[0]
+
+    def _idle_forwards(self, forwards: int) -> int:
+        """How many forwards more than this process's ``forwards`` another one runs, where the weights are sharded.
+
+        Each forward gathers every layer's weights from all processes, so the numbers must be equal, whatever each
+        process's rows are.
+        """
+        if not self.sharded:
+            return 0
+        every = gather_counts([forwards], next(self.parameters()).device)
+        return max(own for (own,) in every) - forwards
+
+    def _idle(self, results: list[Representations], times: int) -> list[Representations]:
+        """``results``, after the shortest sequence was encoded so many ``times`` for nothing."""
+        if not times:
+            return results
+        first = next(each for each in results if len(each.tokens.lengths))
+        shortest = first.tokens.select([first.tokens.lengths.index(min(first.tokens.lengths))])
+        for _ in range(times):
+            if self.engine.engine == "padded":
+                idle = self._encode_padded(shortest, frozenset({"dense"}))
+            else:
+                slabs = Slabs(shortest, 0)
+                idle = self._encode_slab(slabs.batches[0], slabs.layouts[0], frozenset({"dense"}), None)
+            if first.dense is not None and idle.dense is not None:
+                first.dense = first.dense + 0 * idle.dense.sum()
+        return results
 
     def infer(self, tokens: TokenBatch, want: Iterable[str], slab_tokens: int) -> Representations:
         """Encode a batch without gradients, in slabs; on a CPU with the same bits on any number of threads.
@@ -206,27 +241,29 @@ class M3Encoder(nn.Module):
 
     def _encode_padded(self, tokens: TokenBatch, kinds: frozenset[str]) -> Representations:
         """Transformers' forward on padded sequences, a slice at a time."""
-        size = len(tokens)
+        parts, order = [], []
+        for chosen in self._pieces(tokens):
+            piece = tokens.select(chosen)
+            ids, mask = piece.pad(pad_id(self.model), max(piece.lengths) if self.equal_lengths else None)
+            real = mask.bool()
+            with token_mask(self.model, real):
+                hidden = own_forward(self.model, ids, mask)  # [n, L, D]
+            dense = pool_padded(hidden, mask, self.pooling) if "dense" in kinds else None
+            states = hidden[real] if kinds - {"dense"} else None
+            parts.append(self._finish(piece, dense, states, kinds))
+            order += chosen
+        place = sorted(range(len(order)), key=order.__getitem__) if self.equal_lengths else None
+        return _join(parts, tokens, place)
+
+    def _pieces(self, tokens: TokenBatch) -> list[list[int]]:
+        """Which sequences the padded engine takes at a time."""
+        size = max(len(tokens), 1)
         if self.engine.enable_sub_batch:
             size = next(size for length, size in SUB_BATCH_BY_LENGTH if tokens.padded_length >= length)
         groups = [list(range(len(tokens)))]
         if self.equal_lengths:
             groups = [[i for i, own in enumerate(tokens.lengths) if own == each] for each in sorted({*tokens.lengths})]
-        parts, order = [], []
-        for group in groups:
-            for start in range(0, len(group), max(size, 1)):
-                chosen = group[start : start + size]
-                piece = tokens.select(chosen)
-                ids, mask = piece.pad(pad_id(self.model), max(piece.lengths) if self.equal_lengths else None)
-                real = mask.bool()
-                with token_mask(self.model, real):
-                    hidden = own_forward(self.model, ids, mask)  # [n, L, D]
-                dense = pool_padded(hidden, mask, self.pooling) if "dense" in kinds else None
-                states = hidden[real] if kinds - {"dense"} else None
-                parts.append(self._finish(piece, dense, states, kinds))
-                order += chosen
-        place = sorted(range(len(order)), key=order.__getitem__) if self.equal_lengths else None
-        return _join(parts, tokens, place)
+        return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
     # ---- packed engine ----
 

@@ -33,6 +33,10 @@ from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
 
+# Where a layer has this attribute, it is called in the place of ``run_layer`` (see ``modeling.sharding``).
+LAYER_METHOD = "packed_layer"
+
+
 class WordTable(NamedTuple):
     """The word embeddings that a whole batch needs, looked up once for all its slabs.
 
@@ -104,7 +108,8 @@ def packed_forward(
     layers = list(encoder.layer)
     for number, layer in enumerate(layers):
         first_only = first_tokens_only and number == len(layers) - 1
-        run = partial(_layer, layer, layout=layout, first_only=first_only)
+        own = layer.__dict__.get(LAYER_METHOD, partial(run_layer, layer))
+        run = partial(own, layout=layout, first_only=first_only)
         if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             x = layer._gradient_checkpointing_func(run, x)
         else:
@@ -179,7 +184,7 @@ def _positions(embeddings: Any, ids: Tensor, layout: Layout) -> Tensor:
     return (counted - before) * real + padding  # type: ignore[no-any-return]
 
 
-def _layer(layer: Any, x: Tensor, *, layout: Layout, first_only: bool) -> Tensor:
+def run_layer(layer: Any, x: Tensor, *, layout: Layout, first_only: bool) -> Tensor:
     """One encoder layer, ``[T, D]`` to ``[T, D]``, or to ``[N, D]`` where only first tokens are asked for."""
     attention = layer.attention.self
     attention_dropout = attention.dropout.p if attention.training else 0.0

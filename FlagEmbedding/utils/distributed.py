@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+# torch 2.13 renamed it and warns about the older name.
+_all_gather: Callable[[Tensor, Tensor], Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def is_initialized() -> bool:
@@ -72,7 +76,7 @@ def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]
     """Every process's numbers, in rank order, by one collective; a device waits for them once."""
     own = torch.tensor(counts, dtype=torch.int64, device=device)
     every = own.new_empty(dist.get_world_size() * len(own))
-    dist.all_gather_into_tensor(every, own)
+    _all_gather(every, own)
     return every.view(-1, len(own)).tolist()  # type: ignore[no-any-return]
 
 
@@ -112,7 +116,7 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     padded = rows.new_zeros((most, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows.detach()
     together = padded.new_empty((world, *padded.shape))
-    dist.all_gather_into_tensor(together.flatten(0, 1), padded)
+    _all_gather(together.flatten(0, 1), padded)
     gathered = [part[:size] for part, size in zip(together, sizes, strict=True)]
     if rows.requires_grad:
         gathered[me] = _ScaleGradient.apply(rows, float(world))  # type: ignore[no-untyped-call]

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from finetune.helpers import environment, log_lines, rows, run_training, train_words, write_rows
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+from finetune.helpers import TORCHRUN, environment, log_lines, rows, run_training, train_words, write_rows
 
 
 @pytest.mark.parametrize(
