@@ -14,38 +14,26 @@ What only copies rows needs no journal: :func:`write_rows` starts over after a k
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from filelock import FileLock, Timeout
-from tqdm import tqdm
-
 from FlagEmbedding.mining.common.rows import json_line
-from FlagEmbedding.retrieval.shards import clear_disk_errors
+from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import as_json, differences
-from FlagEmbedding.utils.io import PathLike, atomic_open
+from FlagEmbedding.utils.io import PathLike, atomic_open, parse_json
+from FlagEmbedding.utils.locking import exclusive
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.progress import progress as progress  # the other commands take it from here
 
 logger = get_logger(__name__)
 
 T = TypeVar("T")
 _FORMAT = 1
-
-
-def progress(what: str, items: Iterable[T] = (), *, total: int | None = None, done: int = 0) -> tqdm[T]:
-    """``items`` with a bar on a terminal, elsewhere a line every ten seconds; none for what takes less."""
-    seconds = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        items, what, total, initial=done, mininterval=seconds, delay=seconds, leave=False, dynamic_ncols=True,
-        unit_scale=True,
-    )  # fmt: skip
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -56,28 +44,6 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 @contextmanager
-def exclusive(path: Path, what: PathLike) -> Iterator[None]:
-    """Hold the lock file ``path``, which goes at the end.
-
-    Raises:
-        UsageError: another process holds it; ``what`` is what both want to write.
-    """
-    lock = FileLock(path, timeout=0)
-    with clear_disk_errors(f"making {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UsageError(f"{what}: another process is writing to it; wait for it, or end it first") from error
-    try:
-        yield
-    finally:
-        # Removed while it is held: whoever has it open finds it gone once the lock is theirs, and makes a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
 def work_folder(output: Path) -> Iterator[Path]:
     """A hidden folder beside ``output``. A kill leaves it to the next run, an error does not.
 
@@ -85,13 +51,12 @@ def work_folder(output: Path) -> Iterator[Path]:
         UsageError: another process works in it.
     """
     work = output.with_name(f".{output.name}.work")
-    with exclusive(work.with_name(f"{work.name}.lock"), output):
+    with ExitStack() as held:
         with clear_disk_errors(f"making {work}"):
-            work.mkdir(parents=True, exist_ok=True)
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            held.enter_context(exclusive(work.with_name(f"{work.name}.lock"), output))
+            work.mkdir(exist_ok=True)
+        held.callback(shutil.rmtree, work, ignore_errors=True)
+        yield work
 
 
 def write_rows(output: Path, rows: Iterable[dict[str, Any]], overwrite: bool) -> int:
@@ -100,11 +65,10 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]], overwrite: bool) ->
     An output that is there is refused before the first row is asked for, unless ``overwrite``.
     """
     count = 0
-    with exclusive(output.with_name(f".{output.name}.lock"), output):
+    with clear_disk_errors(f"writing {output}"), exclusive(output.with_name(f".{output.name}.lock"), output):
         check_output(output, overwrite)
-        for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a kill
-            left.unlink()
-        with clear_disk_errors(f"writing {output}"), atomic_open(output) as stream:
+        remove_leftovers(output.parent, output.name)
+        with atomic_open(output) as stream:
             for row in progress(output.name, rows):
                 stream.write(json_line(row))
                 count += 1
@@ -138,9 +102,9 @@ class Job:
         self._path = journal_path(self.output)
         self._header = as_json({"journal": _FORMAT, "output": self.output.name, **identity})
         with ExitStack() as opened:
-            opened.enter_context(exclusive(self._path.with_name(f"{self._path.name}.lock"), self.output))
-            check_output(self.output, overwrite)  # under the lock: another process may just have finished it
             with clear_disk_errors(f"opening {self._path}"):
+                opened.enter_context(exclusive(self._path.with_name(f"{self._path.name}.lock"), self.output))
+                check_output(self.output, overwrite)  # under the lock: another process may just have finished it
                 self._stream: IO[bytes] = opened.enter_context(open(self._path, "a+b", buffering=0))
             self.done = self._recover(overwrite)
             self._opened = opened.pop_all()
@@ -215,7 +179,7 @@ class Job:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 

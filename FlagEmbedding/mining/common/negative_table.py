@@ -54,8 +54,6 @@ class NegativeTable:
         self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + _SCHEMA)
         self.path = path
 
-    # ---- real queries ----
-
     def add_real(self, query: str, positives: Sequence[str]) -> None:
         """Note that ``query`` is a real one that ``positives`` answer."""
         key = text_key(query)
@@ -69,20 +67,15 @@ class NegativeTable:
     def real(self, passage: str, own_query: str, most: int) -> tuple[list[str], bool]:
         """Up to ``most`` real queries of ``passage`` other than ``own_query``, and whether that one is among them."""
         key, own = text_key(passage), text_key(own_query)
-        answered = self._db.execute(
-            "SELECT 1 FROM real WHERE passage = ? AND place = ?", (key, self._place(key, own))
-        ).fetchone()
-        found = self._db.execute(
-            "SELECT text FROM real WHERE passage = ? AND query != ? ORDER BY place LIMIT ?", (key, own, most)
-        )
-        return [text for (text,) in found], answered is not None
+        is_there = "SELECT 1 FROM real WHERE passage = ? AND place = ?"
+        answered = self._db.execute(is_there, (key, self._place(key, own))).fetchone() is not None
+        others = "SELECT text FROM real WHERE passage = ? AND query != ? ORDER BY place LIMIT ?"
+        return [text for (text,) in self._db.execute(others, (key, own, most))], answered
 
     def real_keys(self) -> Iterator[bytes]:
         """The key of every real query, once for each of its positives."""
         for (key,) in self._db.execute("SELECT query FROM real"):
             yield key
-
-    # ---- passages without one ----
 
     def add_waiting(self, passage: str) -> None:
         """A negative without a query; the same text counts once, at its first place."""
@@ -145,17 +138,14 @@ class NegativeTable:
 
     def rejections(self) -> Iterator[tuple[int, str, str]]:
         """``(attempt, reason, number)`` counts, and through :meth:`listed` the passages behind them."""
-        yield from self._db.execute(
-            "SELECT attempt, reason, COUNT(*) FROM rejected GROUP BY attempt, reason ORDER BY attempt, reason"
-        )
+        counts = "SELECT attempt, reason, COUNT(*) FROM rejected GROUP BY attempt, reason ORDER BY attempt, reason"
+        yield from self._db.execute(counts)
 
     def listed(self) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
         """Every passage left without a query, with ``(attempt, query, reason)`` of each rejected one."""
+        tried = "SELECT attempt, query, reason FROM rejected WHERE id = ? ORDER BY attempt, rowid"
         for item in self.waiting():
-            tried = self._db.execute(
-                "SELECT attempt, query, reason FROM rejected WHERE id = ? ORDER BY attempt, rowid", (item.id,)
-            )
-            yield item.passage, tried.fetchall()
+            yield item.passage, self._db.execute(tried, (item.id,)).fetchall()
 
     def close(self) -> None:
         """Delete the file."""

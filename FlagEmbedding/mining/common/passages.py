@@ -10,7 +10,6 @@ does not grow with the corpus.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -23,8 +22,8 @@ from FlagEmbedding.mining.common.rows import KeySet, json_line
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problem, Problems, read_rows
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.identity import fingerprints, made_by
-from FlagEmbedding.utils.io import PathLike, atomic_open, sha256_file, write_json_atomic
+from FlagEmbedding.utils.identity import fingerprints, hashing, made_by
+from FlagEmbedding.utils.io import PathLike, atomic_open, read_json, sha256_file, write_json_atomic
 
 TEXTS, OFFSETS, DOCID, RECORD = "texts", "offsets", "docid", "passages.json"
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -134,10 +133,9 @@ class PassageStore:
         Args:
             with_title: a text is title, space, text; otherwise the text alone.
         """
-        identity = {"corpus": fingerprints(files), "with_title": with_title}
         path = folder / RECORD
-        if made_by(path, identity):
-            return cls(folder, json.loads(path.read_text("utf-8")))
+        if path.is_file() and made_by(path, _identity(files, with_title)):
+            return cls(folder, read_json(path))
         rows = position = 0
         with (
             clear_disk_errors(f"writing {folder}"),
@@ -146,15 +144,16 @@ class PassageStore:
             atomic_open(folder / DOCID, "wb") as docids,
         ):
             for file in files:
-                for passage in read_file(file):
-                    offsets.write(position.to_bytes(8, "little"))
-                    docids.write(f"{passage.docid}\n".encode())
-                    position += texts.write(f"{passage_text(passage, with_title)}\n".encode())
-                    rows += 1
+                with hashing(file) as digest:
+                    for passage in read_file(file, digest):
+                        offsets.write(position.to_bytes(8, "little"))
+                        docids.write(f"{passage.docid}\n".encode())
+                        position += texts.write(f"{passage_text(passage, with_title)}\n".encode())
+                        rows += 1
             offsets.write(position.to_bytes(8, "little"))
         if not rows:
             raise DataError(f"{files[0]}: the corpus holds no passage")
-        record = {"identity": identity, "rows": rows}
+        record = {"identity": _identity(files, with_title), "rows": rows}
         write_json_atomic(path, record)
         return cls(folder, record)
 
@@ -176,3 +175,8 @@ class PassageStore:
     def docid_digest(self) -> str:
         """SHA-256 of the docids, one per line: the same as that of an index over the same passages."""
         return sha256_file(self.folder / DOCID)
+
+
+def _identity(files: Sequence[Path], with_title: bool) -> dict[str, Any]:
+    """What decides a store; the files are read for it only where this process has not read them yet."""
+    return {"corpus": fingerprints(files), "with_title": with_title}

@@ -8,7 +8,6 @@ n-tuple-scores, labeled-pair. Neighboring lines of one query become one row.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import Any
 
 from FlagEmbedding.schema import Problem, Problems
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import open_text
+from FlagEmbedding.utils.io import numbered_lines, open_text, parse_json
 
 _LABELS = ("label", "labels", "score", "scores")
 _HINT = "give query, positive and negatives as columns, in this order"
@@ -48,25 +47,23 @@ def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, list[str], lis
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("jsonl", "json", "csv", "tsv"):
         raise DataError(f"{path}: expected .jsonl, .csv or .tsv (or one of them with .gz), found .{kind}")
-    try:
-        with open_text(path) as stream:
-            if kind in ("csv", "tsv"):
+    if kind in ("csv", "tsv"):
+        try:
+            with open_text(path) as stream:
                 reader = csv.reader(stream, delimiter="," if kind == "csv" else "\t")
                 header = next(reader, [])
                 yield from ((reader.line_num, header, values) for values in reader if values)
-                return
-            for number, line in enumerate(stream, 1):
-                try:
-                    value = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    problems.add(Problem(str(path), number, "", f"broken JSON ({error})", "write one row per line"))
-                    continue
-                if isinstance(value, dict):
-                    yield number, list(value), list(value.values())
-                elif line.strip():
-                    yield number, [], _list(value)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
+        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
+        return
+    for number, line in numbered_lines(path, "triples"):
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            problems.add(Problem(str(path), number, "", f"broken JSON ({error})", "write one row per line"))
+            continue
+        names = list(value) if isinstance(value, dict) else []
+        yield number, names, list(value.values()) if isinstance(value, dict) else _list(value)
 
 
 def _triple(names: Sequence[str], values: Sequence[Any]) -> Triple | str:
