@@ -43,6 +43,7 @@ class ChatServer(ThreadingHTTPServer):
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.under_way = self.most_under_way = 0
+        self.written = 0  # bytes of answers without end
 
     @property
     def base_url(self) -> str:
@@ -78,11 +79,13 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
         kind = server.script(passage, nth)
-        if self.path != "/v1/chat/completions":
+        if self.path != "/v1/chat/completions" and not kind.startswith("to:"):
             kind = "404"
         if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
             kind = "401"
-        server.note({"passage": passage, "nth": nth, "kind": kind, "time": time.time(), "body": body})
+        server.note(
+            {"passage": passage, "nth": nth, "kind": kind, "time": time.time(), "body": body, "headers": self.headers}
+        )
         time.sleep(server.delay)
         try:
             self.respond(kind, passage, nth, body)
@@ -108,6 +111,20 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, self.completion(None, body))
         elif kind == "hangup":
             self.close_connection = True
+        elif kind == "endless":
+            self.close_connection = True
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+            while self.server.written < 1 << 26:  # until the client hangs up
+                self.server.written += self.wfile.write(b" " * 65_536)
+        elif kind == "drip":
+            self.close_connection = True
+            for byte in b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 400:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+        elif kind.startswith("to:"):
+            self.send(307, "", headers={"Location": kind[3:]})
+        elif kind.startswith("body:"):
+            self.send(200, kind[5:])
         elif kind.startswith("429"):
             headers = {"Retry-After": kind.split(":")[1]} if ":" in kind else {}
             self.send(429, '{"error": {"message": "slow down"}}', headers=headers)

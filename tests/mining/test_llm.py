@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import time
 from pathlib import Path
 
@@ -188,6 +189,87 @@ def test_bodies_that_are_not_the_protocols(body: str) -> None:
 def test_a_null_answer_is_an_empty_one() -> None:
     body = '{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}], "usage": null}'
     assert parse_answer(body) == Answer("", "content_filter")
+
+
+# ---- what is broken or hostile ----
+
+
+def one_failing(kind: str, **changes) -> tuple[str, ChatServer]:
+    """What is said of the passage that gets such a response, beside two that are answered; no second try."""
+    with ChatServer(lambda passage, nth: kind if passage == PASSAGES[1] else "good") as server:
+        saved, problems, _ = ask(server, PASSAGES[:3], max_retries=0, **changes)
+    assert set(saved) == {PASSAGES[0], PASSAGES[2]} and list(problems) == [PASSAGES[1]]
+    return problems[PASSAGES[1]], server
+
+
+def test_an_answer_without_end_is_broken_off_after_a_mebibyte() -> None:
+    problem, server = one_failing("endless")
+    assert "expected at most 1,048,576 bytes" in problem
+    assert server.written < 1 << 25
+
+
+def test_one_byte_at_a_time_does_not_hold_a_request_for_ever() -> None:
+    """Every byte comes within --timeout, which a deadline for the whole answer goes beside."""
+    started = time.monotonic()
+    problem, _ = one_failing("drip", timeout=0.3)
+    assert "no answer within --timeout 0.3 s" in problem
+    assert 1.2 < time.monotonic() - started < 10
+
+
+def test_a_redirect_to_another_server_is_refused_and_one_within_it_followed() -> None:
+    with ChatServer() as other, ChatServer(lambda passage, nth: f"to:{other.base_url}/chat/completions") as server:
+        with pytest.raises(
+            EndpointError, match=rf"sends requests on to {other.base_url[:-3]}; name that in --base_url"
+        ):
+            ask(server)
+        assert not other.requests
+        with ChatServer(lambda passage, nth: "good" if nth else "to:/v1/chat/completions") as server:
+            saved, problems, _ = ask(server)
+        assert len(saved) == 40 and not problems
+
+
+@pytest.mark.parametrize(
+    "body",
+    [f"x{{'key': '{KEY}'", "y" * 60 + KEY, "[" * 100_000, '{"choices": [{"message": {"content": ' + f'["{KEY}"]}}}}]}}',
+     "\x1b[31mAuthorization: Bearer abcdef0123456", "https://me:hunter22@host/", '"api_key": "abcdef0123456"'],
+)  # fmt: skip
+def test_a_malformed_answer_gives_no_key_and_no_escape_away(body: str) -> None:
+    problem, _ = one_failing(f"body:{body}")
+    assert problem.startswith("malformed answer: expected") and len(problem) < 330
+    assert not [secret for secret in (KEY[:8], "abcdef", "hunter", "\x1b") if secret in problem]
+
+
+def test_an_answer_that_repeats_the_key_is_kept_without_it() -> None:
+    answers = {PASSAGES[0]: f"what is {KEY}?", PASSAGES[1]: "is sk-abcdefghijklmnop0123 a key?", PASSAGES[2]: "fine?"}
+    with ChatServer(answer=lambda passage, nth: answers[passage]) as server:
+        saved, _, _ = ask(server, PASSAGES[:3])
+    assert [saved[p].text for p in PASSAGES[:3]] == ["what is ***?", "is *** a key?", "fine?"]
+
+
+def test_a_word_that_serves_as_key_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "ollama")
+    with ChatServer(answer=lambda passage, nth: "what is ollama?") as server:
+        saved, _, _ = ask(server, PASSAGES[:1])
+    assert saved[PASSAGES[0]].text == "what is ollama?"
+
+
+def test_odd_counts_and_characters_are_stored(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 10**30, "completion_tokens": -1}
+    choice = {"message": {"content": "a\x00b\ud800\x1b[2J"}, "finish_reason": "\udfff" * 99}
+    answer = parse_answer(json.dumps({"choices": [choice], "usage": usage}))
+    assert (answer.prompt_tokens, answer.completion_tokens, len(answer.finish)) == (None, None, 40)
+    cache = AnswerCache(tmp_path / "cache")
+    cache.put([("k", answer)])
+    found = cache.get("k")
+    assert found is not None and found.text == "a\x00b?\x1b[2J" and found.finish == "?" * 40
+
+
+def test_environment_of_the_official_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChatServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        monkeypatch.setenv("OPENAI_ORG_ID", "our-organization")
+        saved, _, _ = ask(server, PASSAGES[:1], base_url=None)
+        assert len(saved) == 1 and server.requests[0]["headers"]["OpenAI-Organization"] == "our-organization"
 
 
 # ---- the cache ----

@@ -58,6 +58,21 @@ def judge(query: str, passage: str, finish: str = "stop") -> str | None:
         ("길이는 약 오백 킬로미터이며 예부터 뱃길로 쓰였나?", KO, "copy"),
         ("한강 길이", KO, None),  # a short phrase is how people search
         (JA[:24], JA, "copy"),
+        ("I'm sorry, but I cannot help with that.", EN, "refusal"),
+        ("I cannot write a query about this.", EN, "refusal"),
+        ("죄송하지만 이 문단으로는 질문을 만들 수 없습니다.", KO, "refusal"),
+        ("متأسفم، نمی‌توانم پرسشی بنویسم.", FA, "refusal"),
+        ("क्षमा करें, मैं यह नहीं लिख सकता।", HI, "refusal"),
+        ("Sorry state of which river at Seoul?", EN, None),  # a question that begins like one
+        ("I can see which sea from Seoul?", EN, None),
+        ('{"query": "Which sea does it reach?"}', EN, "markup"),
+        ("[Which sea does it reach?]", EN, "markup"),
+        ("<query>Which sea does it reach?</query>", EN, "markup"),
+        ('Here: {"query": "which sea?"}', EN, "markup"),
+        ("Is a < b and c > d for the river?", EN, None),
+        ("Which sea\x00 does it reach?", EN, "control"),
+        ("Which \x1b[31msea does it reach?", EN, "control"),
+        ("Which sea\u202e does it reach?", EN, "control"),
     ],
 )
 def test_reasons(query: str, passage: str, reason: str | None) -> None:
@@ -67,6 +82,7 @@ def test_reasons(query: str, passage: str, reason: str | None) -> None:
 def test_an_answer_that_was_cut_off_is_rejected() -> None:
     assert judge("서울의 강은 어느 바다에", KO, "length") == "cut_off"
     assert judge("", KO, "length") == "cut_off"
+    assert judge("서울의 강은 어느 바다에", KO, "content_filter") == "refusal"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.mining.common.options import check_least
-from FlagEmbedding.utils.cli import internal, option, parse_whole, positional
+from FlagEmbedding.utils.cli import internal, option, positional
 from FlagEmbedding.utils.errors import UsageError
 
 
@@ -17,9 +16,7 @@ class ReadingArguments:
     """What is read, and what is said of it."""
 
     paths: list[str] = positional("a folder of .json/.jsonl files, or such a file")
-    report_dir: str | None = option(
-        None, "where the report goes; default: reports/doctor in the folder, or beside the file"
-    )
+    report_dir: str | None = option(None, "where the report goes; default: reports/doctor in or beside what is read")
     train_group_size: int | None = option(None, "names rows with too few negatives for it")
     sample_rows: int = option(0, "look at the texts of this many rows only, drawn by --seed; 0: all")
     seed: int = option(42, "decides which")
@@ -31,8 +28,7 @@ class ReadingArguments:
     def folder(self) -> Path:
         """Where the report goes."""
         given = Path(self.paths[0])
-        default = (given if given.is_dir() else given.parent) / "reports" / "doctor"
-        return Path(self.report_dir) if self.report_dir else default
+        return Path(self.report_dir or (given if given.is_dir() else given.parent) / "reports" / "doctor")
 
 
 @dataclass(frozen=True)
@@ -72,9 +68,3 @@ class DoctorOptions:
     reading: ReadingArguments
     settings: ScoreSettings
     encoder: DoctorEncoder
-
-
-def parse_doctor_options(argv: Sequence[str] | None = None) -> DoctorOptions:
-    """Parse and check. Raises ``UsageError``."""
-    description = "A report on training files: problems, repeats, false negatives, margins, lengths, neg_q."
-    return parse_whole(DoctorOptions, argv, description)

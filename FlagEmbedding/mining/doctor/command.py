@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from FlagEmbedding.mining.doctor.arguments import parse_doctor_options
-from FlagEmbedding.utils.cli import entry_point
+from FlagEmbedding.mining.doctor.arguments import DoctorOptions
+from FlagEmbedding.utils.cli import entry_point, parse_whole
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
 @entry_point
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, examine, print the page."""
-    options = parse_doctor_options(argv)
+    description = "A report on training files: problems, repeats, false negatives, margins, lengths, neg_q."
+    options = parse_whole(DoctorOptions, argv, description)
     from FlagEmbedding.mining.doctor.examine import examine
     from FlagEmbedding.mining.doctor.report import markdown
 
@@ -22,4 +23,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(record), end="")
     logger.info("report: %s", options.reading.folder / "report.md")
     problems.raise_if_any()
-    return 0

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.mining.doctor.scores import Histogram, Scores
+from FlagEmbedding.mining.doctor.scan import ROLES
+from FlagEmbedding.mining.doctor.scores import Scores
 from FlagEmbedding.utils.errors import UsageError
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito).
-_COLORS = {"query": "#0072B2", "pos": "#009E73", "neg": "#D55E00", "neg_q": "#CC79A7", "margin": "#444444"}
-_NAMES = {"query": "queries", "pos": "positives", "neg": "negatives", "neg_q": "queries of negatives"}
+# Colors that stay apart for color-blind readers (Okabe and Ito).
+_COLORS = {"query": "#0072B2", "pos": "#009E73", "neg": "#D55E00", "neg_q": "#CC79A7"}
 
 
 def _pyplot() -> Any:
@@ -33,24 +33,20 @@ def plot_scores(scores: Scores, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for name, histogram in (("pos", scores.positive), ("neg", scores.negative)):
         edges, counts = histogram.coarse()
-        left.stairs(100 * counts / counts.sum(), edges, fill=True, alpha=0.45, color=_COLORS[name], label=_NAMES[name])
+        left.stairs(100 * counts / counts.sum(), edges, fill=True, alpha=0.45, color=_COLORS[name], label=ROLES[name])
     left.set(xlabel="cosine to the query", ylabel="share (%)", title="Positives and negatives")
     left.legend(frameon=False)
-    _draw_margins(right, scores.margin)
-    _save(pyplot, figure, path)
-
-
-def _draw_margins(axes: Any, margin: Histogram) -> None:
-    edges, counts = margin.coarse()
-    shares, middles = 100 * counts / counts.sum(), (edges[:-1] + edges[1:]) / 2
+    edges, counts = scores.margin.coarse()
+    middles = (edges[:-1] + edges[1:]) / 2
     colors = [_COLORS["neg"] if middle < 0 else _COLORS["pos"] for middle in middles]
-    axes.bar(middles, shares, width=np.diff(edges), color=colors, alpha=0.75)
-    axes.axvline(0, color="black", linewidth=0.8)
-    below = 100 * margin.below_zero / margin.count
-    axes.set(
+    right.bar(middles, 100 * counts / counts.sum(), width=np.diff(edges), color=colors, alpha=0.75)
+    right.axvline(0, color="black", linewidth=0.8)
+    below = 100 * scores.margin.below_zero / scores.margin.count
+    right.set(
         xlabel="lowest positive − negative (cosine)", ylabel="share of negatives (%)",
         title=f"Margins: {below:.1f} % of the negatives lie above the positive",
     )  # fmt: skip
+    _save(pyplot, figure, path)
 
 
 def plot_lengths(found: dict[str, Counter[int]], unit: str, limits: dict[str, int], path: Path) -> None:
@@ -61,7 +57,7 @@ def plot_lengths(found: dict[str, Counter[int]], unit: str, limits: dict[str, in
         if counts:
             sizes = np.array(sorted(counts))
             shares = 100 * np.cumsum([counts[size] for size in sizes.tolist()]) / counts.total()
-            axes.step(sizes, shares, where="post", color=_COLORS[role], label=_NAMES[role])
+            axes.step(sizes, shares, where="post", color=_COLORS[role], label=ROLES[role])
     for name, limit in limits.items():
         axes.axvline(limit, color="black", linestyle="--", linewidth=0.8)
         # At the foot of the line, since the curves end at the top.

@@ -13,6 +13,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from FlagEmbedding.mining.common.rows import KeySet, row_key
 from FlagEmbedding.mining.doctor.arguments import ReadingArguments
 from FlagEmbedding.row_counts import FileStatistics
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
+from FlagEmbedding.utils.pages import one_line
 
 SHOWN = 10
-ROLES = ("query", "pos", "neg", "neg_q")
+ROLES = {"query": "queries", "pos": "positives", "neg": "negatives", "neg_q": "queries of negatives"}
 PAGE = 2_048  # texts read at once; vectors are written, and a report taken up again, by this many
 
 # What a finding is called: what was found, and what to do about it.
@@ -48,6 +50,8 @@ FINDINGS = {
     "too_few_negatives": ("rows with fewer negatives than a group needs", "they are repeated to fill it: mine more"),
     "one_sided_scores": ("rows with only one of pos_scores and neg_scores", "give both, or neither"),
 }
+
+short = partial(one_line, length=60)
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Texts:
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self._db = sqlite3.connect(path)
+        self.close = self._db.close
         self._db.executescript(
             "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;"
             "CREATE TABLE texts (id INTEGER PRIMARY KEY, key BLOB UNIQUE, role TEXT, text TEXT, places INTEGER);"
@@ -122,10 +127,11 @@ class Texts:
 
     def _add(self, role: str, text: str) -> int:
         """Count one place of ``text``; returns its number, from 0, in the order the texts came."""
+        key = blake2b(f"{role}\0{text}".encode(), digest_size=16).digest()
         found = self._db.execute(
             "INSERT INTO texts (key, role, text, places) VALUES (?, ?, ?, 1) "
             "ON CONFLICT (key) DO UPDATE SET places = places + 1 RETURNING id",
-            (_key(role, text), role, text),
+            (key, role, text),
         )
         return int(found.fetchone()[0]) - 1
 
@@ -143,64 +149,46 @@ class Texts:
 
     def pages(self, first: int = 0) -> Iterator[list[tuple[str, str, int]]]:
         """``(role, text, places)`` of all texts from number ``first`` on, ``PAGE`` at a time."""
-        while page := self._db.execute(
-            "SELECT role, text, places FROM texts WHERE id > ? ORDER BY id LIMIT ?", (first, PAGE)
-        ).fetchall():
+        statement = "SELECT role, text, places FROM texts WHERE id > ? ORDER BY id LIMIT ?"
+        while page := self._db.execute(statement, (first, PAGE)).fetchall():
             yield page
             first += len(page)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._db.close()
-
-
-def _key(role: str, text: str) -> bytes:
-    return blake2b(f"{role}\0{text}".encode(), digest_size=16).digest()
 
 
 @dataclass
 class Scan:
-    """What reading found; ``texts`` are those of the rows that are looked at more closely."""
+    """What reading found; ``texts`` are those of the rows that are looked at more closely, ``sampled`` which (all)."""
 
-    problems: Problems
     files: dict[str, FileCounts]
     findings: dict[str, Finding]
     texts: Texts
     sampled: set[int] | None
 
-    @property
-    def rows(self) -> int:
-        """Valid rows of all files."""
-        return sum(counts.rows for counts in self.files.values())
-
-
-def valid_records(files: Sequence[Path], problems: Problems) -> Iterator[tuple[Path, TrainRecord]]:
-    """Every valid row; the others go to ``problems``."""
-    for path in files:
-        for record in read_records(path, problems):
-            yield path, record
-
 
 def scan(files: Sequence[Path], problems: Problems, work: Path, reading: ReadingArguments) -> Scan:
-    """Read ``files``, count, and collect the texts of all rows, or of ``sample_rows`` drawn by ``seed``."""
+    """Read ``files``, count, and collect the texts of all rows, or of ``sample_rows`` drawn by ``seed``.
+
+    What cannot be read goes to ``problems``.
+    """
+
+    def records(problems: Problems) -> Iterator[tuple[str, TrainRecord]]:
+        return ((str(path), record) for path in files for record in read_records(path, problems))
+
     answers, total, sample = NegativeTable(work / "answers", reading.seed), 0, reading.sample_rows
-    for _, record in valid_records(files, problems):
+    for _, record in records(problems):
         answers.add_real(record.query, record.pos)
         total += 1
     # Seeding by text goes through SHA-512, the same on every platform.
     drawn = set(random.Random(f"{reading.seed}").sample(range(total), sample)) if 0 < sample < total else None
-    found = Scan(problems, {}, {name: Finding() for name in FINDINGS}, Texts(work / "texts"), drawn)
+    found = Scan({}, {name: Finding() for name in FINDINGS}, Texts(work / "texts"), drawn)
     rows, queries = KeySet(), KeySet()
-    again = progress("reading", valid_records(files, Problems()), total=total)
-    for number, (path, record) in enumerate(again):
-        counts, place = found.files.setdefault(str(path), FileCounts()), f"{path}:{record.line}"
+    for number, (path, record) in enumerate(progress("reading", records(Problems()), total=total)):
+        counts, place = found.files.setdefault(path, FileCounts()), f"{path}:{record.line}"
         _look_at(record, place, found.findings, answers, counts, reading.train_group_size)
-        for name, seen, key in (
-            ("repeated_row", rows, row_key(record)),
-            ("repeated_query", queries, text_key(record.query)),
-        ):
-            if not seen.add(key):
-                found.findings[name].add(f"{place}: {short(record.query)}")
+        if not rows.add(row_key(record)):
+            found.findings["repeated_row"].add(f"{place}: {short(record.query)}")
+        if not queries.add(text_key(record.query)):
+            found.findings["repeated_query"].add(f"{place}: {short(record.query)}")
         if drawn is None or number in drawn:
             found.texts.add_row(place, record)
     answers.close()
@@ -211,53 +199,39 @@ def _look_at(
     record: TrainRecord, place: str, findings: dict[str, Finding], answers: NegativeTable, counts: FileCounts,
     group: int | None,
 ) -> None:  # fmt: skip
-    own, neg_q = text_key(record.query), record.neg_q or [[] for _ in record.neg]
+    own = text_key(record.query)
     counts.observe(record)
     if (record.pos_scores is None) != (record.neg_scores is None):
         findings["one_sided_scores"].add(place)
     if group is not None and len(record.neg) < group - 1:
         findings["too_few_negatives"].add(f"{place}: {len(record.neg)} of {group - 1}")
-    seen: set[bytes] = set()
-    for i, text in enumerate(record.pos):
-        _repeated("positive", text, f"{place}: pos[{i}]", own, seen, findings)
-    seen = set()
-    for i, (text, queries) in enumerate(zip(record.neg, neg_q, strict=True)):
-        where = f"{place}: neg[{i}]"
-        _repeated("negative", text, where, own, seen, findings)
+    for kind, column, texts in (("positive", "pos", record.pos), ("negative", "neg", record.neg)):
+        seen: set[bytes] = set()
+        for i, text in enumerate(texts):
+            this = text_key(text)
+            if this in seen:
+                findings[f"repeated_{kind}"].add(f"{place}: {column}[{i}] {short(text)}")
+            if this == own:
+                findings[f"{kind}_is_query"].add(f"{place}: {column}[{i}]")
+            seen.add(this)
+    for i, text in enumerate(record.neg):
         others, answers_own = answers.real(text, record.query, 1)
         counts.known_answers += bool(others)
         if answers_own:
-            findings["false_negative"].add(f"{where} {short(text)}")
-        if own in map(text_key, queries):
+            findings["false_negative"].add(f"{place}: neg[{i}] {short(text)}")
+    for i, asked in enumerate(record.neg_q or ()):
+        if own in map(text_key, asked):
             findings["own_query_as_neg_q"].add(f"{place}: neg_q[{i}] {short(record.query)}")
-
-
-def _repeated(kind: str, text: str, where: str, own: bytes, seen: set[bytes], findings: dict[str, Finding]) -> None:
-    key = text_key(text)
-    if key in seen:
-        findings[f"repeated_{kind}"].add(f"{where} {short(text)}")
-    seen.add(key)
-    if key == own:
-        findings[f"{kind}_is_query"].add(where)
-
-
-def short(text: str, length: int = 60) -> str:
-    """The beginning of a text on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def lengths(texts: Texts, tokenizer: Any | None) -> dict[str, Counter[int]]:
     """How many places have texts of how many tokens (characters without a tokenizer), by role. Nothing is cut off."""
     found = {role: Counter[int]() for role in ROLES}
     for page in progress("counting tokens, pages", texts.pages()):
-        if tokenizer is None:
-            sizes = [len(text) for _, text, _ in page]
-        else:
-            encoded = tokenizer(
-                [text for _, text, _ in page], return_attention_mask=False, return_token_type_ids=False, verbose=False
-            )
-            sizes = [len(ids) for ids in encoded["input_ids"]]
-        for (role, _, places), size in zip(page, sizes, strict=True):
-            found[role][size] += places
+        units = [text for _, text, _ in page]
+        if tokenizer is not None:
+            options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+            units = tokenizer(units, **options)["input_ids"]
+        for (role, _, places), unit in zip(page, units, strict=True):
+            found[role][len(unit)] += places
     return found

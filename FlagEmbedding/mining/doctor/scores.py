@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +59,7 @@ class Histogram:
         """Count, mean and quantiles."""
         if not self.count:
             return {"count": 0}
-        quantiles = {name: round(self.quantile(q), 4) for name, q in QUANTILES.items()}
+        quantiles = {name: round(self.quantile(share), 4) for name, share in QUANTILES.items()}
         return {"count": self.count, "mean": round(self.total / self.count, 6), **quantiles}
 
     def coarse(self, join: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -74,6 +73,10 @@ class Histogram:
 QUANTILES = {"min": 0.0, "1%": 0.01, "25%": 0.25, "50%": 0.5, "75%": 0.75, "99%": 0.99, "max": 1.0}
 
 
+def _cosines(low: float = -1, high: float = 1) -> Any:
+    return field(default_factory=lambda: Histogram(low, high))
+
+
 @dataclass
 class Scores:
     """The figures.
@@ -84,46 +87,52 @@ class Scores:
         penalty: 1 − cosine of a negative and its query, the term of CLP.
         above: negatives above the lowest positive of their row; ``rows_above``: rows that have one.
         solved: rows whose positive gets 99 % or more of the softmax over its own group.
-        first: rows whose positives all rank above all negatives.
+        loss: over a row's own group, summed over the rows.
         suspects: the smallest margins: (margin, place, query, passage).
     """
 
     rows: int = 0
-    positive: Histogram = field(default_factory=lambda: Histogram(-1, 1))
-    negative: Histogram = field(default_factory=lambda: Histogram(-1, 1))
-    margin: Histogram = field(default_factory=lambda: Histogram(-2, 2))
-    penalty: Histogram = field(default_factory=lambda: Histogram(0, 2))
+    positive: Histogram = _cosines()
+    negative: Histogram = _cosines()
+    margin: Histogram = _cosines(-2, 2)
+    penalty: Histogram = _cosines(0, 2)
     above: int = 0
     rows_above: int = 0
     solved: int = 0
     loss: float = 0.0
     suspects: list[tuple[float, str, str, str]] = field(default_factory=list)
 
+    def figures(self) -> dict[str, Any]:
+        """The figures as JSON."""
+        terms = ("positive", "negative", "margin", "penalty")
+        return {
+            "rows": self.rows, **{name: getattr(self, name).figures() for name in terms},
+            "negatives_above_positive": self.above, "rows_with_one": self.rows_above, "solved_rows": self.solved,
+            "mean_loss": round(self.loss / max(1, self.rows), 6), "suspects": [list(found) for found in self.suspects],
+        }  # fmt: skip
+
 
 class VectorFile:
     """Unit vectors of all texts of a scan, ``[N, D]`` float32 on disk, in the texts' order."""
 
     def __init__(self, folder: Path, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, inputs: Any) -> None:
-        self.path, self.dimension = folder / "vectors.f32", encoder.hidden_size
-        with clear_disk_errors(f"writing {self.path}"):
-            self._embed(texts, encoder, settings, folder / "vectors.json", inputs)
-        self.vectors = np.memmap(self.path, dtype="<f4", mode="r").reshape(-1, self.dimension)
-
-    def _embed(self, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, record: Path, inputs: Any) -> None:
-        identity = {"encoder": encoder.describe(), **asdict(settings), "inputs": inputs}
-        if not made_by(record, identity):
-            self.path.write_bytes(b"")
-            write_json_atomic(record, identity)
-        window, total = PAGE * self.dimension * 4, len(texts)
-        size = self.path.stat().st_size if self.path.exists() else 0
-        done = PAGE * (size // window) if size < total * self.dimension * 4 else total
-        bar: tqdm[Any] = progress("embedding", total=total, done=done)
-        with open(self.path, "ab") as stream, bar:
-            stream.truncate(done * self.dimension * 4)
-            for page in texts.pages(done) if done < total else ():
-                stream.write(self._window(page, encoder, settings).astype("<f4").tobytes())
-                stream.flush()
-                bar.update(len(page))
+        path, record, self.dimension = folder / "vectors.f32", folder / "vectors.json", encoder.hidden_size
+        with clear_disk_errors(f"writing {path}"):
+            identity = {"encoder": encoder.describe(), **asdict(settings), "inputs": inputs}
+            if not made_by(record, identity):
+                path.write_bytes(b"")
+                write_json_atomic(record, identity)
+            row, total = self.dimension * 4, len(texts)
+            size = path.stat().st_size if path.exists() else 0
+            done = size // row // PAGE * PAGE if size < total * row else total
+            bar: tqdm[Any] = progress("embedding", total=total, done=done)
+            with open(path, "ab") as stream, bar:
+                stream.truncate(done * row)
+                for page in texts.pages(done) if done < total else ():
+                    stream.write(self._window(page, encoder, settings).astype("<f4").tobytes())
+                    stream.flush()
+                    bar.update(len(page))
+        self.vectors = np.memmap(path, dtype="<f4", mode="r").reshape(-1, self.dimension)
 
     def _window(self, page: list[tuple[str, str, int]], encoder: TextEncoder, settings: ScoreSettings) -> np.ndarray:
         # Here, so that a report without a model does without torch.
@@ -160,12 +169,8 @@ def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
 
 def _score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores) -> np.ndarray:
     """Count one row; returns the margin of each negative, ``[n]``."""
-
-    def take(numbers: Sequence[int]) -> np.ndarray:
-        return vectors[numbers].astype(np.float64)
-
-    query, negatives = take([row.query])[0], take(row.neg)
-    positive, negative = take(row.pos) @ query, negatives @ query
+    query, positives, negatives = (vectors[numbers].astype(np.float64) for numbers in (row.query, row.pos, row.neg))
+    positive, negative = positives @ query, negatives @ query
     margin: np.ndarray = positive.min() - negative
     scores.rows += 1
     for histogram, values in ((scores.positive, positive), (scores.negative, negative), (scores.margin, margin)):
@@ -177,23 +182,7 @@ def _score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores
     scores.loss += float(loss.mean())
     scores.solved += bool(np.exp(-loss.mean()) >= SOLVED)
     if row.neg_q:
-        cosines = np.einsum("nd,nd->n", negatives[[i for i, _ in row.neg_q]], take([q for _, q in row.neg_q]))
+        places, asked = zip(*row.neg_q, strict=True)
+        cosines = np.einsum("nd,nd->n", negatives[list(places)], vectors[list(asked)].astype(np.float64))
         scores.penalty.add(1 - cosines)
     return margin
-
-
-def figures(scores: Scores) -> dict[str, Any]:
-    """The figures as JSON."""
-    share = max(1, scores.rows)
-    return {
-        "rows": scores.rows,
-        "positive": scores.positive.figures(),
-        "negative": scores.negative.figures(),
-        "margin": scores.margin.figures(),
-        "penalty": scores.penalty.figures(),
-        "negatives_above_positive": scores.above,
-        "rows_with_one": scores.rows_above,
-        "solved_rows": scores.solved,
-        "mean_loss": round(scores.loss / share, 6),
-        "suspects": [list(suspect) for suspect in scores.suspects],
-    }
