@@ -70,6 +70,8 @@ def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
             raise DataError(f"{path}:{number}: expected a whole number as grade ({where}), found {text!r}") from error
         if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
             raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice, with different grades")
+        if not 0 <= grade <= 1000:  # trec_eval computes an nDCG of 0 beside an MRR of 1 from such
+            raise DataError(f"{path}:{number}: expected a grade of 0 to 1000, found {_short(text)}")
     if not qrels:
         raise DataError(f"{path}: the qrels file is empty")
     if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):

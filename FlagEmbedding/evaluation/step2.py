@@ -98,12 +98,13 @@ def _record(path: Path, qrels: Qrels, arguments: ScoreArguments) -> Record:
     """Where a run came from, checked against what the command line says and what is judged."""
     run = path.with_suffix(".txt")
     if not run.exists():
-        hint = f"run step1-search_results.py --languages {path.stem} with this encoder"
-        raise DataError(f"{run}: no such run file; {hint}")
-    name, given = path.parent.name, arguments.index_save_dir
-    index = None if given is None else Path(given) / name / path.stem
+        raise DataError(
+            f"{run}: no such run file; run step1-search_results.py --languages {path.stem} with this encoder"
+        )
+    given = arguments.index_save_dir
+    index = None if given is None else Path(given) / path.parent.name / path.stem
     record = read_record(path, index)
-    check_record(record, path, arguments.pooling_method, arguments.normalize_embeddings, arguments.split)
+    check_record(record, path, arguments)
     searched = record.get("index", {}).get("folder")
     check_judged(qrels, index or (Path(searched) if searched else None))
     return record

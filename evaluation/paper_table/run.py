@@ -50,7 +50,7 @@ def run_cell(
         record[stage] = {"key": keys[stage], **found}
         write_json_atomic(path, record)
         if stage == "search" and not keep_index:
-            shutil.rmtree(options.index_dir(cell), ignore_errors=True)
+            shutil.rmtree(options.product(cell, "index").parent, ignore_errors=True)
     return record
 
 
