@@ -39,13 +39,11 @@ def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageSc
     return LanguageScores(evaluate(qrels, run, measures), first, top)
 
 
-def score_file(
-    path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int | None = None
-) -> LanguageScores:
+def score_file(path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int = 0) -> LanguageScores:
     """A run file's scores, with a line in the log for what a reader of the scores should know.
 
     Args:
-        passages: of the index that was searched, where that is known.
+        passages: in the index that step 1 searched; 0: nothing is said of the run's depth.
 
     Raises:
         DataError: a run that cannot be read, or is of other queries.
@@ -62,7 +60,7 @@ def score_file(
         logger.warning("%s: no relevant passage of any query is in it: are these the judgments of its corpus?", path)
     depth = max(map(len, run.values()))
     for measure in measures:
-        if measure.cutoff is not None and depth < min(measure.cutoff, passages or measure.cutoff):
+        if measure.cutoff is not None and depth < min(measure.cutoff, passages):
             logger.warning("%s: %s on a run that is %d deep; give step 1 more --hits", path, measure.label, depth)
     return scores
 

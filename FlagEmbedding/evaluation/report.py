@@ -77,13 +77,9 @@ def test_table(comparisons: Sequence[Comparison], measures: Sequence[Measure]) -
 
 
 def write_comparison(
-    folder: PathLike,
-    systems: Sequence[System],
-    measures: Sequence[Measure],
-    comparisons: Sequence[Comparison],
-    texts: Texts,
-    record: dict[str, Any],
-) -> str:
+    folder: PathLike, systems: Sequence[System], measures: Sequence[Measure], comparisons: Sequence[Comparison],
+    texts: Texts, record: dict[str, Any],
+) -> str:  # fmt: skip
     """Write comparison.json, comparison.md, per_query.tsv and comparison.png into ``folder``.
 
     Args:
@@ -96,13 +92,10 @@ def write_comparison(
     results = {s.name: {lang: {m.key: s.mean(lang, m) for m in measures} for lang in s.shown} for s in systems}
     changes = changed_queries(systems, measures[0], texts)
     values = {
-        "names": [system.name for system in systems],
-        "scores": score_table(systems, measures) if len(systems) > 2 else "",
-        "tests": test_table(comparisons, measures),
-        "count": len(comparisons),
-        "label": measures[0].label,
-        "folder": folder,
-    }
+        "names": [system.name for system in systems], "tests": test_table(comparisons, measures),
+        "scores": score_table(systems, measures) if len(systems) > 2 else "", "count": len(comparisons),
+        "label": measures[0].label, "folder": folder,
+    }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         value = {"results": results, "comparisons": [asdict(c) for c in comparisons], **record}

@@ -7,6 +7,7 @@ which model, index and title rule it came from; a run without one is scored all 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,10 +54,8 @@ def score_models(arguments: ScoreArguments) -> None:
     for name in names:
         folder = Path(arguments.search_result_save_dir) / name
         records.append({lang: _record(folder / f"{lang}.json", qrels[lang], arguments) for lang in languages})
-        scores = {
-            lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, record.get("index", {}).get("rows"))
-            for lang, record in records[-1].items()
-        }
+        sizes = {lang: run_origin(each)["corpus_passages"] or sys.maxsize for lang, each in records[-1].items()}
+        scores = {lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, sizes[lang]) for lang in languages}
         systems.append(System(name, scores))
     origin = {"arguments": asdict(arguments), "provenance": provenance()}
     runs = {

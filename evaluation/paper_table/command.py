@@ -133,18 +133,14 @@ def build_options(root: Path, arguments: ReproduceArguments, overrides: TrainOve
             train.append(f"--{flag}={text}")
     base = Path(arguments.base_model)
     return Options(
-        root=root,
-        output_dir=Path(arguments.output_dir).resolve(),
+        root=root, output_dir=Path(arguments.output_dir).resolve(),
         base_model=str(base.resolve()) if base.exists() else arguments.base_model,
         train_dirs=[Path(folder).resolve() for folder in arguments.train_dir],
-        data_dir=Path(arguments.data_dir).resolve() if arguments.data_dir else None,
-        split=arguments.split,
+        data_dir=Path(arguments.data_dir).resolve() if arguments.data_dir else None, split=arguments.split,
         metrics=[measure.key for measure in parse_measures(arguments.metrics)],
-        train_options=[*train, *shlex.split(arguments.train_args)],
-        index_options=index,
-        search_options=search,
+        train_options=[*train, *shlex.split(arguments.train_args)], index_options=index, search_options=search,
         launcher=shlex.split(arguments.train_launcher) if arguments.train_launcher else [sys.executable],
-    )
+    )  # fmt: skip
 
 
 def _qrels(options: Options, qrels_dir: str | None, lang: str) -> Path:

@@ -45,14 +45,9 @@ class RowScores:
 
 
 def write_table(
-    options: Options,
-    table: Table,
-    cells: Sequence[Cell],
-    records: dict[str, dict[str, Any]],
-    qrels: dict[str, Path],
-    resamples: int,
-    origin: dict[str, Any],
-) -> str:
+    options: Options, table: Table, cells: Sequence[Cell], records: dict[str, dict[str, Any]], qrels: dict[str, Path],
+    resamples: int, origin: dict[str, Any],
+) -> str:  # fmt: skip
     """Write table.md, table.json and table.png into the output folder; returns what an entry point prints."""
     measures, folder = parse_measures(options.metrics), options.output_dir
     rows = collect(options, cells, qrels, measures)
@@ -62,29 +57,21 @@ def write_table(
     comparable = Path(options.base_model).name == table.published_model
     tests = compare_rows(rows, measures[0], resamples)
     values = {
-        "base": Path(options.base_model).name,
+        "base": Path(options.base_model).name, "languages": list(qrels), "split": options.split,
         "data": "MIRACL from the hub" if options.data_dir is None else f"`{options.data_dir.name}`",
-        "languages": list(qrels),
-        "split": options.split,
-        "scores": _scores(rows, measures, table),
-        "seeds": max(len(row.seeds) for row in rows),
-        "source": table.source,
-        "comparable": comparable,
-        "tested": measures[0].label,
+        "scores": _scores(rows, measures, table), "source": table.source, "comparable": comparable,
+        "seeds": max(len(row.seeds) for row in rows), "tested": measures[0].label, "folder": folder,
         "tests": [_test_line(test, {row.name: row for row in rows}) for test in tests],
         "costs": _costs({name: list(each.values()) for name, each in models.items()}),
         "seen": _seen([row for row in rows if row.row.recipe is not None], languages, measures[0]),
-        "folder": folder,
-    }
+    }  # fmt: skip
     with atomic_open(folder / "table.md") as stream:
         stream.write(render(_PAGE, page=True, **values))
     value = {
         "rows": [_row_json(row, table, models[row.name]) for row in rows],
         "tests": [asdict(test) for test in tests],
-        "tested_measure": measures[0].key,
-        "published_source": table.source,
-        **origin,
-    }
+        "tested_measure": measures[0].key, "published_source": table.source, **origin,
+    }  # fmt: skip
     write_json_atomic(folder / "table.json", value)
     points = {row.name: row.values for row in rows}
     plot_table(folder / "table.png", points, languages, measures, table.published if comparable else {})
