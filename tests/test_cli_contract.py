@@ -8,11 +8,16 @@ import sys
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from FlagEmbedding.evaluation.arguments import CollectionArguments, CompareArguments, ScoreArguments, SearchArguments
 from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.utils.cli import flag_values, parse
+from paper_table.command import ReproduceArguments, TrainOverrides
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -148,3 +153,48 @@ def test_the_flags_and_defaults_of_the_row_tools(command: str) -> None:
     groups = [kind for kind in vars(module).values() if is_dataclass(kind) and kind.__name__.endswith("Arguments")]
     values = flag_values(*parse(groups, shlex.split(GIVEN[command]), ""))
     assert values == TOOLS[command]
+
+
+_ENCODER = {
+    "encoder": "m", "pooling_method": None, "normalize_embeddings": True, "fp16": False, "dtype": None, "moe": None,
+    "engine": "packed", "batch_size": 256, "workers": None, "cache_dir": None, "trust_remote_code": False,
+}  # fmt: skip
+_COLLECTION = {"languages": ["ko"], "split": "dev", "data_dir": None, "index_save_dir": "./corpus-index"}
+_MEASURES = ["ndcg@5", "ndcg@10", "recall@20"]
+EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
+    (EncoderArguments, CollectionArguments, IndexArguments): ("--encoder m --languages ko", {
+        **_ENCODER, **_COLLECTION, "max_passage_length": 512, "with_title": False, "allow_empty": False,
+        "passage_instruction_for_retrieval": None, "shard_size": 2048, "overwrite": False,
+    }),
+    (EncoderArguments, CollectionArguments, SearchArguments): ("--encoder m --languages ko", {
+        **_ENCODER, **_COLLECTION, "result_save_dir": "./search_results", "max_query_length": 512,
+        "add_instruction": None, "query_instruction_for_retrieval": None, "threads": 1, "hits": 1000,
+        "index_type": "Flat", "n_probe": 32, "ef_search": 128, "overwrite": True,
+    }),
+    (ScoreArguments,): ("--encoder m --languages ko", {
+        "encoder": ["m"], "languages": ["ko"], "split": "dev", "search_result_save_dir": "./search_results",
+        "qrels_dir": "../qrels", "data_dir": None, "index_save_dir": None, "eval_result_save_dir": "./eval_results",
+        "metrics": ["ndcg@10"], "pooling_method": None, "normalize_embeddings": None, "moe": None, "compare": False,
+        "compare_save_dir": None, "resamples": 10_000, "seed": 0, "cache_dir": None,
+    }),
+    (CompareArguments,): ("a b --qrels q", {
+        "runs": ["a", "b"], "qrels": "q", "topics": None, "names": [], "language": "all", "metrics": _MEASURES,
+        "output_dir": "./comparison", "resamples": 10_000, "seed": 0,
+    }),
+    (ReproduceArguments, TrainOverrides): ("--base_model m --languages ko --train_dir d", {
+        "base_model": "m", "languages": ["ko"], "train_dir": ["d"], "data_dir": None, "qrels_dir": None, "split": "dev",
+        "output_dir": "./reproduced", "seeds": [42], "rows": [], "table": None, "metrics": _MEASURES,
+        "pooling_method": "cls", "query_instruction_for_retrieval": None, "passage_instruction_for_retrieval": None,
+        "fp16": True, "max_query_length": 512, "max_passage_length": 8192, "batch_size": 4, "hits": 100, "threads": 4,
+        "with_title": False, "train_args": "", "train_launcher": None, "keep_indexes": False, "dry_run": False,
+        "resamples": 10_000, "learning_rate": None, "max_steps": None, "num_train_epochs": None,
+        "per_device_train_batch_size": None, "gradient_accumulation_steps": None, "train_group_size": None,
+        "temperature": None, "query_max_len": None, "passage_max_len": None, "warmup_ratio": None,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", EVALUATION, ids=lambda groups: groups[-1].__name__)
+def test_the_flags_and_defaults_of_the_evaluation(groups: tuple[type[Any], ...]) -> None:
+    words, expected = EVALUATION[groups]
+    assert flag_values(*parse(groups, words.split(), "")) == expected

@@ -64,13 +64,13 @@ def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
         if beir and number == 1 and text.lower() in ("score", "grade", "relevance"):
             continue
         if not _GRADE.fullmatch(text):
-            raise DataError(
-                f"{path}:{number}: expected a whole number of at most 9 digits as grade (column {len(words)}), found "
-                f"{_short(text)}"
-            )
+            where = f"as grade (column {len(words)})"
+            raise DataError(f"{path}:{number}: expected a whole number of 0 to 1000 {where}, found {_short(text)}")
         grade = int(text)
         if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
             raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice, with different grades")
+        if not 0 <= grade <= 1000:  # trec_eval computes an nDCG of 0 beside an MRR of 1 from such
+            raise DataError(f"{path}:{number}: expected a grade of 0 to 1000, found {_short(text)}")
     if not qrels:
         raise DataError(f"{path}: the qrels file is empty")
     if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):

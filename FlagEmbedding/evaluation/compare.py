@@ -1,9 +1,6 @@
 """Two or more systems on the same queries: means, differences, intervals, p-values.
 
-    python -m FlagEmbedding.evaluation.compare base.txt tuned.txt --qrels dev.tsv --topics topics.tsv --output_dir out
-
-compares run files of any system; step 2 with ``--compare`` does the same for models and languages by name. Library
-use: :func:`compare_runs` on scored systems, then ``report.write_comparison``.
+The command compares run files of any system; step 2 with ``--compare`` does it for models and languages by name.
 """
 
 from __future__ import annotations
@@ -11,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +39,11 @@ def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageSc
     return LanguageScores(evaluate(qrels, run, measures), first, top)
 
 
-def score_file(
-    path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int | None = None
-) -> LanguageScores:
+def score_file(path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int = 0) -> LanguageScores:
     """A run file's scores, with a line in the log for what a reader of the scores should know.
 
     Args:
-        passages: of the index that was searched, where that is known.
+        passages: in the index that step 1 searched; 0: nothing is said of the run's depth.
 
     Raises:
         DataError: a run that cannot be read, or is of other queries.
@@ -65,7 +60,7 @@ def score_file(
         logger.warning("%s: no relevant passage of any query is in it: are these the judgments of its corpus?", path)
     depth = max(map(len, run.values()))
     for measure in measures:
-        if measure.cutoff is not None and depth < min(measure.cutoff, passages or measure.cutoff):
+        if measure.cutoff is not None and depth < min(measure.cutoff, passages):
             logger.warning("%s: %s on a run that is %d deep; give step 1 more --hits", path, measure.label, depth)
     return scores
 
@@ -86,47 +81,30 @@ def compare_runs(
     Raises:
         DataError: two systems do not have the same judged queries.
     """
-    pairs = list(combinations(range(len(systems)), 2)) if pairs is None else list(pairs)
+    pairs = list(combinations(range(len(systems)), 2)) if pairs is None else pairs
     for system in systems[1:]:
         _check_same_queries(systems[0], system)
-    results = []
-    for base, system in [(systems[a], systems[b]) for a, b in pairs]:
-        for lang in systems[0].shown:
-            for measure in measures:
-                results.append(_test(base, system, lang, measure, resamples, seed))
+    tests = product([(systems[a], systems[b]) for a, b in pairs], systems[0].shown, measures)
+    results = [_test(*pair, lang, measure, resamples, seed) for pair, lang, measure in tests]
     corrected = holm([found.p_value for found in results])
     return [replace(found, p_holm=p) for found, p in zip(results, corrected, strict=True)]
 
 
 def _test(base: System, system: System, lang: str, measure: Measure, resamples: int, seed: int) -> Comparison:
     """One comparison, not yet corrected for the others."""
-    parts = [differences(base, system, each, measure) for each in (base.languages if lang == AVERAGE else [lang])]
-    each = np.concatenate(parts)
+    parts = []
+    for each in base.languages if lang == AVERAGE else [lang]:
+        before, after = (of.languages[each].values[measure.key] for of in (base, system))
+        parts.append(np.array([after[qid] - value for qid, value in before.items()]))  # in qrels order
+    every = np.concatenate(parts)
     low, high = bootstrap_interval(parts, resamples, seed)
     p = randomization_p(parts, resamples, seed)
     return Comparison(
-        baseline=base.name,
-        system=system.name,
-        language=lang,
-        measure=measure.key,
-        queries=len(each),
-        baseline_mean=base.mean(lang, measure),
-        system_mean=system.mean(lang, measure),
-        difference=float(np.mean([part.mean() for part in parts])),
-        low=low,
-        high=high,
-        p_value=p,
-        p_holm=p,
-        better=int((each > 0).sum()),
-        worse=int((each < 0).sum()),
-        equal=int((each == 0).sum()),
-    )
-
-
-def differences(base: System, system: System, lang: str, measure: Measure) -> np.ndarray:
-    """``system`` minus ``base`` for every judged query of a language, in qrels order."""
-    before, after = base.languages[lang].values[measure.key], system.languages[lang].values[measure.key]
-    return np.array([after[qid] - value for qid, value in before.items()])
+        baseline=base.name, system=system.name, language=lang, measure=measure.key, queries=len(every),
+        baseline_mean=base.mean(lang, measure), system_mean=system.mean(lang, measure),
+        difference=float(np.mean([part.mean() for part in parts])), low=low, high=high, p_value=p, p_holm=p,
+        better=int((every > 0).sum()), worse=int((every < 0).sum()), equal=int((every == 0).sum()),
+    )  # fmt: skip
 
 
 def _check_same_queries(one: System, other: System) -> None:

@@ -6,7 +6,7 @@ since a plotting font seldom has every script.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,9 @@ def test_table(comparisons: Sequence[Comparison], measures: Sequence[Measure]) -
 
 
 def write_comparison(
-    folder: PathLike,
-    systems: Sequence[System],
-    measures: Sequence[Measure],
-    comparisons: Sequence[Comparison],
-    texts: Texts,
-    record: dict[str, Any],
-) -> str:
+    folder: PathLike, systems: Sequence[System], measures: Sequence[Measure], comparisons: Sequence[Comparison],
+    texts: Texts, record: dict[str, Any],
+) -> str:  # fmt: skip
     """Write comparison.json, comparison.md, per_query.tsv and comparison.png into ``folder``.
 
     Args:
@@ -96,13 +92,10 @@ def write_comparison(
     results = {s.name: {lang: {m.key: s.mean(lang, m) for m in measures} for lang in s.shown} for s in systems}
     changes = changed_queries(systems, measures[0], texts)
     values = {
-        "names": [system.name for system in systems],
-        "scores": score_table(systems, measures) if len(systems) > 2 else "",
-        "tests": test_table(comparisons, measures),
-        "count": len(comparisons),
-        "label": measures[0].label,
-        "folder": folder,
-    }
+        "names": [system.name for system in systems], "tests": test_table(comparisons, measures),
+        "scores": score_table(systems, measures) if len(systems) > 2 else "", "count": len(comparisons),
+        "label": measures[0].label, "folder": folder,
+    }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         value = {"results": results, "comparisons": [asdict(c) for c in comparisons], **record}
@@ -145,28 +138,13 @@ class Change:
     ranks: list[int | None]
     hits: dict[str, str | None]
 
-    def cells(self, texts: Texts) -> list[str]:
-        """Its line in the table."""
-        ranks = " → ".join("none" if rank is None else str(rank) for rank in self.ranks)
-        query = shorten(texts.query(self.lang, self.qid), 70)
-        return [self.lang, self.qid, " → ".join(map(points, self.values)), ranks, query]
-
-    def passages(self, texts: Texts, found: dict[str, str]) -> Iterator[str]:
-        """A list: the query, and below it what was to be found and what came first."""
-        judged = texts.qrels[self.lang][self.qid]
-        yield f"- {self.lang} {self.qid}: {texts.query(self.lang, self.qid)}"
-        for label, docid in self.hits.items():
-            if docid is not None:
-                grade = "" if label == "relevant" or judged.get(docid, 0) < 1 else ", relevant"
-                yield f"    - {label} (`{docid}`{grade}): {shorten(found.get(docid, 'not in the corpus'), 200)}"
-
 
 def changed_queries(systems: Sequence[System], measure: Measure, texts: Texts) -> list[dict[str, Any]]:
     """The queries that gained and lost most on ``measure`` between the first system and each other.
 
     Returns:
-        Two per pair, gained and lost: ``title``, ``pair``, ``lines`` of a table, and ``passages``, lines of a list,
-        where the corpus is at hand.
+        Two per pair, gained and lost: ``title``, ``pair``, ``lines`` of a table, and ``passages`` to list where the
+        corpus is at hand.
     """
     base = systems[0]
     chosen = [
@@ -183,10 +161,26 @@ def changed_queries(systems: Sequence[System], measure: Measure, texts: Texts) -
         {
             "title": title,
             "pair": f"{measure.label}, {base.name} → {system.name}",
-            "lines": [change.cells(texts) for change in changes],
-            "passages": [line for c in changes if found for line in c.passages(texts, found[c.lang])],
+            "lines": [_line(change, texts) for change in changes],
+            "passages": [(c, texts.query(c.lang, c.qid), _hits(c, texts, found[c.lang])) for c in changes if found],
         }
         for title, system, changes in chosen
+    ]
+
+
+def _line(change: Change, texts: Texts) -> list[str]:
+    values, ranks = map(points, change.values), ("none" if rank is None else str(rank) for rank in change.ranks)
+    query = shorten(texts.query(change.lang, change.qid), 70)
+    return [change.lang, change.qid, " → ".join(values), " → ".join(ranks), query]
+
+
+def _hits(change: Change, texts: Texts, found: dict[str, str]) -> list[tuple[str, str, bool, str]]:
+    """What is shown of a query: what it is, docid, whether it is judged relevant, text."""
+    judged = texts.qrels[change.lang][change.qid]
+    return [
+        (label, docid, judged.get(docid, 0) > 0, shorten(found.get(docid, "not in the corpus"), 200))
+        for label, docid in change.hits.items()
+        if docid is not None
     ]
 
 

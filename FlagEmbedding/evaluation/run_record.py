@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections.trec import Qrels, relevant
+from FlagEmbedding.evaluation.arguments import ScoreArguments
 from FlagEmbedding.retrieval.index import DOCID
 from FlagEmbedding.retrieval.shards import MANIFEST, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
@@ -38,15 +39,13 @@ def read_record(path: Path, index_folder: Path | None = None) -> Record:
     return record  # type: ignore[no-any-return]
 
 
-def check_record(
-    record: Record, path: Path, pooling_method: str | None, normalize_embeddings: bool | None, split: str
-) -> None:
+def check_record(record: Record, path: Path, said: ScoreArguments) -> None:
     """Raise ``UsageError`` when what the command line says of a run is not what its record says."""
     encoder = record.get("encoder", {})
     for flag, asked, there in (
-        ("pooling_method", pooling_method, encoder.get("pooling")),
-        ("normalize_embeddings", normalize_embeddings, encoder.get("normalize_embeddings")),
-        ("split", split, record.get("arguments", {}).get("split")),
+        ("pooling_method", said.pooling_method, encoder.get("pooling")),
+        ("normalize_embeddings", said.normalize_embeddings, encoder.get("normalize_embeddings")),
+        ("split", said.split, record.get("arguments", {}).get("split")),
     ):
         if None not in (asked, there) and asked != there:
             raise UsageError(f"--{flag} {asked}: the run was made with {there} ({path})")

@@ -8,8 +8,6 @@ languages' means, which for one language is the plain mean.
   are no more sign patterns than resamples.
 - Interval: percentile bootstrap over queries, within each language.
 - Holm (1979): all tests of a report together keep the chance of any false alarm at the level.
-
-Everything repeats: the same seed serves every test.
 """
 
 from __future__ import annotations
@@ -34,14 +32,9 @@ def randomization_p(differences: Sequence[np.ndarray], resamples: int = RESAMPLE
     if len(weighted) < 2:
         return 1.0  # one difference is as far from 0 under either sign
     found = _scipy_stats().permutation_test(
-        (weighted,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, _BATCH_NUMBERS // len(weighted)),
-        rng=np.random.default_rng(seed),
-    )
+        (weighted,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples,
+        batch=max(1, _BATCH_NUMBERS // len(weighted)), rng=np.random.default_rng(seed),
+    )  # fmt: skip
     return float(found.pvalue)
 
 
@@ -55,14 +48,9 @@ def bootstrap_interval(
     found = _scipy_stats().bootstrap(
         # scipy resamples arrays of one value only when told twice; a repeated value has the same mean.
         tuple(v if len(v) > 1 else np.repeat(v, 2) for v in values),
-        _macro_mean,
-        n_resamples=resamples,
-        batch=max(1, _BATCH_NUMBERS // sum(map(len, values))),
-        vectorized=True,
-        method="percentile",
-        confidence_level=level,
-        rng=np.random.default_rng(seed),
-    )
+        _macro_mean, vectorized=True, method="percentile", n_resamples=resamples, confidence_level=level,
+        batch=max(1, _BATCH_NUMBERS // sum(map(len, values))), rng=np.random.default_rng(seed),
+    )  # fmt: skip
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
@@ -71,12 +59,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The i-th smallest of m is multiplied by m − i + 1, then made no smaller than the one before it, at most 1.
     """
-    corrected = [0.0] * len(p_values)
-    running = 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = running
-    return corrected
+    order = np.argsort(p_values, kind="stable")
+    scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, scaled))
+    return [float(p) for p in corrected]
 
 
 def _macro_mean(*values: np.ndarray, axis: int = -1) -> Any:

@@ -50,12 +50,9 @@ def search_collections(options: SearchOptions) -> None:
             logger.info("%s: %s is there already and kept (--overwrite False)", lang, path)
             continue
         retriever = Retriever(
-            encoder,
-            indexes[lang],
-            query_length=chosen.max_query_length,
-            query_instruction=_query_instruction(encoder, chosen),
-            threads=chosen.threads,
-        )
+            encoder, indexes[lang], query_length=chosen.max_query_length,
+            query_instruction=_query_instruction(encoder, chosen), threads=chosen.threads,
+        )  # fmt: skip
         hits = _search_language(retriever, lang, list(topics[lang].values()), chosen)
         found = zip(topics[lang], ([(hit.docid, hit.score) for hit in each] for each in hits), strict=True)
         with clear_disk_errors(f"writing {path}"):

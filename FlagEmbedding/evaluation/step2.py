@@ -7,6 +7,7 @@ which model, index and title rule it came from; a run without one is scored all 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,10 +54,8 @@ def score_models(arguments: ScoreArguments) -> None:
     for name in names:
         folder = Path(arguments.search_result_save_dir) / name
         records.append({lang: _record(folder / f"{lang}.json", qrels[lang], arguments) for lang in languages})
-        scores = {
-            lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, record.get("index", {}).get("rows"))
-            for lang, record in records[-1].items()
-        }
+        sizes = {lang: run_origin(each)["corpus_passages"] or sys.maxsize for lang, each in records[-1].items()}
+        scores = {lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, sizes[lang]) for lang in languages}
         systems.append(System(name, scores))
     origin = {"arguments": asdict(arguments), "provenance": provenance()}
     runs = {
@@ -98,12 +97,13 @@ def _record(path: Path, qrels: Qrels, arguments: ScoreArguments) -> Record:
     """Where a run came from, checked against what the command line says and what is judged."""
     run = path.with_suffix(".txt")
     if not run.exists():
-        hint = f"run step1-search_results.py --languages {path.stem} with this encoder"
-        raise DataError(f"{run}: no such run file; {hint}")
-    name, given = path.parent.name, arguments.index_save_dir
-    index = None if given is None else Path(given) / name / path.stem
+        raise DataError(
+            f"{run}: no such run file; run step1-search_results.py --languages {path.stem} with this encoder"
+        )
+    given = arguments.index_save_dir
+    index = None if given is None else Path(given) / path.parent.name / path.stem
     record = read_record(path, index)
-    check_record(record, path, arguments.pooling_method, arguments.normalize_embeddings, arguments.split)
+    check_record(record, path, arguments)
     searched = record.get("index", {}).get("folder")
     check_judged(qrels, index or (Path(searched) if searched else None))
     return record

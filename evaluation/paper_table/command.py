@@ -1,10 +1,6 @@
 """The paper's table in one command: six rows, trained, embedded, searched and scored by the public commands.
 
-    python evaluation/reproduce_table.py --base_model BAAI/bge-m3 --languages ko fa hi --train_dir DIR --seeds 42 43 44
-
-``--train_dir`` holds {lang}_CLPL_train_data.jsonl and {lang}_random_train_data.jsonl; corpus, queries and judgments
-come from ``--data_dir`` or the hub. Recipes are configs/paper/*.yaml; flags here override them for every row. Started
-again, it goes on where it was.
+Recipes are configs/paper/*.yaml; flags here override them for every row. Started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -137,18 +133,14 @@ def build_options(root: Path, arguments: ReproduceArguments, overrides: TrainOve
             train.append(f"--{flag}={text}")
     base = Path(arguments.base_model)
     return Options(
-        root=root,
-        output_dir=Path(arguments.output_dir).resolve(),
+        root=root, output_dir=Path(arguments.output_dir).resolve(),
         base_model=str(base.resolve()) if base.exists() else arguments.base_model,
         train_dirs=[Path(folder).resolve() for folder in arguments.train_dir],
-        data_dir=Path(arguments.data_dir).resolve() if arguments.data_dir else None,
-        split=arguments.split,
-        measures=parse_measures(arguments.metrics),
-        train_options=[*train, *shlex.split(arguments.train_args)],
-        index_options=index,
-        search_options=search,
+        data_dir=Path(arguments.data_dir).resolve() if arguments.data_dir else None, split=arguments.split,
+        metrics=[measure.key for measure in parse_measures(arguments.metrics)],
+        train_options=[*train, *shlex.split(arguments.train_args)], index_options=index, search_options=search,
         launcher=shlex.split(arguments.train_launcher) if arguments.train_launcher else [sys.executable],
-    )
+    )  # fmt: skip
 
 
 def _qrels(options: Options, qrels_dir: str | None, lang: str) -> Path:

@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 
-from FlagEmbedding.evaluation.metrics import Measure
 from FlagEmbedding.retrieval.index import index_name
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import digest
@@ -28,7 +27,7 @@ STAGES = ("train", "index", "search", "score")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the base model as it is (no recipe), or trained after a recipe on a file a language."""
+    """One row: the base model as it is (no recipe), or trained after a recipe on a file per language."""
 
     name: str
     recipe: Path | None
@@ -91,15 +90,11 @@ class Options:
     train_dirs: list[Path]
     data_dir: Path | None
     split: str
-    measures: list[Measure]
+    metrics: list[str]
     train_options: list[str]
     index_options: list[str]
     search_options: list[str]
     launcher: list[str]
-
-    @property
-    def _metrics(self) -> list[str]:
-        return [measure.key for measure in self.measures]
 
     def encoder(self, cell: Cell) -> str:
         """The model a cell evaluates."""
@@ -115,23 +110,15 @@ class Options:
         places = ", ".join(str(folder) for folder in self.train_dirs)
         raise DataError(f"--train_dir {places}: no {name} there, which row {cell.row.name!r} is trained on")
 
-    def index_dir(self, cell: Cell) -> Path:
-        return self.output_dir / "corpus-index" / index_name(self.encoder(cell)) / cell.lang
-
-    def run_file(self, cell: Cell) -> Path:
-        return self.output_dir / "search_results" / index_name(self.encoder(cell)) / f"{cell.lang}.txt"
-
-    def score_file(self, cell: Cell) -> Path:
-        # One result folder a language: step 2 names its file after the model alone, and the base model has several.
-        return self.output_dir / "eval_results" / cell.lang / f"{index_name(self.encoder(cell))}.json"
-
     def product(self, cell: Cell, stage: str) -> Path:
         """The file whose presence says that a stage was finished."""
+        name, out = index_name(self.encoder(cell)), self.output_dir
         return {
             "train": Path(self.encoder(cell)) / "config.json",
-            "index": self.index_dir(cell) / "index",
-            "search": self.run_file(cell),
-            "score": self.score_file(cell),
+            "index": out / "corpus-index" / name / cell.lang / "index",
+            "search": out / "search_results" / name / f"{cell.lang}.txt",
+            # One folder per language: step 2 names its file after the model alone, and the base model has several.
+            "score": out / "eval_results" / cell.lang / f"{name}.json",
         }[stage]
 
     def command(self, cell: Cell, stage: str, qrels: Path | None = None) -> list[str]:
@@ -153,8 +140,8 @@ class Options:
         else:
             folder = qrels or self.data_dir
             words = [] if folder is None else ["--qrels_dir", str(folder)]
-            words += ["--search_result_save_dir", runs, "--eval_result_save_dir", str(self.score_file(cell).parent)]
-            script, words = "step2-eval_dense_mldr.py", [*words, "--metrics", *self._metrics]
+            words += ["--search_result_save_dir", runs, "--eval_result_save_dir", str(self.product(cell, stage).parent)]
+            script, words = "step2-eval_dense_mldr.py", [*words, "--metrics", *self.metrics]
         return [sys.executable, str(self.root / "evaluation" / script), *where, *words]
 
     def inputs(self, cell: Cell, stage: str) -> dict[str, Any]:
@@ -166,7 +153,7 @@ class Options:
             return {"options": self.index_options, "lang": cell.lang}
         if stage == "search":
             return {"options": self.search_options, "split": self.split}
-        return {"metrics": self._metrics}
+        return {"metrics": self.metrics}
 
 
 def read_table(path: Path) -> Table:

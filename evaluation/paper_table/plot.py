@@ -12,12 +12,9 @@ from FlagEmbedding.utils.io import PathLike
 
 
 def plot_table(
-    path: PathLike,
-    rows: dict[str, dict[str, dict[str, list[float]]]],
-    languages: Sequence[str],
-    measures: Sequence[Measure],
-    published: dict[str, dict[str, dict[str, float]]],
-) -> None:
+    path: PathLike, rows: dict[str, dict[str, dict[str, list[float]]]], languages: Sequence[str],
+    measures: Sequence[Measure], published: dict[str, dict[str, dict[str, float]]],
+) -> None:  # fmt: skip
     """One panel per language and measure, rows from top to bottom.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 
 from FlagEmbedding.collections.trec import read_qrels, read_run
 from FlagEmbedding.evaluation.compare import compare_runs, score_run
-from FlagEmbedding.evaluation.metrics import Measure, mean
+from FlagEmbedding.evaluation.metrics import Measure, mean, parse_measures
 from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
 from FlagEmbedding.evaluation.tables import p_text, signed_points
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
@@ -45,61 +45,50 @@ class RowScores:
 
 
 def write_table(
-    options: Options,
-    table: Table,
-    cells: Sequence[Cell],
-    records: dict[str, dict[str, Any]],
-    qrels: dict[str, Path],
-    resamples: int,
-    origin: dict[str, Any],
-) -> str:
+    options: Options, table: Table, cells: Sequence[Cell], records: dict[str, dict[str, Any]], qrels: dict[str, Path],
+    resamples: int, origin: dict[str, Any],
+) -> str:  # fmt: skip
     """Write table.md, table.json and table.png into the output folder; returns what an entry point prints."""
-    measures, folder = options.measures, options.output_dir
-    rows = collect(options, cells, qrels)
+    measures, folder = parse_measures(options.metrics), options.output_dir
+    rows = collect(options, cells, qrels, measures)
     languages = list(rows[0].values)
-    of_row = {row.name: [records[cell.id] for cell in cells if cell.row.name == row.name] for row in rows}
+    models = {row.name: {c.id: records[c.id] for c in cells if c.row.name == row.name} for row in rows}
     # On other models the paper's scores are shown for orientation, but not drawn onto the same axis.
     comparable = Path(options.base_model).name == table.published_model
     tests = compare_rows(rows, measures[0], resamples)
     values = {
-        "base": Path(options.base_model).name,
+        "base": Path(options.base_model).name, "languages": list(qrels), "split": options.split,
         "data": "MIRACL from the hub" if options.data_dir is None else f"`{options.data_dir.name}`",
-        "languages": list(qrels),
-        "split": options.split,
-        "scores": _scores(rows, measures, table),
-        "seeds": max(len(row.seeds) for row in rows),
-        "source": table.source,
-        "comparable": comparable,
-        "tested": measures[0].label,
+        "scores": _scores(rows, measures, table), "source": table.source, "comparable": comparable,
+        "seeds": max(len(row.seeds) for row in rows), "tested": measures[0].label, "folder": folder,
         "tests": [_test_line(test, {row.name: row for row in rows}) for test in tests],
-        "costs": _costs(of_row),
+        "costs": _costs({name: list(each.values()) for name, each in models.items()}),
         "seen": _seen([row for row in rows if row.row.recipe is not None], languages, measures[0]),
-        "folder": folder,
-    }
+    }  # fmt: skip
     with atomic_open(folder / "table.md") as stream:
         stream.write(render(_PAGE, page=True, **values))
     value = {
-        "rows": [_row_json(row, table, {c.id: records[c.id] for c in cells if c.row.name == row.name}) for row in rows],
+        "rows": [_row_json(row, table, models[row.name]) for row in rows],
         "tests": [asdict(test) for test in tests],
-        "tested_measure": measures[0].key,
-        "published_source": table.source,
-        **origin,
-    }
+        "tested_measure": measures[0].key, "published_source": table.source, **origin,
+    }  # fmt: skip
     write_json_atomic(folder / "table.json", value)
     points = {row.name: row.values for row in rows}
     plot_table(folder / "table.png", points, languages, measures, table.published if comparable else {})
     return render(_PAGE, page=False, **values).rstrip()
 
 
-def collect(options: Options, cells: Sequence[Cell], qrels: dict[str, Path]) -> list[RowScores]:
+def collect(
+    options: Options, cells: Sequence[Cell], qrels: dict[str, Path], measures: Sequence[Measure]
+) -> list[RowScores]:
     """Scores of all cells out of their run files, row by row in table order."""
     judged = {lang: read_qrels(path) for lang, path in qrels.items()}
     found: dict[str, dict[str, dict[int | None, LanguageScores]]] = {}
     for cell in cells:
-        scores = score_run(judged[cell.lang], read_run(options.run_file(cell)), options.measures)
+        scores = score_run(judged[cell.lang], read_run(options.product(cell, "search")), measures)
         found.setdefault(cell.row.name, {}).setdefault(cell.lang, {})[cell.seed] = scores
     named = {cell.row.name: cell.row for cell in cells}
-    return [_row_scores(named[name], languages, options.measures) for name, languages in found.items()]
+    return [_row_scores(named[name], languages, measures) for name, languages in found.items()]
 
 
 def _row_scores(
@@ -198,27 +187,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{seconds / 60:.1f} min"
 
 
-def _seen(trained: Sequence[RowScores], languages: Sequence[str], measure: Measure) -> list[str]:
-    """What the numbers show, in words that no reader has to take on trust: two sizes next to each other."""
-    lines = []
+def _seen(trained: Sequence[RowScores], languages: Sequence[str], measure: Measure) -> list[dict[str, Any]]:
+    """Two sizes next to each other, per language: how far rows lie apart, and one row's seeds at most."""
+    found = []
     for lang in languages if len(trained) > 1 else ():
         values = {row.name: row.values[lang][measure.key] for row in trained}
         means = {name: 100 * statistics.fmean(each) for name, each in values.items()}
         best, least = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
+        seeds = max((100 * (max(each) - min(each)) for each in values.values() if len(each) > 1), default=None)
         apart = means[best] - means[least]
-        text = f"- {lang}: the trained rows lie {apart:.1f} points of {measure.label} apart "
-        text += f"({least} lowest, {best} highest)"
-        widest = max((100 * (max(each) - min(each)) for each in values.values() if len(each) > 1), default=None)
-        if widest is None:
-            text += "; with one seed per row, nothing tells this from what another seed would change."
-        else:
-            text += f"; one row alone differs by up to {widest:.1f} between its seeds. " + (
-                "Order among the trained rows is therefore not told by these seeds."
-                if widest >= apart
-                else f"The furthest differ by more than seeds do; rows within {widest:.1f} are not told apart."
-            )
-        lines.append(text)
-    return lines
+        found.append({"lang": lang, "best": best, "least": least, "apart": apart, "seeds": seeds})
+    return found
 
 
 def _row_json(row: RowScores, table: Table, models: dict[str, Any]) -> dict[str, Any]:

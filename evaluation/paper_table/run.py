@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Run the stages of ``cell`` that are not done; its record: stage -> key, command, seconds, memory.
 
-    Args:
-        place: where the cell stands among all (``3/11``), for the log.
-
-    Raises:
-        DataError: a command failed, with its own last words.
+    ``place`` says for the log where the cell stands among all (``3/11``). Raises ``DataError`` with the last words of
+    a command that failed.
     """
     path = options.output_dir / "records" / f"{cell.id}.json"
     record = _read(path)
@@ -50,7 +49,7 @@ def run_cell(
         record[stage] = {"key": keys[stage], **found}
         write_json_atomic(path, record)
         if stage == "search" and not keep_index:
-            shutil.rmtree(options.index_dir(cell), ignore_errors=True)
+            shutil.rmtree(options.product(cell, "index").parent, ignore_errors=True)
     return record
 
 
@@ -68,11 +67,8 @@ def _done(options: Options, cell: Cell, record: dict[str, Any], keys: dict[str, 
     if record.get(stage, {}).get("key") != keys[stage]:
         return False
     # The index is thrown away once it was searched, and a model may be once it was scored.
-    later = STAGES[STAGES.index(stage) + 1 :]
-    used = stage != "search" and any(
-        record.get(after, {}).get("key") == keys[after] and options.product(cell, after).exists() for after in later
-    )
-    return used or options.product(cell, stage).exists()
+    of_use = [stage] if stage == "search" else STAGES[STAGES.index(stage) :]
+    return any(record.get(s, {}).get("key") == keys[s] and options.product(cell, s).exists() for s in of_use)
 
 
 def _clear(options: Options, cell: Cell, stage: str) -> None:
@@ -94,7 +90,7 @@ def run_command(command: list[str], log: Path, what: str) -> dict[str, Any]:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
         channels: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        with _GpuMemory() as gpu, subprocess.Popen(words, env=environment, **channels) as process:
+        with _gpu_memory() as gpu_memory, subprocess.Popen(words, env=environment, **channels) as process:
             try:
                 process.wait()
             except BaseException:
@@ -105,14 +101,9 @@ def run_command(command: list[str], log: Path, what: str) -> dict[str, Any]:
         raise DataError(f"{what} failed (exit {process.returncode}{killed}): {last_words(log)}; all of it in {log}")
     kilobytes = int(peak.read_text()) / (1024 if sys.platform == "darwin" else 1)
     peak.unlink()
-    found: dict[str, Any] = {
-        "command": shlex.join(command),
-        "seconds": round(time.monotonic() - started, 2),
-        "peak_rss_mb": round(kilobytes / 1024),
-    }
-    if gpu.peak_mb is not None:
-        found["peak_gpu_mb"] = gpu.peak_mb
-    return found
+    seconds = round(time.monotonic() - started, 2)
+    found = {"command": shlex.join(command), "seconds": seconds, "peak_rss_mb": round(kilobytes / 1024)}
+    return {**found, "peak_gpu_mb": max(gpu_memory)} if gpu_memory else found
 
 
 def last_words(log: Path) -> str:
@@ -122,27 +113,25 @@ def last_words(log: Path) -> str:
     return (errors or lines or ["no output"])[-1]
 
 
-class _GpuMemory:
-    """Peak memory in use on the visible NVIDIA GPUs (all processes) while the block runs; None without any."""
+@contextmanager
+def _gpu_memory() -> Iterator[list[int]]:
+    """Memory in use on the visible NVIDIA GPUs (all processes, MiB) each second of the block; empty without any."""
+    readings: list[int] = []
+    stop = threading.Event()
 
-    def __init__(self) -> None:
-        self.peak_mb: int | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> _GpuMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
+    def watch() -> None:
         while (used := gpu_memory_mb()) is not None:
-            self.peak_mb = max(used, self.peak_mb or 0)
-            if self._stop.wait(_GPU_SECONDS):
+            readings.append(used)
+            if stop.wait(_GPU_SECONDS):
                 return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield readings
+    finally:
+        stop.set()
+        thread.join()
 
 
 def gpu_memory_mb() -> int | None:

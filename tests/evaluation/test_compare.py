@@ -11,6 +11,7 @@ from scipy import stats
 
 from FlagEmbedding.evaluation.compare import compare_runs, main, score_run, unique_names
 from FlagEmbedding.evaluation.metrics import parse_measures
+from FlagEmbedding.evaluation.report import most_changed
 from FlagEmbedding.evaluation.significance import bootstrap_interval, holm, randomization_p
 from FlagEmbedding.evaluation.systems import AVERAGE, System
 from FlagEmbedding.evaluation.tables import p_text, shorten, signed_points
@@ -130,6 +131,28 @@ def test_three_systems_are_compared_in_all_pairs_or_in_those_asked_for() -> None
     assert pairs == [("a", "b"), ("a", "c"), ("b", "c")]
     pairs = [(c.baseline, c.system) for c in compare_runs(systems, MEASURES[:1], pairs=[(2, 0)])]
     assert pairs == [("c", "a")]
+
+
+def test_queries_that_changed_most() -> None:
+    before = {"ko": {"a": 5, "b": 5, "c": 4, "d": 1, "e": 2, "f": 9, "g": 8, "h": 3, "i": 3, "j": 5}}
+    after = {"ko": {"a": 1, "b": 2, "c": 1, "d": 5, "e": 3, "f": 9, "g": 7, "h": 2, "i": 2, "j": 1}}
+    pair = (system("base", before), system("tuned", after))
+    qrels = {"ko": {qid: {"right": 1, "wrong1": 0} for qid in before["ko"]}}
+    gained = most_changed(pair, MEASURES[0], qrels, 1)
+    assert [change.qid for change in gained] == ["a", "j", "c", "b", "h"]  # the five largest, equal ones by qid
+    assert [change.qid for change in most_changed(pair, MEASURES[0], qrels, -1)] == ["d", "e"]
+    assert gained[0].ranks == [5, 1]
+    assert gained[0].values == [pytest.approx(1 / np.log2(6)), 1.0]
+    assert gained[0].hits == {"relevant": "right", "first hit of base": "wrong1", "first hit of tuned": "right"}
+    # Of equal changes in the measure, first the one whose first relevant passage moved further.
+    pair = (system("base", {"ko": {"a": 6, "b": 6}}), system("tuned", {"ko": {"a": 5, "b": 1}}))
+    assert [change.qid for change in most_changed(pair, MEASURES[1], qrels_of("ab"), 1)] == ["b", "a"]
+    pair = (pair[1], pair[0])
+    assert [change.qid for change in most_changed(pair, MEASURES[1], qrels_of("ab"), -1)] == ["b", "a"]
+
+
+def qrels_of(qids: str) -> dict[str, dict[str, dict[str, int]]]:
+    return {"ko": {qid: {"right": 1} for qid in qids}}
 
 
 def test_different_queries_are_refused() -> None:

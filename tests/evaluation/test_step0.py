@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from FlagEmbedding.evaluation.__main__ import generate_embedding
 from FlagEmbedding.evaluation.arguments import EmbedOptions
-from FlagEmbedding.evaluation.commands import generate_embedding
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.utils.cli import parse_whole
 from FlagEmbedding.utils.errors import DataError, UsageError

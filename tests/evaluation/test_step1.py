@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from FlagEmbedding.evaluation.__main__ import generate_embedding, search_results
 from FlagEmbedding.evaluation.arguments import BGE_INSTRUCTION, SearchOptions
-from FlagEmbedding.evaluation.commands import generate_embedding, search_results
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.utils.cli import parse_whole
 from FlagEmbedding.utils.errors import DataError, UsageError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from FlagEmbedding.evaluation.commands import eval_dense
+from FlagEmbedding.evaluation.__main__ import eval_dense
 from FlagEmbedding.utils.cli import entry_point
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -256,12 +257,39 @@ def test_the_chart_is_drawn_and_repeats(work: Path) -> None:
     assert 0.05 < (picture[..., :3].min(axis=-1) < 0.9).mean() < 0.6  # ink, but not all of it
 
 
-def test_different_conditions_are_pointed_out(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("index", "with_title", True, "with_title True, {} with False"),
+        ("index", "rows", 900, "corpus_passages 900, {} with 1000"),
+        ("index", "max_passage_length", 64, "max_passage_length 64, {} with 512"),
+        ("arguments", "hits", 5, "hits 5, {} with 20"),
+    ],
+)
+def test_different_conditions_are_pointed_out(
+    work: Path, caplog: pytest.LogCaptureFixture, part: str, key: str, value: object, said: str
+) -> None:
     (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(RECORD))
-    titled = {**RECORD, "index": {**RECORD["index"], "with_title": True}}
-    (work / "search_results/base/ko.json").write_text(json.dumps(titled))
+    other = {**RECORD, part: {**RECORD[part], key: value}}
+    (work / "search_results/base/ko.json").write_text(json.dumps(other))
     assert step2("--encoder", "base", NAME, "--compare", "--resamples", "100") == 0
-    assert f"ko: base was made with with_title True, {NAME} with False" in caplog.text
+    lines = [record.getMessage() for record in caplog.records if "not of the models alone" in record.getMessage()]
+    assert lines == [f"ko: base was made with {said.format(NAME)}: the comparison is not of the models alone"]
+
+
+def test_what_the_result_says_without_a_record(work: Path) -> None:
+    words = PUBLISHED.replace("--pooling_method cls --normalize_embeddings True", "").split()
+    assert entry_point(eval_dense)(words) == 0
+    result = json.loads((work / f"eval_results/{NAME}.json").read_text())
+    assert (result["pooling_method"], result["normalize_embeddings"]) == ("cls", True)  # as published
+    assert result["runs"] == {"ko": dict.fromkeys(result["runs"]["ko"])}
+    made = {**RECORD["encoder"], "pooling": "mean", "normalize_embeddings": False}
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps({**RECORD, "encoder": made}))
+    assert entry_point(eval_dense)(words) == 0
+    result = json.loads((work / f"eval_results/{NAME}.json").read_text())
+    assert (result["pooling_method"], result["normalize_embeddings"]) == ("mean", False)
+    origin = result["runs"]["ko"]
+    assert (origin["max_passage_length"], origin["index_type"], origin["dtype"]) == (512, "Flat", "fp32")
 
 
 def test_three_models(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,3 +298,75 @@ def test_three_models(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.count("| third") == 4  # against base and against the other, on two measures
     assert (work / f"eval_results/base_vs_{NAME}_third/comparison.png").exists()
+
+
+def index_of(work: Path, docids: Sequence[str]) -> Path:
+    folder = work / f"corpus-index/{NAME}/ko"
+    folder.mkdir(parents=True)
+    (folder / "docid").write_text("".join(f"{docid}\n" for docid in docids))
+    (folder / "manifest.json").write_text(json.dumps({"identity": RECORD["encoder"], "rows": len(docids)}))
+    return folder
+
+
+def test_judged_passages_that_the_index_does_not_have(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    right = [f"{qid}#right" for qid in QUERIES]
+    folder = index_of(work, [*right[2:], "7#0"])
+    assert step2("--index_save_dir", "corpus-index") == 0
+    lines = [record.getMessage() for record in caplog.records if "not in the index" in record.getMessage()]
+    said = f"2 of 12 passages judged relevant ({right[0]} …) are not in the index"
+    assert len(lines) == 1
+    assert said in lines[0]
+    caplog.clear()
+    (folder / "docid").write_text("".join(f"{docid}\r\n" for docid in right))  # whole, as another tool may write it
+    assert step2("--index_save_dir", "corpus-index") == 0
+    assert "not in the index" not in caplog.text
+
+
+def test_judgments_of_another_corpus_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = index_of(work, ["7#0", "8#0"])
+    record = {**RECORD, "index": {**RECORD["index"], "folder": str(folder)}}
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(record))  # the index that step 1 names
+    assert step2() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {folder}: none of the 12 passages judged relevant (0-0#right …) is in the index")
+    assert not (work / "eval_results").exists()
+
+
+def test_a_run_without_any_relevant_passage_is_pointed_out(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(work / f"search_results/{NAME}/ko.txt", 30)
+    assert step2() == 0
+    assert "no relevant passage of any query is in it" in caplog.text
+    caplog.clear()
+    write_run(work / f"search_results/{NAME}/ko.txt", 20)  # one in three has it at the last place
+    assert step2() == 0
+    assert "no relevant passage" not in caplog.text
+
+
+@pytest.mark.parametrize(("passages", "said"), [(5, False), (6, True), (1000, True), (None, True)])
+def test_more_hits_are_asked_for_only_where_there_are_more(
+    work: Path, caplog: pytest.LogCaptureFixture, passages: int | None, said: bool
+) -> None:
+    write_run(work / f"search_results/{NAME}/ko.txt", 1, depth=5)
+    if passages is not None:
+        record = {**RECORD, "index": {**RECORD["index"], "rows": passages}}
+        (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(record))
+    assert step2("--metrics", "ndcg@10", "ndcg@5") == 0
+    assert ("nDCG@10 on a run that is 5 deep; give step 1 more --hits" in caplog.text) == said
+    assert "nDCG@5 on a run" not in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_the_characters_loses_nothing(work: Path, encoding: str) -> None:
+    script = REPOSITORY / "evaluation" / "step2-eval_dense_mldr.py"
+    words = [*PUBLISHED.split(), "--encoder", "base", NAME, "--compare", "--data_dir", "data", "--resamples", "100"]
+    answer = subprocess.run(
+        [sys.executable, str(script), *words], cwd=work, capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    printed = answer.stdout.decode(encoding)
+    assert ("scores \\xd7 100" if encoding == "ascii" else "scores × 100") in printed
+    assert "\\uc9c8\\ubb38 0" in printed  # 질문 0
+    page = (work / f"eval_results/base_vs_{NAME}/comparison.md").read_text(encoding="utf-8")
+    assert "Scores × 100" in page
+    assert "질문 0" in page

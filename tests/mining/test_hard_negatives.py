@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mining.corpora import QUERIES, TEXTS, brute_force, positives, read_rows, write_collection, write_rows
 
-from FlagEmbedding.evaluation.commands import generate_embedding
+from FlagEmbedding.evaluation.__main__ import generate_embedding
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.mining.common.alignment import normalize_text

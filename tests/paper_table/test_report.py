@@ -41,7 +41,7 @@ def finished(tmp_path: Path) -> tuple[Options, list[Cell], dict[str, Path], dict
     """A finished table's folder: runs of every cell, judgements, records."""
     options = Options(
         root=tmp_path, output_dir=tmp_path, base_model="BAAI/bge-m3", train_dirs=[], data_dir=None, split="dev",
-        measures=MEASURES, train_options=[], index_options=[], search_options=[], launcher=[],
+        metrics=[m.key for m in MEASURES], train_options=[], index_options=[], search_options=[], launcher=[],
     )  # fmt: skip
     todo = list(cells(ROWS, list(LANGUAGES), [1, 2]))
     records, qrels = {}, {}
@@ -54,7 +54,7 @@ def finished(tmp_path: Path) -> tuple[Options, list[Cell], dict[str, Path], dict
             for query, rank in list(enumerate(RANKS[cell.row.name, cell.seed]))[LANGUAGES[cell.lang]]
             for place in range(1, 8)
         ]
-        path = options.run_file(cell)
+        path = options.product(cell, "search")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines))
         seconds = 60.0 if cell.seed == 1 else 80.0
@@ -65,7 +65,7 @@ def finished(tmp_path: Path) -> tuple[Options, list[Cell], dict[str, Path], dict
 
 def test_means_and_seeds_by_hand(finished: tuple) -> None:
     options, todo, qrels, _ = finished
-    rows = {row.name: row for row in collect(options, todo, qrels)}
+    rows = {row.name: row for row in collect(options, todo, qrels, MEASURES)}
     for (name, seed), ranks in RANKS.items():
         place = [None, 1, 2].index(seed) - (seed is not None)
         by_lang = {lang: statistics.fmean(value(r) for r in ranks[part]) for lang, part in LANGUAGES.items()}
