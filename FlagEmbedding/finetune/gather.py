@@ -16,15 +16,12 @@ from FlagEmbedding.utils.distributed import all_gather_rows, gather_objects, ran
 
 def gather_representations(own: Representations) -> Representations:
     """Every process's rows in rank order. ``padded_length`` becomes the longest of all, as one batch would pad."""
-    tokens = own.tokens
+    tokens, gathered = own.tokens, TokenBatch(own.tokens.ids[:0], [], 0)
     if own.token_weights is not None or own.colbert is not None:
-        own_lengths = torch.tensor(tokens.lengths, dtype=torch.int64, device=tokens.ids.device)
-        lengths = all_gather_rows(own_lengths).tolist()
-        tokens = TokenBatch(all_gather_rows(tokens.ids), lengths, max(gather_objects(tokens.padded_length)))
-    else:
-        tokens = TokenBatch(tokens.ids[:0], [], 0)
+        lengths = all_gather_rows(torch.tensor(tokens.lengths, dtype=torch.int64, device=tokens.ids.device)).tolist()
+        gathered = TokenBatch(all_gather_rows(tokens.ids), lengths, max(gather_objects(tokens.padded_length)))
     parts = (own.dense, own.token_weights, own.colbert)
-    return Representations(tokens, *(None if part is None else all_gather_rows(part) for part in parts))
+    return Representations(gathered, *(None if part is None else all_gather_rows(part) for part in parts))
 
 
 def gather_owners(owner: Tensor | None, passages: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from FlagEmbedding.finetune.arguments import Arguments
+from FlagEmbedding.finetune.biencoder import BiEncoder
 
 _TERMS = {
     "loss": "loss (what is minimized)",
@@ -26,16 +27,16 @@ class TrainingSummary:
 
     Attributes:
         arguments: what was asked for.
+        model: what was trained.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
-        remote_code: the checkpoint has experts, which other libraries need trust for.
     """
 
     arguments: Arguments
+    model: BiEncoder
     history: list[dict[str, Any]]
     seconds: float
     steps: int
-    remote_code: bool
 
     def show(self) -> None:
         """Print the summary (entry points only)."""
@@ -50,14 +51,13 @@ class TrainingSummary:
 
     def usage(self) -> str:
         """How to use the checkpoint, with the instructions that it was trained with."""
-        model, data = self.arguments.model, self.arguments.data
+        folder, data = repr(str(self.arguments.training.output_dir)), self.arguments.data
         query, passage = data.query_instruction_for_retrieval, data.passage_instruction_for_retrieval
-        words = [repr(str(self.arguments.training.output_dir)), f"pooling_method={model.sentence_pooling_method!r}"]
-        words += [f"normalize_embeddings={model.normalize_embeddings}"]
+        words = [folder, f"pooling_method={self.model.pooling!r}", f"normalize_embeddings={self.model.normalize}"]
         words += [f"query_instruction_for_retrieval={query!r}"] if query else []
         words += [f"passage_instruction_for_retrieval={passage!r}"] if passage else []
         prompts = {name: text for name, text in (("query", query), ("document", passage)) if text}
-        other = [words[0], *(["trust_remote_code=True"] if self.remote_code else [])]
+        other = [folder, "trust_remote_code=True"] if self.model.has_experts else [folder]
         other += [f"prompts={prompts!r}"] if prompts else []
         return (
             f"Use it:\n"
