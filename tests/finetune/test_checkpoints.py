@@ -25,7 +25,13 @@ def test_a_window_holds_means_of_the_micro_batches_that_have_a_term(tmp_path: Pa
     window.add(terms(loss=9.0, contrastive_loss=2.0))
     window.saw(zero=True)
     window.saw(zero=True)
-    window.save(tmp_path, forwards=7)
+    accelerator = Accelerator(cpu=True)
+    assert window.totals(accelerator) == {"contrastive_loss": (3.0, 2), "penalty": (0.5, 1)}
+    window.save(tmp_path, window.totals(accelerator), forwards=7)
+    second = LossWindow()
+    assert second.load(tmp_path, torch.device("cpu"), main=False) == {"forwards": 7}
+    assert second.totals(accelerator) == {}, "the main process alone goes on with the sums of all"
+    assert second.zero_micro_batches == 2
     again = LossWindow()
     assert again.load(tmp_path / "nowhere", torch.device("cpu")) is None
     assert again.load(tmp_path, torch.device("cpu")) == {"forwards": 7}
