@@ -39,23 +39,15 @@ Read = Callable[[Any, str], Item | None]  # an item and its key → what it says
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """One training row.
-
-    Attributes:
-        query: the query.
-        pos, neg: passages that answer it, and that do not; at least one each.
-        pos_scores, neg_scores: the teacher's score of each passage, or None.
-        neg_q: for each negative the queries it answers (0 to n of them), or None when the row has no such column.
-        line: line of the file, from 1.
-    """
+    """One training row."""
 
     query: str
-    pos: list[str]
-    neg: list[str]
-    pos_scores: list[float] | None = None
+    pos: list[str]  # passages that answer it, at least one
+    neg: list[str]  # passages that do not, at least one
+    pos_scores: list[float] | None = None  # the teacher's, of each passage
     neg_scores: list[float] | None = None
-    neg_q: list[list[str]] | None = None
-    line: int = 0
+    neg_q: list[list[str]] | None = None  # for each negative the queries it answers: 0 to n of them
+    line: int = 0  # of the file, from 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.path}:{self.line}" if self.line else self.path
-        return f"{place}: {self.key} {self.found}; {self.hint}" if self.key else f"{place}: {self.found}; {self.hint}"
+        return f"{place}: {f'{self.key} ' if self.key else ''}{self.found}; {self.hint}"
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.check_data import main as check_data
 from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.schema import Problems, TrainRecord, read_records
+from FlagEmbedding.schema import Problems, TrainRecord, find_files, read_records
 from FlagEmbedding.utils.errors import DataError
 
 GOOD = {
@@ -159,6 +159,27 @@ def test_bad_file_is_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pyte
         (tmp_path / relative).write_bytes(content)
     assert check_data([str(tmp_path / "train")]) == 2
     assert capsys.readouterr().err == f"error: {expected.replace('{}', str(tmp_path))}\n"
+
+
+def test_hidden_files_and_other_endings_are_passed_over(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json", ".c.jsonl", "d.jsonl.gz", "e.txt", "deeper/f.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, changed())
+    problems = Problems()
+    found = find_files([tmp_path, tmp_path / "d.jsonl.gz"], problems)
+    assert [(Path(file.path).name, file.folder) for file in found] == [
+        ("a.json", str(tmp_path)), ("b.jsonl", str(tmp_path)), ("d.jsonl.gz", str(tmp_path)),
+    ]  # fmt: skip
+    assert not problems.count
+
+
+def test_numbers_at_the_edge_of_float(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", changed(neg_scores=[1.7976931348623157e308, -1.7976931348623157e308]))
+    (record,) = read_records(path)
+    assert record.neg_scores == [sys.float_info.max, -sys.float_info.max]
+    problems = Problems()
+    assert not list(read_records(write(path, changed(neg_scores=[-(10**400), float("-inf")])), problems))
+    assert [problem.found for problem in problems.first] == ["is infinite", "is infinite"]
 
 
 def test_training_gives_the_same_lines_before_any_model(tmp_path: Path) -> None:

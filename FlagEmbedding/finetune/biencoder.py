@@ -53,22 +53,14 @@ Features = TokenBatch | Mapping[str, Tensor]
 
 @dataclass
 class EncoderOutput(ModelOutput):
-    """What a forward gives.
+    """What a forward gives; loss, terms and scores only where both queries and passages came."""
 
-    Attributes:
-        loss: scalar, what is differentiated; None unless both queries and passages came.
-        terms: the objective's named parts, scalars, for logging (unscaled; ``…_scaled`` where a weight applies).
-        scores: dense similarities over the temperature, ``[B, M]`` (gathered under ``negatives_cross_device``).
-        q_reps, p_reps: this process's dense vectors, ``[B, D]`` and ``[M, D]``.
-        routing: per MoE layer, logits ``[T, E]`` and chosen experts ``[T, K]`` of this forward's tokens.
-    """
-
-    loss: Tensor | None = None
-    terms: dict[str, Tensor] | None = None
-    scores: Tensor | None = None
-    q_reps: Tensor | None = None
-    p_reps: Tensor | None = None
-    routing: list[tuple[Tensor, Tensor]] | None = None
+    loss: Tensor | None = None  # scalar, what is differentiated
+    terms: dict[str, Tensor] | None = None  # its named parts, scalars (unscaled; ``…_scaled`` where a weight applies)
+    scores: Tensor | None = None  # dense, over the temperature, [B, M] (gathered under ``negatives_cross_device``)
+    q_reps: Tensor | None = None  # this process's dense vectors, [B, D]
+    p_reps: Tensor | None = None  # [M, D]
+    routing: list[tuple[Tensor, Tensor]] | None = None  # per MoE layer, logits [T, E] and chosen experts [T, K]
 
 
 class BiEncoder(M3Encoder):

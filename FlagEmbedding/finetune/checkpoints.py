@@ -48,35 +48,44 @@ class LossWindow:
         self.zero_micro_batches = self.zero_micro_batches + 1 if zero else 0
         self.flat_micro_batches = self.flat_micro_batches + 1 if flat else 0
 
-    def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means since the last flush, over all processes; starts again from zero.
+    def totals(self, accelerator: Accelerator) -> dict[str, tuple[float, int]]:
+        """Sum and count of each term over all processes, which must call this together.
 
         Every process must hold the same names for the reduction, so the union is agreed on first.
         """
-        means = {}
+        found = {}
         for name in sorted(set().union(*gather_objects(sorted(self._sums)))):
             own = [float(self._sums.get(name, 0)), self._counts.get(name, 0)]
             pair = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
             total, count = accelerator.reduce(pair, reduction="sum").tolist()
-            means[name] = total / count
+            found[name] = (total, int(count))
+        return found
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last flush, over all processes; starts again from zero."""
+        means = {name: total / count for name, (total, count) in self.totals(accelerator).items()}
         self._sums, self._counts = {}, {}
         return means
 
-    def save(self, folder: Path, **state: Any) -> None:
-        """Write the sums and ``state`` into a checkpoint folder."""
-        sums = {name: float(value) for name, value in self._sums.items()}
+    def save(self, folder: Path, totals: dict[str, tuple[float, int]], **state: Any) -> None:
+        """Write the ``totals`` of all processes and ``state`` into a checkpoint folder."""
+        sums, counts = ({name: pair[part] for name, pair in totals.items()} for part in (0, 1))
         silent = {"zeros": self.zero_micro_batches, "flats": self.flat_micro_batches}
-        write_json_atomic(folder / WINDOW_FILE, {**state, "sums": sums, "counts": self._counts, **silent})
+        write_json_atomic(folder / WINDOW_FILE, {**state, "sums": sums, "counts": counts, **silent})
 
-    def load(self, folder: Path, device: torch.device) -> dict[str, Any] | None:
-        """Read back what ``save`` wrote and return ``state``; None where a checkpoint has no such file."""
+    def load(self, folder: Path, device: torch.device, main: bool = True) -> dict[str, Any] | None:
+        """Read back what ``save`` wrote and return ``state``; None where a checkpoint has no such file.
+
+        The ``main`` process goes on with the totals of all, the others with none: at the next log line they are summed.
+        """
         if not (folder / WINDOW_FILE).is_file():
             return None
         stored: dict[str, Any] = json.loads((folder / WINDOW_FILE).read_text(encoding="utf-8"))
-        sums = stored.pop("sums")
-        self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
-        self._counts = stored.pop("counts")
+        sums, counts = stored.pop("sums"), stored.pop("counts")
         self.zero_micro_batches, self.flat_micro_batches = stored.pop("zeros"), stored.pop("flats", 0)
+        if main:
+            self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
+            self._counts = counts
         return stored
 
 

@@ -43,22 +43,15 @@ SHUFFLED_FROM = 100  # a passage of at most this many characters is never cut
 
 @dataclass(frozen=True)
 class TrainExample:
-    """One drawn row.
+    """One drawn row."""
 
-    Attributes:
-        query: with its instruction.
-        passages: G texts with their instruction, the positive first.
-        neg_q: for each of the G − 1 negatives the queries it answers (0 to n, with the queries' instruction unless
-            ``neg_q_instruction`` is off), or None.
-        teacher_scores: G scores in the order of ``passages``, or None.
-        row: ``file:line``.
-    """
-
-    query: str
-    passages: list[str]
+    query: str  # with its instruction
+    passages: list[str]  # G texts with their instruction, the positive first
+    # For each of the G − 1 negatives the queries it answers: 0 to n, with the queries' instruction unless
+    # ``neg_q_instruction`` is off.
     neg_q: list[list[str]] | None
-    teacher_scores: list[float] | None
-    row: str
+    teacher_scores: list[float] | None  # G scores in the order of ``passages``
+    row: str  # ``file:line``
 
 
 class TrainDataset(Dataset[TrainExample]):

@@ -39,20 +39,6 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists all options)")
 
-    def format_usage(self) -> str:
-        return "usage: run.py [recipe.yaml] --model_name_or_path MODEL --train_data FOLDER --output_dir DIR [options]\n"
-
-    def format_help(self) -> str:
-        # The generated usage line alone would be two screens long; the groups below it say the same.
-        formatter = self._get_formatter()
-        formatter.add_text(self.description)
-        for group in self._action_groups:
-            if group._group_actions:
-                formatter.start_section(group.title)
-                formatter.add_arguments(group._group_actions)
-                formatter.end_section()
-        return f"{self.format_usage()}\n{formatter.format_help()}"
-
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows one spelling a flag (the hyphenated twins are accepted, not listed) and no negative twins."""
@@ -71,7 +57,8 @@ def build_parser() -> HfArgumentParser:
     """The parser of ``run.py``."""
     return _Parser(
         get_type_hints(Arguments).values(),
-        prog="run.py",
+        # The generated usage line would be two screens long; the groups below it say the same.
+        usage="run.py [recipe.yaml] --model_name_or_path MODEL --train_data FOLDER --output_dir DIR [options]",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         description="Fine-tune an XLM-R, RoBERTa or BERT retriever with the contrastive learning penalty and experts.",

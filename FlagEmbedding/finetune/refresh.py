@@ -1,14 +1,10 @@
 """Negatives mined again with the current weights every N epochs (``--refresh_negatives_every_n_epochs``).
 
-At the first step of epochs N, 2N, … the weights go to ``output_dir/refresh/epoch-E/checkpoint``, every training file is
-mined again by them (``mining/refresh.py``) into ``output_dir/refresh/epoch-E``, and the dataset draws from these files
-from then on. Row numbers stay, so batches are keyed as before.
-
-A resumed run finds the files of its epoch there; trainer_state.json names their digest, so that files of another run
-are not taken for them. What is mined depends on the weights, the rows and the seed alone and takes no random number
-from training: a resumed run equals the uninterrupted one.
-
-All processes embed the corpus; the main one then searches while the others wait (``--ddp_timeout`` bounds how long).
+At the first step of epochs N, 2N, … every training file is mined again by the weights as they are into
+``output_dir/refresh/epoch-E``, and the dataset draws from these files from then on; row numbers stay. A resumed run
+finds the files of its epoch there, known by the digest in trainer_state.json, and equals the uninterrupted one: mining
+takes no random number from training. All processes embed the corpus; the main one then searches while the others wait
+(``--ddp_timeout`` bounds how long).
 """
 
 from __future__ import annotations
@@ -41,18 +37,11 @@ DIGEST = "refresh_sha256"
 
 
 class RefreshNegatives(TrainerCallback):
-    """Exchanges the dataset's negatives at the start of every ``every``-th epoch.
-
-    Args:
-        trainer: whose model mines.
-        dataset: whose rows are exchanged.
-        arguments: of the run; negatives are mined by the model as it trains.
-    """
+    """Exchanges ``dataset``'s negatives, mined by ``trainer``'s model, at the start of every ``every``-th epoch."""
 
     def __init__(self, trainer: BiEncoderTrainer, dataset: TrainDataset, arguments: Arguments) -> None:
-        self.trainer, self.dataset = trainer, dataset
+        self.trainer, self.dataset, training = trainer, dataset, arguments.training
         self.every = arguments.refresh.refresh_negatives_every_n_epochs
-        training = arguments.training
         self.settings = RefreshSettings(
             arguments.refresh, arguments.data, arguments.model, training.sampling_seed, training.dtype_name
         )
@@ -81,8 +70,7 @@ class RefreshNegatives(TrainerCallback):
             figures = {f"refresh_{name}": value for name, value in record["figures"].items()}
             self.trainer.log({"refresh_epoch": float(due), **figures})
             # Text is for trainer_state.json alone: the reporters want numbers.
-            line: dict[str, Any] = state.log_history[-1]
-            line[DIGEST] = digest_of(record)
+            state.log_history[-1].update({DIGEST: digest_of(record)})  # type: ignore[dict-item]
         else:
             record = self._find(folder, state, due)
         self.dataset.replace_files([folder / name for name in record["files"]])

@@ -51,7 +51,7 @@ def run(arguments: Arguments) -> TrainingSummary:
     trainer.save_model()
     trainer.save_state()
     seconds, state = time.monotonic() - started, trainer.state
-    return TrainingSummary(arguments, state.log_history, seconds, state.global_step, trainer.bare_model)
+    return TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step)
 
 
 def one_device(training: RetrieverTrainingArguments) -> None:

@@ -3,13 +3,11 @@
 What a step of the whole run holds does not depend on how it is divided: batch size 8 on one process and 4 on two give
 the same steps (up to a task's remainder).
 
-The sampler yields the batches of process 0, 1, … of one step after each other, always for every process, and all of
-one step from one task. accelerate's ``BatchSamplerShard`` gives process i the batches i, i + world, …: at each step
-every process works on the same file, and none runs out before the others.
-
-As published, each epoch leaves out what remains of a task when fewer than 2 × processes rows are left (one short of a
-whole file with batches of one in a single process), which are other rows every epoch. A remainder above that becomes
-smaller batches, equal on all processes, unless ``drop_last``.
+The batches of process 0, 1, … of one step come after each other, always for every process and all from one task;
+accelerate's ``BatchSamplerShard`` gives process i the batches i, i + world, …: at each step every process works on the
+same file, and none runs out before the others. As published, each epoch leaves out what remains of a task when fewer
+than 2 × processes rows are left (other rows every epoch); a remainder above that becomes smaller batches, equal on all
+processes, unless ``drop_last``.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ class TaskBatchSampler(Sampler[list[Key]]):
         num_processes: data-parallel processes of the run.
         drop_last: leave out the smaller batches at the end of a task.
 
-    Raises:
-        DataError: the rows do not make a single batch.
+    Raises ``DataError`` where the rows do not make a single batch.
     """
 
     def __init__(
@@ -50,7 +47,7 @@ class TaskBatchSampler(Sampler[list[Key]]):
         # For accelerate: there is never a batch that some process lacks, so nothing to even out. There is no
         # attribute batch_size, which would promise that all batches have it.
         self.drop_last = True
-        self._steps: list[list[tuple[int, int]]] = []  # of each task: first row and rows a process
+        self._steps: list[list[tuple[int, int]]] = []  # of each task: first row and rows per process
         self._slots: list[int] = []  # of each task: steps it would have, were no remainder left out
         for task in dataset.tasks:
             size = task.batch_size or batch_size
@@ -93,7 +90,7 @@ class TaskBatchSampler(Sampler[list[Key]]):
 
 
 def plan_steps(rows: int, batch_size: int, num_processes: int, drop_last: bool) -> list[tuple[int, int]]:
-    """(first row, rows a process) of every step that ``rows`` rows make."""
+    """(first row, rows per process) of every step that ``rows`` rows make."""
     steps = []
     for start in range(0, rows, batch_size * num_processes):
         left = rows - start

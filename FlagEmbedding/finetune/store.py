@@ -31,19 +31,12 @@ logger = get_logger(__name__)
 _FORMAT = 1
 _ROWS_A_BATCH = 256
 
-_TEXTS = datasets.List(datasets.Value("string"))
+_TEXT, _TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
 _NUMBERS = datasets.List(datasets.Value("float64"))
-FEATURES = datasets.Features(
-    {
-        "query": datasets.Value("string"),
-        "pos": _TEXTS,
-        "neg": _TEXTS,
-        "pos_scores": _NUMBERS,
-        "neg_scores": _NUMBERS,
-        "neg_q": datasets.List(_TEXTS),
-        "line": datasets.Value("int64"),
-    }
-)
+FEATURES = datasets.Features({
+    "query": _TEXT, "pos": _TEXTS, "neg": _TEXTS, "pos_scores": _NUMBERS, "neg_scores": _NUMBERS,
+    "neg_q": datasets.List(_TEXTS), "line": datasets.Value("int64"),
+})  # fmt: skip
 
 
 @dataclass
@@ -63,8 +56,7 @@ def cache_folder(cache_path: str | None) -> Path:
 def store_file(file: DataFile, folder: Path, problems: Problems) -> StoredFile | None:
     """Open ``file`` out of the cache ``folder``, converting it first where needed.
 
-    Returns None when the file has problems (then nothing of it is cached). Raises ``DataError`` when the cache cannot
-    be written.
+    None when the file has problems (then nothing of it is cached). Raises ``DataError``: the cache cannot be written.
     """
     try:
         with open(file.path, "rb") as stream:

@@ -27,16 +27,16 @@ class TrainingSummary:
 
     Attributes:
         arguments: what was asked for.
+        model: what was trained.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
-        model: what was trained.
     """
 
     arguments: Arguments
+    model: BiEncoder
     history: list[dict[str, Any]]
     seconds: float
     steps: int
-    model: BiEncoder
 
     def show(self) -> None:
         """Print the summary (entry points only)."""

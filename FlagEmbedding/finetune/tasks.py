@@ -25,17 +25,11 @@ BATCH_SIZES = {8: (48, 32, 20, 18, 14, 14, 12, 10, 8), 1: (700, 570, 388, 288, 2
 
 @dataclass(frozen=True)
 class Task:
-    """Rows that may share a batch.
+    """Rows that may share a batch."""
 
-    Attributes:
-        name: the file, or what was put together.
-        rows: their numbers in the dataset, int64.
-        batch_size: queries a process takes from it at a time, where that differs from the run's.
-    """
-
-    name: str
-    rows: NDArray[np.int64]
-    batch_size: int | None = None
+    name: str  # the file, or what was put together
+    rows: NDArray[np.int64]  # their numbers in the dataset
+    batch_size: int | None = None  # queries a process takes from it at a time, where that differs from the run's
 
 
 def batch_size_of(path: str, train_group_size: int) -> int | None:

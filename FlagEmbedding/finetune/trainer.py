@@ -135,12 +135,14 @@ class BiEncoderTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.watch.settle()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        totals = self.window.totals(self.accelerator)
+        loss_sum = float(self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean"))
         if self.args.should_save:
             # The state file, written last, marks a whole checkpoint; a killed run may have left an old one here.
             folder.mkdir(parents=True, exist_ok=True)
             (folder / STATE_FILE).unlink(missing_ok=True)
-            loss_sum, last_logged = float(self._tr_loss), self._globalstep_last_logged
-            self.window.save(folder, forwards=self.bare_model.step, loss_sum=loss_sum, last_logged=last_logged)
+            state = {"loss_sum": loss_sum, "last_logged": self._globalstep_last_logged}
+            self.window.save(folder, totals, forwards=self.bare_model.step, **state)
             self.router.save(folder)
         super()._save_checkpoint(model, trial)
 
@@ -152,7 +154,7 @@ class BiEncoderTrainer(Trainer):
 
     def restore_window(self, folder: Path) -> None:
         """Put back what stood between the last log line and the checkpoint (called when training begins)."""
-        state = self.window.load(folder, self.args.device)
+        state = self.window.load(folder, self.args.device, main=self.args.process_index == 0)
         if state is None:
             logger.warning("%s holds no log window: the first logged loss covers the steps since it", folder)
             return

@@ -11,6 +11,7 @@ from finetune.reference import objective
 from transformers import AutoModel, AutoTokenizer
 
 from FlagEmbedding import BGEM3Model
+from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.encoder import EngineConfig
 from FlagEmbedding.utils.errors import UsageError
 
@@ -145,6 +146,47 @@ def test_self_distillation_waits_for_its_start(tiny_model_dir: Path) -> None:
     assert losses[:2] == pytest.approx([float(plain)] * 2, abs=1e-12)
     assert losses[2] == pytest.approx(float(distilled), abs=1e-12)
     assert abs(losses[2] - losses[1]) > 1e-3
+
+
+def test_only_forwards_of_training_count(tiny_model_dir: Path) -> None:
+    """``--self_distill_start_step`` counts what was trained on, not what was looked at in between."""
+    batch = batch_for(tiny_model_dir, 2, 3, None, False)
+    model = make(tiny_model_dir)
+    for mode, expected in ((True, 1), (False, 1), (True, 2)):
+        model.train(mode)(*batch[:2])
+        assert model.step == expected
+    model.train()(query=batch[0])
+    assert model.step == 2, "a forward without an objective is none"
+
+
+def test_the_published_constructor_hands_on_every_keyword(tiny_model_dir: Path) -> None:
+    model = BGEM3Model(
+        str(tiny_model_dir), normlized=False, sentence_pooling_method="mean", negatives_cross_device=True,
+        temperature=0.5, enable_sub_batch=False, use_self_distill=True, colbert_dim=8, self_distill_start_step=4,
+        moe="output", num_experts=3, num_experts_per_tok=2, penalty_weight=0.3, router_gradient="straight_through",
+        router_aux_loss_coef=0.01, router_z_loss_coef=0.02, fix_position_embedding=True,
+    )  # fmt: skip
+    assert model.objective == ObjectiveArguments(
+        penalty_weight=0.3, temperature=0.5, negatives_cross_device=True, unified_finetuning=True,
+        use_self_distill=True, self_distill_start_step=4, router_aux_loss_coef=0.01, router_z_loss_coef=0.02,
+    )  # fmt: skip
+    assert (model.normlized, model.sentence_pooling_method, model.temperature) == (False, "mean", 1.0)
+    assert model.engine == EngineConfig(enable_sub_batch=False)
+    assert model.colbert_linear.out_features == 8
+    config = model.model.config
+    assert (config.moe, config.num_experts, config.num_experts_per_tok) == ("output", 3, 2)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embeddings.position_embeddings.weight"}
+    heads = BGEM3Model(str(tiny_model_dir), fix_encoder=True)
+    trained = {name.partition(".")[0] for name, parameter in heads.named_parameters() if parameter.requires_grad}
+    assert trained == {"colbert_linear", "sparse_linear"}
+    experts = BGEM3Model(str(tiny_model_dir), only_train="intermediate", unified_finetuning=False)
+    trained = {name for name, parameter in experts.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        f"model.encoder.layer.{i}.intermediate.dense.{kind}" for i in (0, 1) for kind in ("weight", "bias")
+    }
+    kept = BGEM3Model(str(tiny_model_dir), engine=EngineConfig(slab_tokens=7, enable_sub_batch=False))
+    assert kept.engine == EngineConfig(slab_tokens=7, enable_sub_batch=False)
 
 
 def test_neg_q_without_owner_pairs_in_order(tiny_model_dir: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.finetune.checks import check_arguments
+from FlagEmbedding.finetune.checks import check_arguments, check_router
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.utils.errors import UsageError
 
@@ -45,6 +45,15 @@ REFUSED = [
     ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
     ("--warmup_ratio 0.1 --warmup_steps 5", "--warmup_ratio and --warmup_steps"),
     ("--eval_strategy steps --eval_steps 5", "run.py does not evaluate while training"),
+    ("--load_best_model_at_end --save_strategy no", "run.py does not do"),
+    ("--grad_cache --fsdp full_shard", "--grad_cache does not work with --fsdp"),
+    ("--report_to nobody", "--report_to nobody: expected none, all or one of"),
+    ("--refresh_negatives_every_n_epochs 1 --num_train_epochs 3 --fsdp full_shard", "does not work with --fsdp"),
+    ("--refresh_negatives_every_n_epochs 2 --num_train_epochs 2", "2 has no effect in 2 epoch(s): train longer"),
+    ("--max_example_num_per_dataset 0", "--max_example_num_per_dataset must be at least 1, got 0"),
+    ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1, got 0"),
+    ("--query_max_len 0", "--query_max_len must be at least 1, got 0"),
+    ("--router_aux_loss_coef -1", "--router_aux_loss_coef must not be negative"),
     ("--temprature 0.1", "unknown option --temprature"),
     ("--normlized maybe", "Truthy value expected"),
     ("--query_max_len many", "invalid int value: 'many'"),
@@ -57,6 +66,58 @@ def test_refused_in_one_line(options: str, line: str) -> None:
         check_arguments(parse_arguments([*BASE, *options.split()]))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+WARNED = [
+    ("--normlized False", "the temperature is 1, as published"),
+    ("--normlized False --temperature 1", ""),
+    ("--negatives_cross_device True", "has no effect in a single process"),
+    ("--fsdp full_shard", "run the padded engine"),
+    ("--fsdp full_shard --engine padded", ""),
+    ("--train_group_size 1 --per_device_train_batch_size 2", ""),
+]
+
+
+@pytest.mark.parametrize(("options", "line"), WARNED, ids=[options for options, _ in WARNED])
+def test_what_merely_has_no_effect_is_warned_of(options: str, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = parse_arguments([*BASE, *options.split()])
+    caplog.clear()
+    check_arguments(arguments)
+    warned = [record.getMessage() for record in caplog.records if record.name.endswith("checks")]
+    assert len(warned) == bool(line)
+    assert all(line in message for message in warned)
+
+
+@pytest.mark.parametrize(
+    ("options", "per_token", "answer"),
+    [
+        ("--router_aux_loss_coef 0.1", None, "--router_aux_loss_coef 0.1 has no effect without experts"),
+        ("--router_z_loss_coef 0.1", None, "--router_z_loss_coef 0.1 has no effect without experts"),
+        ("--router_jitter 0.1", None, "--router_jitter 0.1 has no effect without experts"),
+        ("--router_gradient straight_through", None, "--router_gradient straight_through has no effect without"),
+        ("", None, ""),
+        ("", 1, "routing stays random"),
+        ("", 2, ""),
+        ("--router_gradient straight_through", 1, ""),
+        ("--router_z_loss_coef 0.1", 1, ""),
+    ],
+)
+def test_routers(options: str, per_token: int | None, answer: str, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = parse_arguments([*BASE, *options.split()])
+    caplog.clear()
+    if per_token is None and answer:
+        with pytest.raises(UsageError, match=answer):
+            check_router(arguments, per_token)
+    else:
+        check_router(arguments, per_token)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (per_token is not None and bool(answer))
+    assert all(answer in message for message in warned)
+
+
+def test_a_warmup_ratio_is_that_share_of_the_steps() -> None:
+    training = parse_arguments([*BASE, "--warmup_ratio", "0.25"]).training
+    assert training.get_warmup_steps(40) == 10
 
 
 def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -240,6 +240,7 @@ def test_files_become_tasks(tmp_path: Path, settings: DataArguments) -> None:
     merged = replace(settings, small_threshold=12)
     assert names(opened(folders, merged)) == [{"a", "c"}, {"b"}, {"d"}, {"e"}]
     assert names(opened(folders, replace(merged, drop_threshold=6))) == [{"a", "c"}, {"b"}, {"d"}]
+    assert names(opened(folders, replace(merged, drop_threshold=7))) == [{"a", "c"}, {"b"}, {"d"}], "7 are not fewer"
     assert names(opened(folders, replace(merged, drop_threshold=8))) == [{"b"}, {"d"}]
     mixed = opened(folders, replace(merged, drop_threshold=8, same_task_within_batch=False))
     assert names(mixed) == [{"b", "d"}]
@@ -262,6 +263,36 @@ def test_rows_keep_their_number_and_draw_when_others_go(tmp_path: Path, settings
     assert again.tasks[0].rows.tolist() == sampled.tasks[0].rows.tolist()
     other = opened([path], replace(settings, max_example_num_per_dataset=10), seed=8)
     assert other.tasks[0].rows.tolist() != sampled.tasks[0].rows.tolist()
+
+
+def test_files_of_equal_size_do_not_lose_the_same_rows(tmp_path: Path, settings: DataArguments) -> None:
+    for name in ("a", "b"):
+        write_rivers(tmp_path / f"train/{name}.jsonl", rows=40)
+    one, two = opened([tmp_path / "train"], replace(settings, max_example_num_per_dataset=10)).tasks
+    assert one.rows.tolist() != [row - 40 for row in two.rows.tolist()]
+
+
+def test_a_change_beyond_the_first_mebibyte_is_seen(tmp_path: Path, settings: DataArguments) -> None:
+    """A file is known by all of its bytes."""
+    path = write_rivers(tmp_path / "rivers.jsonl", rows=2, pos=["The Geum flows north. " * 60_000])
+    opened([path], settings)
+    text = path.read_text()
+    path.write_text(text[:-400] + text[-400:].replace("bridges", "ferries"))
+    assert path.stat().st_size > 2 << 20
+    drawn = opened([path], replace(settings, train_group_size=7))[0, 1]
+    assert any("ferries" in passage for passage in drawn.passages)
+
+
+def test_a_missing_or_unreadable_file_is_one_line(tmp_path: Path, settings: DataArguments) -> None:
+    with pytest.raises(DataError, match=r"gone\.jsonl: there is no such file or folder; check the path"):
+        opened([tmp_path / "gone.jsonl"], settings)
+    (tmp_path / "train").mkdir()
+    broken = tmp_path / "train.jsonl.gz"
+    broken.write_bytes(gzip.compress(b"{}")[:-9])
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz: cannot be read \(.*\); check the file"):
+        opened([broken], settings)
+    with pytest.raises(DataError, match="names no path"):
+        opened([], settings)
 
 
 LENGTH_TABLE = [  # group size, file, batch size (FlagEmbedding 1.2.10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,24 @@ def test_run_under_torchrun_equals_one_process_with_the_whole_batch(tiny_model_d
     for both, alone in zip(log_lines(two), log_lines(one), strict=True):
         for name in ("loss", "contrastive_loss", "penalty", "grad_norm"):
             assert both[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_a_resumed_run_logs_the_means_of_the_uninterrupted_one(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Two processes, a checkpoint between two log lines: each process's part of the window goes on."""
+    records = rows(16)
+    for record in records[::2]:
+        del record["neg_q"]
+    write_rows(tmp_path / "data" / "rows.jsonl", records)
+    options = {"per_device_train_batch_size": 1, "max_steps": 6, "logging_steps": 4, "save_steps": 3}
+    options |= {"save_strategy": "steps", "save_total_limit": None}
+    words = train_words(tiny_model_dir, tmp_path / "data", tmp_path / "out", **options)
+    run_training(words, launcher=TORCHRUN)
+    expected = log_lines(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    run_training([*words, "--resume_from_checkpoint", "True"], launcher=TORCHRUN)
+    assert [line["step"] for line in expected] == [4]
+    for name in ("loss", "contrastive_loss", "penalty"):
+        assert log_lines(tmp_path / "out")[0][name] == pytest.approx(expected[0][name], rel=1e-6), name
 
 
 def test_logged_terms_are_means_over_processes(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,20 @@ def test_killed_and_resumed_equals_uninterrupted(
         assert path.read_bytes() == (broken / path.relative_to(whole)).read_bytes()
 
 
+def test_every_second_epoch_with_a_remainder_of_the_accumulation(
+    tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    """7 micro-batches an epoch, 2 a step: 4 steps an epoch, the last of a single one."""
+    options = {**OPTIONS, "save_strategy": "no", "max_steps": 17, "gradient_accumulation_steps": 2}
+    options |= {"refresh_negatives_every_n_epochs": 2}
+    run_training(train_words(tiny_model_dir, data, tmp_path, **options))
+    assert sorted(path.name for path in (tmp_path / "refresh").iterdir()) == ["corpus", "epoch-2", "epoch-4"]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    lines = [line for line in history if "refresh_epoch" in line]
+    assert [(line["refresh_epoch"], line["step"]) for line in lines] == [(2.0, 8), (4.0, 16)]
+    assert all(0 <= line["refresh_kept"] < 1 and len(line["refresh_sha256"]) == 64 for line in lines)
+
+
 @pytest.mark.parametrize("damage", ["is missing or damaged", "belongs to another run"])
 def test_files_that_the_epoch_was_not_trained_on_are_refused(
     whole: Path, tiny_dropout_dir: Path, data: Path, tmp_path: Path, damage: str
@@ -150,12 +165,17 @@ def test_files_that_the_epoch_was_not_trained_on_are_refused(
 
 
 def test_a_refresh_takes_no_random_number_from_training() -> None:
-    before = torch.get_rng_state()
+    def draw() -> list[float]:
+        return [float(torch.rand(1)), random.random(), float(np.random.random())]
+
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = [draw(), draw()]
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    found = [draw()]
     with untouched_randomness():
-        torch.rand(3)
-    assert torch.get_rng_state().equal(before)
-    torch.rand(1)
-    assert not torch.get_rng_state().equal(before)
+        draw()
+    assert [*found, draw()] == expected
+    assert len({number for part in expected for number in part}) == 6
 
 
 def test_replaced_files_must_have_as_many_rows(tmp_path: Path) -> None:

@@ -162,6 +162,17 @@ def test_processes_and_workers_see_the_single_process_batches(
         assert [batch for batch in joined if len(batch) == 8] == full
 
 
+def test_a_remainder_that_two_processes_leave_out_moves_no_other_batch(dataset: TrainDataset, tmp_path: Path) -> None:
+    """35 = 4 x 8 + 3: one process makes a batch of the 3, two do not; the batches of 8 and their order are the same."""
+    write_rows(tmp_path / "uneven/a.jsonl", 35)
+    write_rows(tmp_path / "uneven/b.jsonl", 24)
+    rows = opened([tmp_path / "uneven"], dataset.options)
+    whole = [one for one in TaskBatchSampler(rows, batch_size=8, seed=5) if len(one) == 8]
+    halves = list(TaskBatchSampler(rows, batch_size=4, seed=5, num_processes=2))
+    assert [one + two for one, two in zip(halves[::2], halves[1::2], strict=True)] == whole
+    assert len(whole) == 7
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_same_file_on_all_processes_at_every_step(dataset: TrainDataset, processes: int) -> None:
     shares = [list(epoch_of(loader, 1)) for loader in loaders(dataset, processes, 3)]

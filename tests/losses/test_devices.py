@@ -84,6 +84,12 @@ def test_autocast_changes_nothing(device: str, half: torch.dtype) -> None:
         assert under[name].dtype == value.dtype and torch.equal(under[name], value), name
 
 
+def test_tensors_given_by_name_are_made_float32_too() -> None:
+    q, p = unit(2, 8, seed=1).bfloat16(), unit(6, 8, seed=2).bfloat16()
+    named, placed = dense_scores(q_reps=q, p_reps=p, temperature=0.02), dense_scores(q, p, 0.02)
+    assert named.dtype == torch.float32 and torch.equal(named, placed)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_give_float32(half: torch.dtype) -> None:
     for name, value in everything("cpu", half).items():

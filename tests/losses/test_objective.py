@@ -9,7 +9,7 @@ import torch
 from losses import reference
 from losses.helpers import check, random
 
-from FlagEmbedding.losses.objective import retrieval_objective
+from FlagEmbedding.losses.objective import ObjectiveArguments, add_penalty, add_router_losses, retrieval_objective
 
 SHAPES = [(1, 2), (1, 5), (2, 3), (4, 2)]
 
@@ -52,6 +52,35 @@ def test_terms_are_named_and_add_up() -> None:
     unified = (terms["contrastive_loss"] + terms["ensemble"] + 0.1 * terms["sparse"] + terms["colbert"]) / 4
     soft = (terms["self_dense"] + 0.1 * terms["self_sparse"] + terms["self_colbert"]) / 3
     torch.testing.assert_close(terms["loss"], (unified + soft) / 2, rtol=0, atol=1e-12)
+
+
+def test_the_penalty_takes_its_share_of_the_loss() -> None:
+    terms = {"contrastive_loss": torch.tensor(2.0), "loss": torch.tensor(2.0)}
+    found = add_penalty(terms, torch.tensor(0.5), 0.25)
+    assert {name: float(value) for name, value in found.items()} == {
+        "contrastive_loss": 2.0, "penalty": 0.5, "loss": 0.75 * 2.0 + 0.25 * 0.5,
+    }  # fmt: skip
+    assert set(terms) == {"contrastive_loss", "loss"} and terms["loss"] == 2.0, "what was given stays"
+
+
+@pytest.mark.parametrize(("balance", "z"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25)])
+def test_router_losses_are_means_over_layers_and_count_where_weighted(balance: float, z: float) -> None:
+    layers = [(random(t, 3, seed=t), random(t, 3, seed=t).topk(2, dim=-1).indices) for t in (4, 7)]
+    options = ObjectiveArguments(router_aux_loss_coef=balance, router_z_loss_coef=z)
+    assert options.has_router_loss == (balance > 0 or z > 0)
+    found = add_router_losses({"loss": torch.tensor(1.0, dtype=torch.float64)}, layers, options)
+    expected = {
+        "router_aux_loss": sum(reference.load_balance(*layer) for layer in layers) / 2,
+        "router_z_loss": sum(reference.z(logits) for logits, _ in layers) / 2,
+    }
+    total = 1.0
+    for name, weight in (("router_aux_loss", balance), ("router_z_loss", z)):
+        assert float(found[name]) == pytest.approx(float(expected[name]), abs=1e-9)
+        assert (f"{name}_scaled" in found) == (weight > 0)
+        if weight:
+            assert float(found[f"{name}_scaled"]) == pytest.approx(weight * float(expected[name]), abs=1e-9)
+            total += weight * float(expected[name])
+    assert float(found["loss"]) == pytest.approx(total, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""A recipe and a command line say the same; words after the recipe override it; nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.utils.errors import UsageError
+
+RECIPE: dict[str, Any] = {
+    "model_name_or_path": "m",
+    "train_data": ["a", "b c"],
+    "output_dir": "o",
+    "learning_rate": 3e-4,
+    "normlized": False,
+    "unified_finetuning": True,
+    "self_distill_start_step": -1,
+    "penalty_weight": 0,
+    "cache_path": None,
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.yml", "recipe.json"])
+def test_a_recipe_is_its_command_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps(RECIPE) if name.endswith("json") else yaml.safe_dump(RECIPE))
+    arguments = parse_arguments([str(path)])
+    assert arguments.data.train_data == ["a", "b c"]
+    assert arguments.training.learning_rate == 3e-4
+    assert arguments.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert (arguments.model.normalize_embeddings, arguments.objective.unified_finetuning) == (False, True)
+    assert (arguments.objective.penalty_weight, arguments.objective.self_distill_start_step) == (0.0, -1)
+    assert arguments.data.cache_path is None
+    changed = parse_arguments([str(path), "--learning_rate", "1e-5", "--train_data", "z"])
+    assert (changed.training.learning_rate, changed.data.train_data) == (1e-5, ["z"])
+    assert changed.objective == arguments.objective
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.json", "{", "r.json: not valid json: "),
+        ("r.yaml", "a: [", "r.yaml: not valid yaml: "),
+        ("r.yaml", "- a", "r.yaml: expected a mapping of option names to values, got list"),
+        ("r.yaml", "learning_rat: 1", "unknown option --learning_rat "),
+    ],
+)
+def test_a_faulty_recipe_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    words = [str(tmp_path / name), "--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
+    with pytest.raises(UsageError) as caught:
+        parse_arguments(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_are_not_abbreviated() -> None:
+    words = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
+    with pytest.raises(UsageError, match="unknown option --penalty_wei "):
+        parse_arguments([*words, "--penalty_wei", "0.2"])
+    assert parse_arguments([*words, "--penalty-weight", "0.2"]).objective.penalty_weight == 0.2

@@ -1,0 +1,99 @@
+"""What the log says of the routers: sums over forwards of unequal size, and the tokens that changed their expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from FlagEmbedding import BGEM3Model
+from FlagEmbedding.finetune.router_monitor import PROBE_PASSAGES, RouterMonitor
+from FlagEmbedding.modeling.backbone import moe_layers
+from FlagEmbedding.modeling.tokens import TokenBatch
+
+# Two layers of three experts, two chosen per token; the second layer sees fewer tokens.
+FORWARDS = [[(4, 2), (2, 2)], [(1, 2), (1, 2)]]
+
+
+def routing(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.randn(tokens, 3, generator=torch.Generator().manual_seed(seed))
+    return logits, logits.topk(2, dim=-1).indices
+
+
+@pytest.fixture(scope="module")
+def model(tiny_moe_dir: Path) -> BGEM3Model:
+    return BGEM3Model(str(tiny_moe_dir), unified_finetuning=False, router_jitter=0.5).train()
+
+
+@pytest.fixture(scope="module")
+def passages(tiny_moe_dir: Path) -> TokenBatch:
+    texts = [f"The {name} river ends in the sea." for name in ("Han", "Geum", "Imjin", "Nakdong")] * 5
+    return TokenBatch.from_lists(AutoTokenizer.from_pretrained(tiny_moe_dir)(texts)["input_ids"])
+
+
+def test_load_and_entropy_are_over_all_tokens_since_the_last_line(model: BGEM3Model) -> None:
+    monitor = RouterMonitor()
+    forwards = [
+        [routing(n, seed=10 * f + n + layer) for layer, (n, _) in enumerate(one)] for f, one in enumerate(FORWARDS)
+    ]
+    for _ in range(2):  # the second line starts from zero, and says the same of the same forwards
+        for layers in forwards:
+            monitor.observe(layers)
+        summary = monitor.summary(model)
+        for layer in range(2):
+            logits = torch.cat([layers[layer][0] for layers in forwards])
+            chosen = torch.cat([layers[layer][1] for layers in forwards]).flatten().tolist()
+            assert summary["router_load"][layer] == pytest.approx(
+                [chosen.count(e) / len(chosen) for e in range(3)], abs=1e-6
+            )
+            entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+            assert summary["router_entropy_per_layer"][layer] == pytest.approx(float(entropy), abs=1e-6)
+        shares = [share for layer in summary["router_load"] for share in layer]
+        assert (summary["router_load_min"], summary["router_load_max"]) == pytest.approx(
+            (min(shares), max(shares)), abs=1e-6
+        )
+        assert summary["router_entropy"] == pytest.approx(sum(summary["router_entropy_per_layer"]) / 2, abs=1e-6)
+        assert "router_changed" not in summary
+    assert monitor.summary(model) == {}
+
+
+def test_changed_is_measured_from_the_first_batch_without_noise(model: BGEM3Model, passages: TokenBatch) -> None:
+    monitor = RouterMonitor()
+    monitor.start_probe(model, passages)
+    monitor.start_probe(model, passages.select([0]))  # the first batch stays the probe
+    assert model.training, "as it was"
+    monitor.observe([routing(3, 1), routing(3, 2)])
+    still = monitor.summary(model)
+    assert still["router_changed"] == 0.0, "neither dropout nor jitter changes the probe's routing"
+    assert model.training
+    with torch.no_grad():
+        for layer in moe_layers(model.model):
+            layer.gate.weight.copy_(-layer.gate.weight)
+    monitor.observe([routing(3, 1), routing(3, 2)])
+    turned = monitor.summary(model)
+    assert turned["router_changed_per_layer"][0] == 1.0, "of two experts every token takes the other"
+    assert turned["router_changed"] == pytest.approx(sum(turned["router_changed_per_layer"]) / 2, abs=1e-6)
+    with torch.no_grad():
+        for layer in moe_layers(model.model):
+            layer.gate.weight.copy_(-layer.gate.weight)
+
+
+def test_a_checkpoint_carries_probe_and_sums(model: BGEM3Model, passages: TokenBatch, tmp_path: Path) -> None:
+    monitor = RouterMonitor()
+    monitor.save(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing to carry yet"
+    monitor.start_probe(model, passages)
+    monitor.observe([routing(4, 1), routing(2, 2)])
+    monitor.save(tmp_path)
+    other = RouterMonitor()
+    other.load(tmp_path / "nowhere", torch.device("cpu"))
+    other.load(tmp_path, torch.device("cpu"))
+    for one in (monitor, other):
+        one.observe([routing(3, 3), routing(1, 4)])
+    assert other.summary(model) == monitor.summary(model) != {}
+    (probe,) = tmp_path.iterdir()
+    other.save(tmp_path)  # between two lines there is nothing to sum, and the probe is the same
+    assert probe.stat().st_size > 0
+    assert other._probe is not None and len(other._probe) == PROBE_PASSAGES
