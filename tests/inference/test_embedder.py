@@ -24,6 +24,8 @@ from FlagEmbedding.modeling.slabs import FILL
 from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = [
     "강",
     "The Han river runs through Seoul and reaches the Yellow Sea.",

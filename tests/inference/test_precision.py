@@ -9,6 +9,8 @@ from FlagEmbedding.inference import precision
 from FlagEmbedding.utils import hardware
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 
 

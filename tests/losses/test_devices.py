@@ -13,6 +13,8 @@ from FlagEmbedding.losses.distillation import knowledge_distillation, self_disti
 from FlagEmbedding.losses.penalty import clp_penalty
 from FlagEmbedding.losses.router import load_balance_loss, routing_statistics, z_loss
 
+pytestmark = pytest.mark.numeric
+
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 

@@ -9,6 +9,8 @@ from losses.helpers import check, random, unit
 
 from FlagEmbedding.losses.penalty import apply_penalty, clp_penalty
 
+pytestmark = pytest.mark.numeric
+
 # Passages M, the owner of each query, what the case is about.
 CASES = [
     (2, [1], "one query, one negative"),

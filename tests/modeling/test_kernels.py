@@ -1,5 +1,5 @@
 """The compiled kernels of every instruction set of this processor: against the same mathematics in float64, their
-masks, their threads, the switch between them, and life without them."""
+masks, their threads, and the switch between them (life without them: make test-isa)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import cpu_instruction_sets
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 # Around every boundary of a vector (4, 8, 16), masks drawn at a time (32), a block of queries (24), a tile (48, 64).
 LENGTHS = [129, 100, 65, 64, 48, 47, 33, 32, 31, 25, 24, 17, 16, 15, 9, 8, 7, 5, 4, 3, 2, 1]
@@ -355,21 +356,3 @@ def test_kernels_of_other_sources_are_not_called(
     foreign.write_bytes(b"not a library")
     assert kernels._open(foreign) is None
     assert caplog.text.count("install again") == 2
-
-
-@pytest.mark.skipif(not SETS, reason="no compiled kernels")
-def test_everything_works_without_them() -> None:
-    """The tests of the packed engine, with the kernels switched off."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/modeling/test_packed.py"],
-        cwd=REPOSITORY,
-        env={**os.environ, "FLAGEMBEDDING_KERNELS": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    code = "from FlagEmbedding.modeling import kernels; print(kernels.library())"
-    off = {**os.environ, "FLAGEMBEDDING_KERNELS": "0"}
-    answer = subprocess.run([sys.executable, "-c", code], env=off, capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "None"

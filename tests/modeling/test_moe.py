@@ -14,6 +14,8 @@ from FlagEmbedding.modeling.backbone import load_backbone, moe_layers
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear, record_routing, token_mask
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 CHOICES = [(1, 1), (2, 1), (2, 2), (3, 2), (4, 3), (5, 1)]
 WIDTHS = [(6, 10), (10, 6)]  # as in intermediate, as in output
 

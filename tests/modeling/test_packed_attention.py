@@ -18,6 +18,8 @@ from FlagEmbedding.modeling.linear import apply_linear, linear, linear_add, line
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
 from FlagEmbedding.modeling.slabs import Layout
 
+pytestmark = pytest.mark.numeric
+
 HEADS, WIDTH = 4, 32  # heads of 8, which the compiled kernels leave to the groups; test_kernels.py has theirs
 LENGTHS = [9, 9, 7, 3, 3, 3, 1]
 CPU = torch.device("cpu")
