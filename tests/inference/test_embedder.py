@@ -235,7 +235,7 @@ def test_three_outputs(m3: BGEM3FlagModel, reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("engine", ["packed", "padded"])
-def test_outputs_do_not_depend_on_the_engine_or_the_neighbours(
+def test_outputs_do_not_depend_on_the_engine_or_the_neighbors(
     tiny_heads_dir: Path, m3: BGEM3FlagModel, engine: str
 ) -> None:
     everything = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}

@@ -260,12 +260,12 @@ def test_masks_are_drawn_with_the_given_probability(probability: float) -> None:
     mask = torch.stack([kernels.keep_mask(77, stream, threshold, 1001) for stream in range(1000)]).float()
     deviation = math.sqrt(probability * (1 - probability) / mask.numel())
     assert abs(float(mask.mean()) - (1 - probability)) < 4 * deviation
-    # Neighbours in a stream, the two halves of one number, the same place of the next stream: independent.
+    # Neighbors in a stream, the two halves of one number, the same place of the next stream: independent.
     x = mask - (1 - probability)
     for shift, dim in ((1, 0), (1, 1), (16, 1), (32, 1), (64, 1)):
         covariance = float((x * x.roll(shift, dim)).mean()) / (probability * (1 - probability))
         assert abs(covariance) < 4 / math.sqrt(mask.numel()), (shift, dim)
-    # No place and no stream is favoured.
+    # No place and no stream is favored.
     assert float((mask.mean(0) - (1 - probability)).abs().max()) < 6 * deviation * math.sqrt(1001)
     assert float((mask.mean(1) - (1 - probability)).abs().max()) < 6 * deviation * math.sqrt(1000)
     assert scale == pytest.approx(1 / (1 - probability), rel=2e-4)

@@ -1,4 +1,4 @@
-"""Weights laid out for oneDNN: the same numbers, in fp32 and without gradients alone, and never those of before a change."""
+"""Weights laid out for oneDNN: the same numbers, in fp32 and without gradients alone, never those of before."""
 
 from __future__ import annotations
 
