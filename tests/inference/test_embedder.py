@@ -176,7 +176,9 @@ def test_the_dtype_holds_on_a_cpu(tiny_heads_dir: Path, settings: dict[str, Any]
     model = FlagModel(str(tiny_heads_dir), devices="cpu", **settings)
     assert next(model.model.parameters()).dtype is expected
     exact = FlagModel(str(tiny_heads_dir), devices="cpu").encode(TEXTS)
-    difference = np.abs(model.encode(TEXTS) - exact).max()
+    found = model.encode(TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)  # normalized in float32
+    difference = np.abs(found - exact).max()
     assert difference < 0.1
     assert (difference > 1e-4) == (expected is torch.bfloat16)
 

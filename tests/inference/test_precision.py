@@ -30,6 +30,16 @@ def test_auto_follows_the_processor_and_says_so(caplog: pytest.LogCaptureFixture
     assert f"dtype auto: {precision.dtype_name(expected)}" in caplog.text
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_by_name_says_where_it_is_slow(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: fast)  # no machine is both
+    assert precision.resolve_dtype("bf16", CPU) is torch.bfloat16
+    assert (hardware.NO_CPU_BF16 in caplog.text) == (not fast)
+    assert precision.resolve_dtype("auto", CPU) is (torch.bfloat16 if fast else torch.float32)
+
+
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 32)
     assert hardware.tokenizer_workers("cpu") == 0

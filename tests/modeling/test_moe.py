@@ -213,6 +213,15 @@ def test_jitter_only_while_training() -> None:
     assert torch.equal(layer.route(x).logits, noisy.logits)
 
 
+def test_jitter_is_uniform_around_one() -> None:
+    layer = make(6, 1, router_jitter=0.4)
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.eye(6))
+    noise = layer.train().route(torch.ones(5000, 6, dtype=torch.float64)).logits
+    assert 0.6 <= float(noise.min()) < 0.601 and 1.399 < float(noise.max()) <= 1.4
+    assert float(noise.mean()) == pytest.approx(1, abs=0.01)
+
+
 class TwoLayers(nn.Module):
     def __init__(self, recompute: bool) -> None:
         super().__init__()

@@ -75,7 +75,9 @@ def test_slabs_and_threads_give_the_same_bits(tiny_model_dir: Path, engine: str)
     tokens = batch([3 + (7 * i) % 50 for i in range(60)])
     kinds = {"dense", "sparse", "colbert"}
     results = []
-    threads = torch.get_num_threads()
+    threads, inside = torch.get_num_threads(), set()
+    encoder.model.embeddings.register_forward_pre_hook(lambda *_: inside.add(torch.get_num_threads()))
+    encoder.model.embeddings.LayerNorm.register_forward_hook(lambda *_: inside.add(torch.get_num_threads()))
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
@@ -83,6 +85,7 @@ def test_slabs_and_threads_give_the_same_bits(tiny_model_dir: Path, engine: str)
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
+    assert inside == {1}  # more would add up a product in another order
     with torch.no_grad():
         (whole,) = encoder.encode([tokens], [kinds], slab_tokens=0)
     for name in ("dense", "token_weights", "colbert"):
