@@ -98,8 +98,8 @@ def plain(value: Any) -> Any:
 
 VECTORS = ("vectors",)
 FLAGS = {
-    "encoder": Case("--encoder {other}", only=VECTORS),
-    "pooling_method": Case("--pooling_method mean", only=VECTORS),
+    "encoder": Case("--encoder {other}", only=("vectors", "described")),
+    "pooling_method": Case("--pooling_method mean", only=("vectors", "described")),
     "normalize_embeddings": Case("--normalize_embeddings False", only=("vectors", "described")),
     "fp16": Case("--fp16", only=("log",)),
     "dtype": Case("--dtype bf16", only=("vectors", "described")),
@@ -179,6 +179,15 @@ def test_texts_for_an_index_follow_their_instruction(tiny_model_dir: Path) -> No
     expected = encode_texts(encoder, [f"find: {text}" for text in TEXTS], 20)
     np.testing.assert_array_equal(encode_texts(encoder, TEXTS, 20, "find: "), expected)
     assert np.abs(encode_texts(encoder, TEXTS, 20) - expected).max() > 1e-3
+
+
+def test_lengths_and_sizes_that_leave_nothing_are_refused(tiny_model_dir: Path) -> None:
+    model = FlagModel(str(tiny_model_dir))
+    assert len(model.encode(["a b c"] * 3, max_length=3, batch_size=1)) == 3
+    with pytest.raises(UsageError, match="a maximum length of 2 tokens leaves no room for text"):
+        model.encode("a", max_length=2)
+    with pytest.raises(UsageError, match="a batch size of -1"):
+        model.encode("a", batch_size=-1)
 
 
 # ---- constructors ----
