@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test mutants check lint types data-demo figures package clean
+.PHONY: help install quickstart test test-isa mutants check lint types data-demo figures package clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ data-demo: $(VENV)/.installed-demo,eval,mining  ## from the sample's raw topics 
 
 test: $(VENV)/.installed-dev  ## run all tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-isa: $(VENV)/.installed-dev  ## run the numeric tests as processors with fewer instructions would (count table)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py $(ARGS)
 
 mutants: $(VENV)/.installed-dev  ## plant the faults of tests/mutants/$(ROOM).yaml, see whether the tests notice (ROOM=all: hours)
 	$(BIN)/python tests/mutants $(or $(ROOM),all) $(ARGS)

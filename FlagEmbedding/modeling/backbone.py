@@ -1,7 +1,7 @@
 """Checkpoints: load an encoder (dense or with experts), turn dense layers into experts, choose what trains, save.
 
 A checkpoint describes itself: ``config.json`` says whether and where there are experts, and loading needs its path and
-no flag. Nothing is initialised at random in silence: a weight that is missing or left over is an error. Loading never
+no flag. Nothing is initialized at random in silence: a weight that is missing or left over is an error. Loading never
 runs code out of a checkpoint; the classes are transformers' own and ours.
 
 The only module that knows the key names of a state dict.
@@ -244,7 +244,7 @@ def save_checkpoint(
     contradict it are removed, other files stay.
 
     Args:
-        model: an ``M3Encoder``, which brings its heads, pooling and normalisation, or a bare backbone.
+        model: an ``M3Encoder``, which brings its heads, pooling and normalization, or a bare backbone.
         heads: for a bare backbone: ``colbert`` and ``sparse`` heads; its vectors have no ``Dense`` modules and no
             instructions.
         max_length: for sentence-transformers; None: the tokenizer's limit, at most what the positions allow.

@@ -20,7 +20,7 @@ HEAD_FILES = {"colbert": "colbert_linear.pt", "sparse": "sparse_linear.pt"}
 
 
 def load_heads(folder: PathLike | None, hidden_size: int, colbert_dim: int = -1) -> tuple[nn.Linear, nn.Linear, bool]:
-    """Both heads from a checkpoint folder, or new ones (``nn.Linear``'s initialisation) where it has none.
+    """Both heads from a checkpoint folder, or new ones (``nn.Linear``'s initialization) where it has none.
 
     Args:
         folder: checkpoint folder; None for new heads.

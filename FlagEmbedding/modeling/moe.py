@@ -90,7 +90,7 @@ class MoELinear(ExpertLinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: MoEConfig) -> MoELinear:
-        """``config.num_experts`` deep copies of ``linear`` and a new gate (``nn.Linear``'s usual initialisation)."""
+        """``config.num_experts`` deep copies of ``linear`` and a new gate (``nn.Linear``'s usual initialization)."""
         experts, per_token = config.num_experts, config.num_experts_per_tok
         with torch.device("meta"):  # every parameter is put in place below
             layer = cls(

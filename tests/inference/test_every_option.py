@@ -1,7 +1,7 @@
 """Every option of encoding acts: EncoderArguments' flags, the published constructors' keywords, the verbs' keywords.
 
 With another value something must differ that a user can see: vectors, dtypes, products in a slab, processes, threads,
-the warning, or the refusal of what contradicts the checkpoint.
+the warning, which of the devices worked, or the refusal of what contradicts the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import inspect
 import json
 import multiprocessing
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -64,26 +63,26 @@ def places(
 
 
 class Watch:
-    """What a model did between two looks: tokens of each slab, threads, engines."""
+    """What models did since: tokens of each slab, which of the models worked, forwards of the padded engine."""
 
     def __init__(self, *encoders: torch.nn.Module) -> None:
         self.slabs: list[int] = []
-        self.threads: set[str] = set()
+        self.workers: set[int] = set()
         self.padded = 0
-        for encoder in encoders:
-            encoder.model.embeddings.word_embeddings.register_forward_hook(self._slab)
+        for number, encoder in enumerate(encoders):
+            encoder.model.embeddings.word_embeddings.register_forward_hook(partial(self._slab, number))
             encoder.model.register_forward_pre_hook(self._whole)
 
-    def _slab(self, _: Any, ids: Any, __: Any) -> None:
+    def _slab(self, number: int, _: Any, ids: Any, __: Any) -> None:
         self.slabs.append(ids[0].numel())
-        self.threads.add(threading.current_thread().name.rstrip("0123456789"))
+        self.workers.add(number)
 
     def _whole(self, *_: Any) -> None:
         self.padded += 1
 
     def seen(self) -> dict[str, Any]:
         children = [child.name.partition("-")[0] for child in multiprocessing.active_children()]
-        return {"slabs": sorted(self.slabs), "threads": self.threads, "padded": self.padded, "processes": len(children)}
+        return {"slabs": sorted(self.slabs), "workers": self.workers, "padded": self.padded, "processes": len(children)}
 
 
 def plain(value: Any) -> Any:
@@ -99,8 +98,8 @@ def plain(value: Any) -> Any:
 
 VECTORS = ("vectors",)
 FLAGS = {
-    "encoder": Case("--encoder {other}", only=VECTORS),
-    "pooling_method": Case("--pooling_method mean", only=VECTORS),
+    "encoder": Case("--encoder {other}", only=("vectors", "described")),
+    "pooling_method": Case("--pooling_method mean", only=("vectors", "described")),
     "normalize_embeddings": Case("--normalize_embeddings False", only=("vectors", "described")),
     "fp16": Case("--fp16", only=("log",)),
     "dtype": Case("--dtype bf16", only=("vectors", "described")),
@@ -129,7 +128,7 @@ def observe_flags(
     words: list[str], places: dict[str, Path], close: list[Any], caplog: pytest.LogCaptureFixture
 ) -> dict[str, Any]:
     caplog.clear()
-    parts = {"vectors": None, "described": None, "refused": False, "slabs": [], "threads": set(), "padded": 0}
+    parts = {"vectors": None, "described": None, "refused": False, "slabs": [], "workers": set(), "padded": 0}
     parts |= {"processes": 0, "log": ""}
     (options,) = parse([EncoderArguments], ["--encoder", str(places["model"]), *fill(words, places)], "test")
     try:
@@ -175,6 +174,22 @@ def test_flags_that_make_no_sense_are_refused(words: str, message: str) -> None:
         parse([EncoderArguments], ["--encoder", "x", *words.split()], "test")
 
 
+def test_texts_for_an_index_follow_their_instruction(tiny_model_dir: Path) -> None:
+    encoder = TextEncoder(EncoderArguments(encoder=str(tiny_model_dir)))
+    expected = encode_texts(encoder, [f"find: {text}" for text in TEXTS], 20)
+    np.testing.assert_array_equal(encode_texts(encoder, TEXTS, 20, "find: "), expected)
+    assert np.abs(encode_texts(encoder, TEXTS, 20) - expected).max() > 1e-3
+
+
+def test_lengths_and_sizes_that_leave_nothing_are_refused(tiny_model_dir: Path) -> None:
+    model = FlagModel(str(tiny_model_dir))
+    assert len(model.encode(["a b c"] * 3, max_length=3, batch_size=1)) == 3
+    with pytest.raises(UsageError, match="a maximum length of 2 tokens leaves no room for text"):
+        model.encode("a", max_length=2)
+    with pytest.raises(UsageError, match="a batch size of -1"):
+        model.encode("a", batch_size=-1)
+
+
 # ---- constructors ----
 
 # Keyword: another value, what else is given in both runs, the part that must differ.
@@ -184,7 +199,7 @@ DENSE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "use_bf16": (True, {}, "dtype"),
     "query_instruction_for_retrieval": ("find: ", {}, "encode_queries"),
     "query_instruction_format": ("{} > {}", {"query_instruction_for_retrieval": "find"}, "encode_queries"),
-    "devices": (["cpu", "cpu"], {}, "threads"),
+    "devices": (["cpu", "cpu"], {}, "workers"),
     "pooling_method": ("mean", {}, "encode"),
     "trust_remote_code": (True, {"model_name_or_path": "{loud}"}, "encode"),
     "cache_dir": ("{hub_b}", {"model_name_or_path": "org/tiny", "cache_dir": "{hub_a}"}, "encode"),
@@ -312,7 +327,8 @@ def test_every_output_is_asked_for_by_its_own_name(verb: str, output: str, tiny_
 @pytest.mark.parametrize("verb", ["encode", "encode_queries", "encode_corpus"])
 def test_a_call_decides_the_type_of_its_result(verb: str, tiny_heads_dir: Path) -> None:
     for default in (True, False):
-        model = FlagModel(str(tiny_heads_dir), convert_to_numpy=default, dtype="bf16")
+        words = {"convert_to_numpy": default, "dtype": "bf16", "normalize_embeddings": default}
+        model = FlagModel(str(tiny_heads_dir), **words)
         for asked in (True, False, None):
             found = getattr(model, verb)(TEXTS, convert_to_numpy=asked)
             wanted = default if asked is None else asked

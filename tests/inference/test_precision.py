@@ -9,6 +9,8 @@ from FlagEmbedding.inference import precision
 from FlagEmbedding.utils import hardware
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 
 
@@ -26,6 +28,16 @@ def test_auto_follows_the_processor_and_says_so(caplog: pytest.LogCaptureFixture
     expected = torch.bfloat16 if hardware.cpu_has_bf16() else torch.float32
     assert dtype is expected
     assert f"dtype auto: {precision.dtype_name(expected)}" in caplog.text
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_by_name_says_where_it_is_slow(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: fast)  # no machine is both
+    assert precision.resolve_dtype("bf16", CPU) is torch.bfloat16
+    assert (hardware.NO_CPU_BF16 in caplog.text) == (not fast)
+    assert precision.resolve_dtype("auto", CPU) is (torch.bfloat16 if fast else torch.float32)
 
 
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from losses.helpers import as_matrix, check, random, unit
 from FlagEmbedding.losses import contrastive
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, info_nce, sparse_scores
 
+pytestmark = pytest.mark.numeric
+
 TAU = 0.05
 SHAPES = [(1, 1, 4), (1, 5, 8), (3, 2, 16), (4, 3, 5)]  # B, G, D
 

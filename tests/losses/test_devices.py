@@ -13,6 +13,8 @@ from FlagEmbedding.losses.distillation import knowledge_distillation, self_disti
 from FlagEmbedding.losses.penalty import clp_penalty
 from FlagEmbedding.losses.router import load_balance_loss, routing_statistics, z_loss
 
+pytestmark = pytest.mark.numeric
+
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
@@ -77,7 +79,7 @@ def test_every_function_on_every_device(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(device: str, half: torch.dtype) -> None:
-    """At τ = 0.02 neighbouring bfloat16 scores are 0.25 apart; under autocast ours are those of float32."""
+    """At τ = 0.02 neighboring bfloat16 scores are 0.25 apart; under autocast ours are those of float32."""
     plain = everything(device, torch.float32)
     under = everything(device, torch.float32, autocast=half)
     for name, value in plain.items():

@@ -10,6 +10,8 @@ from losses.helpers import check, random
 from FlagEmbedding.losses.contrastive import info_nce
 from FlagEmbedding.losses.distillation import knowledge_distillation, self_distillation
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(1, 1), (1, 4), (3, 1), (3, 4), (5, 2)]
 
 

@@ -11,6 +11,8 @@ from losses.helpers import check, random
 
 from FlagEmbedding.losses.objective import ObjectiveArguments, add_penalty, add_router_losses, retrieval_objective
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(1, 2), (1, 5), (2, 3), (4, 2)]
 
 

@@ -11,6 +11,8 @@ from losses.helpers import check, random
 
 from FlagEmbedding.losses.router import load_balance_loss, routing_statistics, z_loss
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(1, 2, 1), (7, 2, 1), (12, 4, 2), (9, 3, 3)]  # T, E, K
 
 

@@ -20,7 +20,7 @@ def states(model: nn.Module) -> Tensor:
 
 
 def apart(model: nn.Module) -> nn.Module:
-    """Move every weight, so that experts differ and nothing equals its initialisation."""
+    """Move every weight, so that experts differ and nothing equals its initialization."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

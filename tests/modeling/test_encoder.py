@@ -16,6 +16,8 @@ from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 ROWS = [[0, 7, 8, 9, 2], [0, 11, 2], [0, 5, 6, 7, 8, 9, 10, 2], [0, 2], [0, 30, 31, 2]]
 OTHERS = [[0, 40, 41, 42, 2], [0, 50, 2]]
 EVERYTHING = {"dense", "sparse", "colbert"}

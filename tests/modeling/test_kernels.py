@@ -1,5 +1,5 @@
 """The compiled kernels of every instruction set of this processor: against the same mathematics in float64, their
-masks, their threads, the switch between them, and life without them."""
+masks, their threads, and the switch between them (life without them: make test-isa)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import cpu_instruction_sets
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 # Around every boundary of a vector (4, 8, 16), masks drawn at a time (32), a block of queries (24), a tile (48, 64).
 LENGTHS = [129, 100, 65, 64, 48, 47, 33, 32, 31, 25, 24, 17, 16, 15, 9, 8, 7, 5, 4, 3, 2, 1]
@@ -259,12 +260,12 @@ def test_masks_are_drawn_with_the_given_probability(probability: float) -> None:
     mask = torch.stack([kernels.keep_mask(77, stream, threshold, 1001) for stream in range(1000)]).float()
     deviation = math.sqrt(probability * (1 - probability) / mask.numel())
     assert abs(float(mask.mean()) - (1 - probability)) < 4 * deviation
-    # Neighbours in a stream, the two halves of one number, the same place of the next stream: independent.
+    # Neighbors in a stream, the two halves of one number, the same place of the next stream: independent.
     x = mask - (1 - probability)
     for shift, dim in ((1, 0), (1, 1), (16, 1), (32, 1), (64, 1)):
         covariance = float((x * x.roll(shift, dim)).mean()) / (probability * (1 - probability))
         assert abs(covariance) < 4 / math.sqrt(mask.numel()), (shift, dim)
-    # No place and no stream is favoured.
+    # No place and no stream is favored.
     assert float((mask.mean(0) - (1 - probability)).abs().max()) < 6 * deviation * math.sqrt(1001)
     assert float((mask.mean(1) - (1 - probability)).abs().max()) < 6 * deviation * math.sqrt(1000)
     assert scale == pytest.approx(1 / (1 - probability), rel=2e-4)
@@ -296,7 +297,7 @@ def test_gelu(dtype: torch.dtype) -> None:
 )
 def test_add_norm(probability: float, width: int, y_dtype: torch.dtype, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    norm = nn.LayerNorm(width, eps=1e-5)
+    norm = nn.LayerNorm(width, eps=0.3)  # so great that another one shows
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     norm = norm.to(dtype)
@@ -309,7 +310,7 @@ def test_add_norm(probability: float, width: int, y_dtype: torch.dtype, dtype: t
     seed = int(torch.randint(2**62, (), dtype=torch.int64)) if probability else 0
     mask = torch.stack([kernels.keep_mask(seed, row, threshold, width) for row in range(50)]).double() * scale
     exact = [each.detach().double().requires_grad_() for each in (y, residual, norm.weight, norm.bias)]
-    expected = F.layer_norm(exact[0] * mask + exact[1], (width,), exact[2], exact[3], 1e-5)
+    expected = F.layer_norm(exact[0] * mask + exact[1], (width,), exact[2], exact[3], 0.3)
     weight = torch.randn(50, width).to(dtype)
     ours = torch.autograd.grad((found * weight).sum(), [y, residual, norm.weight, norm.bias])
     theirs = torch.autograd.grad((expected * weight.double()).sum(), exact)
@@ -355,21 +356,3 @@ def test_kernels_of_other_sources_are_not_called(
     foreign.write_bytes(b"not a library")
     assert kernels._open(foreign) is None
     assert caplog.text.count("install again") == 2
-
-
-@pytest.mark.skipif(not SETS, reason="no compiled kernels")
-def test_everything_works_without_them() -> None:
-    """The tests of the packed engine, with the kernels switched off."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/modeling/test_packed.py"],
-        cwd=REPOSITORY,
-        env={**os.environ, "FLAGEMBEDDING_KERNELS": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    code = "from FlagEmbedding.modeling import kernels; print(kernels.library())"
-    off = {**os.environ, "FLAGEMBEDDING_KERNELS": "0"}
-    answer = subprocess.run([sys.executable, "-c", code], env=off, capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "None"

@@ -1,4 +1,4 @@
-"""Weights laid out for oneDNN: the same numbers, in fp32 and without gradients alone, and never those of yesterday."""
+"""Weights laid out for oneDNN: the same numbers, in fp32 and without gradients alone, never those of before."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from FlagEmbedding.modeling.moe import MoEConfig
 from FlagEmbedding.modeling.packed import packed_forward, prepack_weights
 from FlagEmbedding.modeling.tokens import TokenBatch
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="torch without oneDNN's layout of weights"
-)
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(
+        not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="torch without oneDNN's layout of weights"
+    ),
+]
 
 
 def layers(count: int, bias: bool = True) -> list[nn.Linear]:

@@ -14,6 +14,8 @@ from FlagEmbedding.modeling.backbone import load_backbone, moe_layers
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear, record_routing, token_mask
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 CHOICES = [(1, 1), (2, 1), (2, 2), (3, 2), (4, 3), (5, 1)]
 WIDTHS = [(6, 10), (10, 6)]  # as in intermediate, as in output
 
@@ -209,6 +211,15 @@ def test_jitter_only_while_training() -> None:
     assert 0.02 < float((noisy.experts != plain_choice).double().mean()) < 0.9
     torch.manual_seed(3)
     assert torch.equal(layer.route(x).logits, noisy.logits)
+
+
+def test_jitter_is_uniform_around_one() -> None:
+    layer = make(6, 1, router_jitter=0.4)
+    with torch.no_grad():
+        layer.gate.weight.copy_(torch.eye(6))
+    noise = layer.train().route(torch.ones(5000, 6, dtype=torch.float64)).logits
+    assert 0.6 <= float(noise.min()) < 0.601 and 1.399 < float(noise.max()) <= 1.4
+    assert float(noise.mean()) == pytest.approx(1, abs=0.01)
 
 
 class TwoLayers(nn.Module):

@@ -22,6 +22,8 @@ from FlagEmbedding.modeling.slabs import FILL, Layout, plan_slabs
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 LENGTHS = [17, 3, 9, 9, 30, 5, 9, 2, 1, 5]
 
 

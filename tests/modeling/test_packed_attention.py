@@ -18,6 +18,8 @@ from FlagEmbedding.modeling.linear import apply_linear, linear, linear_add, line
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
 from FlagEmbedding.modeling.slabs import Layout
 
+pytestmark = pytest.mark.numeric
+
 HEADS, WIDTH = 4, 32  # heads of 8, which the compiled kernels leave to the groups; test_kernels.py has theirs
 LENGTHS = [9, 9, 7, 3, 3, 3, 1]
 CPU = torch.device("cpu")
@@ -164,7 +166,7 @@ def test_masks_are_drawn_with_the_given_probability(probability: float) -> None:
     assert mask.dtype == torch.int8 and set(mask.unique().tolist()) == {0, 1}
     deviation = math.sqrt(probability * (1 - probability) / mask.numel())
     assert abs(float(mask.float().mean()) - (1 - probability)) < 4 * deviation
-    # Neighbours, rows and columns are independent: products of two have the product of the means.
+    # Neighbors, rows and columns are independent: products of two have the product of the means.
     x = mask.float() - (1 - probability)
     for shift, dim in ((1, 0), (1, 1), (4, 1)):
         covariance = float((x * x.roll(shift, dim)).mean()) / (probability * (1 - probability))

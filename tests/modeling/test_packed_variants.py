@@ -18,6 +18,8 @@ from FlagEmbedding.modeling.packed import packed_forward
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.tokens import TokenBatch
 
+pytestmark = pytest.mark.numeric
+
 LENGTHS = [17, 3, 9, 9, 5, 1]
 VARIANTS = {
     "two token types": ("bert", {"type_vocab_size": 2}),

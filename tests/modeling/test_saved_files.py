@@ -13,11 +13,13 @@ import pytest
 import torch
 from modeling.checkpoints import same_weights
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from FlagEmbedding.modeling.backbone import insert_experts, load_backbone, moe_layers, save_checkpoint
 from FlagEmbedding.modeling.files import weight_files
+from FlagEmbedding.modeling.heads import load_heads
 from FlagEmbedding.modeling.interchange import REMOTE_FILE
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import ExpertLinear
@@ -99,6 +101,18 @@ def test_what_trained_is_noted_also_when_training_goes_on(
         assert read(tmp_path / "again/config.json")["only_train"] == only_train
 
 
+def test_a_bare_encoder_is_saved_with_heads_pooling_and_normalization(tiny_model_dir: Path, tmp_path: Path) -> None:
+    heads = {"colbert": nn.Linear(32, 8), "sparse": nn.Linear(32, 1)}
+    save_checkpoint(load_backbone(tiny_model_dir), tmp_path, heads=heads, pooling="mean", normalize=False)
+    colbert, sparse, found = load_heads(tmp_path, 32)
+    assert found and torch.equal(colbert.weight, heads["colbert"].weight)
+    assert torch.equal(sparse.bias, heads["sparse"].bias)
+    pooling = read(tmp_path / "1_Pooling/config.json")
+    assert pooling["pooling_mode_mean_tokens"] and not pooling["pooling_mode_cls_token"]
+    assert pooling["word_embedding_dimension"] == 32
+    assert [each["path"] for each in read(tmp_path / "modules.json")] == ["", "1_Pooling"]
+
+
 def test_every_layer_is_upcycled_from_its_own_matrix(tiny_model_dir: Path) -> None:
     for place in ("intermediate", "output"):
         dense = load_backbone(tiny_model_dir)
@@ -174,6 +188,19 @@ def test_loading_leaves_transformers_loud_and_the_memory_aligned(tiny_model_dir:
     assert {parameter.data_ptr() % 64 for parameter in model.parameters()} == {0}
     for each in (model, load_backbone(tiny_model_dir, moe=MoEConfig(moe="output", num_experts=2))):
         assert not any(module.training for module in each.modules())
+
+
+def test_a_revision_is_the_one_loaded(tiny_model_dir: Path, tiny_roberta_dir: Path, tmp_path: Path) -> None:
+    """In the hub's own cache, offline."""
+    repository = tmp_path / "models--org--tiny"
+    for number, (name, source) in enumerate({"main": tiny_model_dir, "older": tiny_roberta_dir}.items()):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(str(number) * 40, "utf-8")
+        (repository / "snapshots" / (str(number) * 40)).symlink_to(source)
+    for revision, source in ((None, tiny_model_dir), ("older", tiny_roberta_dir)):
+        loaded = load_backbone("org/tiny", cache_dir=str(tmp_path), revision=revision)
+        assert type(loaded) is type(load_backbone(source)) and same_weights(loaded, load_backbone(source))
 
 
 def test_safetensors_go_before_pickles(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.moe import MoEConfig
 from FlagEmbedding.utils.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("place", ["intermediate", "output"])
 @pytest.mark.parametrize("experts", [0, 2])
