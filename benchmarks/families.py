@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
+from transformers.utils.logging import disable_progress_bar
 
 from FlagEmbedding.modeling.backbone import load_backbone
 from FlagEmbedding.modeling.encoder import M3Encoder
@@ -157,8 +158,6 @@ def try_type(name: str, folder: Path) -> Outcome:
 
 def outcomes(names: list[str]) -> Iterator[Outcome]:
     """What becomes of each."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             yield try_type(name, Path(folder))
@@ -174,6 +173,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every type that AutoModel knows")
     parser.add_argument("--only", nargs="+", help="these types")
     options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
+    warnings.simplefilter("ignore")
     version = importlib.import_module("transformers").__version__
     print(f"transformers {version}, torch {torch.__version__}\n\n| model type | class | engine | cosine | note |")
     print("|---|---|---|---|---|")
