@@ -61,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 3},
     "esm, absolute positions": {"pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "absolute"},
 }
+LARGEST = 5_000_000  # parameters of what still counts as tiny
 LENGTHS = (17, 9, 3, 24)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -117,6 +118,10 @@ def write_tiny(name: str, folder: Path) -> type[Any]:
     """Write a tiny random model of a type into ``folder``; its class."""
     config = tiny_config(name)
     cls = encoder_class(config)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters: its sizes have other names")
     torch.manual_seed(0)
     model = cls(config)
     generator = torch.Generator().manual_seed(1)

@@ -243,7 +243,7 @@ def test_a_loss_that_stays_at_ln_n_stops_the_run(tiny_model_dir: Path, data: Pat
     state["encoder.layer.1.output.LayerNorm.weight"].zero_()  # every state becomes the bias
     state["encoder.layer.1.output.LayerNorm.bias"].fill_(0.3)
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    frozen = {"max_steps": 20, "learning_rate": 0.0, "penalty_weight": 0.0}
+    frozen = {"max_steps": 20, "learning_rate": 0.0, "sentence_pooling_method": "mean"}
     answer = run_training(train_words(base, data, tmp_path / "out", **frozen), check=False)
     assert answer.returncode == 2
     assert "the contrastive loss has been ln 6 for 10 steps" in answer.stderr
