@@ -38,7 +38,8 @@ PACKED = frozenset(
     for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Data2VecText", "Electra", "Ernie", "Splinter")
 )
 _LENGTHS = (11, 6, 3)
-# Largest difference of a token's state, relative to the states' norm, that rounding explains: between two ways to compute it, and between two places of one batch.
+# Largest difference of a token's state, as a share of the states' norm, that rounding explains: between two ways to
+# compute it, and between two places of one batch.
 _ROUNDING = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-3, 1e-6)}
 _HALF_ROUNDING = (0.1, 5e-3)
 

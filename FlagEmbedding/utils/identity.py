@@ -17,7 +17,10 @@ from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import PathLike, sha256_file
 
 Identity = Mapping[str, Any]
-_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model")
+_MODEL_FILES = (
+    *("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model"),
+    *("*_Dense/config.json", "*_Dense/*.safetensors", "*_Dense/*.bin"),
+)
 
 
 def as_json(value: Any) -> Any:
