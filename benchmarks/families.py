@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
+from transformers.utils.logging import disable_progress_bar
 
 from FlagEmbedding.modeling.backbone import load_backbone
 from FlagEmbedding.modeling.encoder import M3Encoder
@@ -60,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 3},
     "esm, absolute positions": {"pad_token_id": 1, "mask_token_id": 3, "position_embedding_type": "absolute"},
 }
+LARGEST = 5_000_000  # parameters of what still counts as tiny
 LENGTHS = (17, 9, 3, 24)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -116,6 +118,10 @@ def write_tiny(name: str, folder: Path) -> type[Any]:
     """Write a tiny random model of a type into ``folder``; its class."""
     config = tiny_config(name)
     cls = encoder_class(config)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters: its sizes have other names")
     torch.manual_seed(0)
     model = cls(config)
     generator = torch.Generator().manual_seed(1)
@@ -157,8 +163,6 @@ def try_type(name: str, folder: Path) -> Outcome:
 
 def outcomes(names: list[str]) -> Iterator[Outcome]:
     """What becomes of each."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             yield try_type(name, Path(folder))
@@ -174,6 +178,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every type that AutoModel knows")
     parser.add_argument("--only", nargs="+", help="these types")
     options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
+    warnings.simplefilter("ignore")
     version = importlib.import_module("transformers").__version__
     print(f"transformers {version}, torch {torch.__version__}\n\n| model type | class | engine | cosine | note |")
     print("|---|---|---|---|---|")

@@ -38,9 +38,10 @@ PACKED = frozenset(
     for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Data2VecText", "Electra", "Ernie", "Splinter")
 )
 _LENGTHS = (11, 6, 3)
-# Largest difference of a token's state, relative to the states' norm, that rounding explains.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
-_HALF_ROUNDING = 0.1
+# Largest difference of a token's state, as a share of the states' norm, that rounding explains: between two ways to
+# compute it, and between two places of one batch.
+_ROUNDING = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-3, 1e-6)}
+_HALF_ROUNDING = (0.1, 5e-3)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def _try_out(backbone: PreTrainedModel, name: str, tokens: TokenBatch, packed: b
     width = getattr(backbone.config, "hidden_size", None)
     if width != padded.shape[1]:
         raise UsageError(f"{name} gives states of {padded.shape[1]} dimensions, its config.json says {width}: refused")
-    causal = _apart(padded[: _LENGTHS[0]][:1], padded[_LENGTHS[0] :][:1], padded, all_tokens=True) < 1e-6
+    first, second = (_apart(padded[[at]], padded[[at + tokens.lengths[0]]], padded, all_tokens=True) for at in (0, 1))
+    causal = (
+        first < _tolerance(padded, same=True) <= second
+    )  # of two sequences, which have the first token in common and nothing else
     known = name.removeprefix(CLASS_PREFIX) in PACKED
     if not packed:
         note = ""
@@ -173,5 +177,5 @@ def _apart(one: Tensor, other: Tensor, scale: Tensor, all_tokens: bool) -> float
     return float(distance / scale.double().norm(dim=-1).mean().clamp_min(1e-12))
 
 
-def _tolerance(states: Tensor) -> float:
-    return _ROUNDING.get(states.dtype, _HALF_ROUNDING)
+def _tolerance(states: Tensor, same: bool = False) -> float:
+    return _ROUNDING.get(states.dtype, _HALF_ROUNDING)[same]

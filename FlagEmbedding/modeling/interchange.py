@@ -93,7 +93,7 @@ def read_modules(folder: PathLike) -> StoredModules:
 def choose(flag: str, given: Choice | None, said: Choice | None, source: PathLike) -> Choice | None:
     """What the user gave, else what the checkpoint ``source`` says; one line where they contradict each other."""
     if given is not None and said is not None and given != said:
-        logger.warning("--%s %s: %s says %s; going on with %s, as asked", flag, given, source, said, given)
+        logger.warning("--%s %r: %s says %r; going on as the flag says", flag, given, source, said)
     return said if given is None else given
 
 

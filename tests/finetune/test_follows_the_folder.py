@@ -18,8 +18,11 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, XLMRobertaConfi
 
 from FlagEmbedding import FlagModel
 from FlagEmbedding.finetune.arguments import DataArguments
+from FlagEmbedding.finetune.checkpoints import LossWindow
 from FlagEmbedding.finetune.collator import TrainCollator
 from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.finetune.runner import build_trainer
 
 TEXTS = ["When do people visit the river of Seoul?", "The river of Seoul is number 3.", "한강"]
 PREFIX = "sentence_transformers.models."
@@ -95,7 +98,7 @@ def test_a_base_that_says_mean_stays_mean(tiny_model_dir: Path, data: Path, tmp_
     assert pooling_of(silent) == ["mean_tokens"]
     assert "pooling_method='mean'" in answer.stdout
     contrary = run_training(train_words(base, data, tmp_path / "cls", sentence_pooling_method="cls"))
-    assert contrary.stderr.count("--sentence_pooling_method cls: ") == 1
+    assert contrary.stderr.count("--sentence_pooling_method 'cls': ") == 1
     assert pooling_of(tmp_path / "cls") == ["cls_token"]
 
 
@@ -240,8 +243,27 @@ def test_a_loss_that_stays_at_ln_n_stops_the_run(tiny_model_dir: Path, data: Pat
     state["encoder.layer.1.output.LayerNorm.weight"].zero_()  # every state becomes the bias
     state["encoder.layer.1.output.LayerNorm.bias"].fill_(0.3)
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    frozen = {"max_steps": 20, "learning_rate": 0.0, "penalty_weight": 0.0}
+    frozen = {"max_steps": 20, "learning_rate": 0.0, "sentence_pooling_method": "mean"}
     answer = run_training(train_words(base, data, tmp_path / "out", **frozen), check=False)
     assert answer.returncode == 2
     assert "the contrastive loss has been ln 6 for 10 steps" in answer.stderr
     assert "rows.jsonl:" in answer.stderr
+
+
+def test_the_folders_prompts_stand_before_the_texts(causal: Path, data: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(parse_arguments(train_words(causal, data, tmp_path / "out")))
+    batch = next(iter(trainer.get_train_dataloader()))
+    for role, before in (("query", "find: "), ("neg_q", "find: "), ("passage", "")):
+        tokens = batch[role]
+        texts = [trainer.bare_model.tokenizer.decode(ids) for ids in tokens.ids.split(tokens.lengths)]
+        assert [text.replace("<s>", "").strip().startswith("find: ") for text in texts] == [bool(before)] * len(texts)
+
+
+def test_what_was_counted_goes_on_after_a_resume(tmp_path: Path) -> None:
+    window = LossWindow()
+    for flat in (True, True, False, True, True, True):
+        window.saw(zero=False, flat=flat)
+    window.save(tmp_path, forwards=6)
+    resumed = LossWindow()
+    assert resumed.load(tmp_path, torch.device("cpu")) == {"forwards": 6}
+    assert (resumed.flat_micro_batches, resumed.zero_micro_batches) == (3, 0)

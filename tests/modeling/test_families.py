@@ -10,15 +10,17 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import REPOSITORY, write_tiny
+from modeling.checkpoints import edit_config
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3Model
 
-from FlagEmbedding.modeling.backbone import load_backbone
+from FlagEmbedding.modeling.backbone import load_backbone, load_trained_state, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import EngineConfig, M3Encoder
 from FlagEmbedding.modeling.families import PACKED, try_out
 from FlagEmbedding.modeling.moe import MoEConfig
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.tokens import TokenBatch
-from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.errors import DataError, UsageError
 
 
 def script() -> ModuleType:
@@ -186,3 +188,54 @@ def test_a_padding_id_of_zero_costs_one_place(tmp_path: Path) -> None:
     backbone = load_backbone(tmp_path)
     assert longest_input(backbone) == 129
     assert backbone(input_ids=torch.full((1, 129), 20)).last_hidden_state.shape[1] == 129
+
+
+def test_experts_in_an_encoder_without_a_pooler_come_back(tmp_path: Path) -> None:
+    table.write_tiny("electra", tmp_path / "base")
+    made = load_backbone(tmp_path / "base", moe=MoEConfig(moe="intermediate", num_experts=2))
+    save_checkpoint(made, tmp_path / "experts")
+    again = load_backbone(tmp_path / "experts")
+    assert again.state_dict().keys() == made.state_dict().keys()
+    assert try_out(again).way == "packed"
+
+
+def test_a_weight_under_two_names_is_stored_once_and_comes_back(tmp_path: Path) -> None:
+    table.write_tiny("t5", tmp_path / "base")
+    encoder = M3Encoder(load_backbone(tmp_path / "base"), pooling="mean")
+    save_checkpoint(encoder, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "shared.weight" in stored
+    assert "encoder.embed_tokens.weight" not in stored
+    before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+    load_trained_state(encoder, tmp_path / "saved")
+    for model in (encoder.model, load_backbone(tmp_path / "saved")):
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["layers", "encoder"])
+def test_weights_of_more_layers_than_the_configuration_are_refused(kind: str, tmp_path: Path) -> None:
+    """Whatever a family calls its layers."""
+    table.write_tiny("qwen3" if kind == "layers" else "distilbert", tmp_path)
+    assert load_backbone(tmp_path)
+    edit_config(tmp_path, **{"num_hidden_layers" if kind == "layers" else "n_layers": 1, "layer_types": "REMOVE"})
+    with pytest.raises(DataError, match=r"holds, beyond what config.json describes, (layers|transformer.layer).1"):
+        load_backbone(tmp_path)
+
+
+def test_a_pooler_is_neither_missed_nor_trained(tmp_path: Path) -> None:
+    table.write_tiny("squeezebert", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    poolers = [name for name in state if name.startswith("pooler.")]
+    assert poolers
+    save_file(
+        {name: value for name, value in state.items() if name not in poolers},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    backbone = load_backbone(tmp_path)
+    select_trainable(backbone, None)
+    frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
+    assert frozen == poolers

@@ -95,7 +95,7 @@ def entries(*kinds: str) -> list[dict[str, str]]:
     ("files", "message"),
     [
         ({"modules.json": entries("Transformer", "Pooling", "LSTM")}, "the module 'sentence_transformers.models.LSTM'"),
-        ({"modules.json": entries("Transformer", "Normalize", "Pooling")}, "order, got Transformer, Normalize, Pooling"),
+        ({"modules.json": entries("Transformer", "Normalize", "Pooling")}, "got Transformer, Normalize, Pooling"),
         ({"modules.json": entries("Transformer")}, "in this order, got Transformer"),
         ({"modules.json": [{"type": "custom_st.Transformer", "path": ""}]}, "names the module 'custom_st.Transformer'"),
         ({"modules.json": {"0": "Transformer"}}, "expected a list of modules"),
