@@ -117,6 +117,12 @@ def prepack_weights(backbone: nn.Module, rows: int) -> None:
                 prepack(each, rows=rows)
 
 
+def compiled_for_all(backbone: nn.Module) -> bool:
+    """Whether slabs of any size go through the compiled encoder, whose products know no sizes to compile code for."""
+    compiled: CompiledEncoder | None = backbone.__dict__.get("_compiled")
+    return compiled is not None and compiled.most_tokens is None
+
+
 def why_not_packable(backbone: nn.Module) -> str | None:
     """Why this encoder cannot run packed; None if it can."""
     try:
