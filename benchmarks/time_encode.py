@@ -4,8 +4,8 @@
 
 Run by ``compare.py`` in the project's Python and in the peers'. ``flagembedding`` is ``BGEM3FlagModel`` of whichever
 distribution that Python holds: this project's or upstream's. Runtimes of exported models (``exports.py``) get texts
-sorted by length, in padded batches, as sentence-transformers makes them. The clock runs over the call, list of strings in, array
-out; loading and a warm-up call stand outside. With one thread, processor seconds are the figure to compare.
+sorted by length, in padded batches, as sentence-transformers makes them. The clock runs over the call, list of strings
+in, array out; loading and a warm-up call stand outside. With one thread, processor seconds are the figure to compare.
 """
 
 from __future__ import annotations
