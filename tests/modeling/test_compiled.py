@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny
-from instruction_sets import compiled, instruction_set  # noqa: F401 — a fixture
+from kernel_sets import compiled, instruction_set  # noqa: F401 — a fixture
 from torch import Tensor, nn
 
 from FlagEmbedding.inference.arguments import EncoderArguments

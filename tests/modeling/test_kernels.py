@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import SETS, compiled, instruction_set  # noqa: F401 — a fixture
+from kernel_sets import SETS, compiled, instruction_set  # noqa: F401 — a fixture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
