@@ -104,6 +104,14 @@ CASES = {
     "encode_bf16_mixed": encode(
         "Encode 320 texts of four scripts, bf16", "mixed", 320, "bf16", "≥ 0.80 of the floor", PEERS[1:]
     ),
+    "encode_runtimes": encode(
+        "Encode 320 texts of four scripts, fp32, against exported models",
+        "mixed",
+        320,
+        "fp32",
+        "",
+        ("onnxruntime", "onnxruntime-int8", "openvino"),
+    ),
     "train_fp32": train(
         "Train, fp32, dropout 0.1", "fp32", "≥ 0.70 of the floor, ≥ 3 × the better peer, ≤ 0.35 of its memory"
     ),

@@ -1,6 +1,6 @@
 """The same checkpoint in other runtimes: onnxruntime in float32 and int8, OpenVINO, and transformers as it is.
 
-Needs ``pip install onnx onnxscript onnxruntime openvino``; whatever is not installed is left out. The encoder is exported once, by
+Needs ``pip install onnx onnxruntime openvino``; whatever is not installed is left out. The encoder is exported once, by
 ``torch.onnx``, with onnxruntime's own fusions for BERT (attention, GELU, residual with LayerNorm) on top; int8 is its
 dynamic quantization of that file. Each engine is a function of padded ids and mask to first tokens' states ``[N, D]``.
 """

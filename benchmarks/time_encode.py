@@ -1,10 +1,11 @@
 """Time one engine's public ``encode`` over a file of texts; prints one line of JSON.
 
-    python benchmarks/time_encode.py --engine flagembedding|sentence-transformers --model M --texts T.jsonl
+    python benchmarks/time_encode.py --engine flagembedding|sentence-transformers|… --model M --texts T.jsonl
 
 Run by ``compare.py`` in the project's Python and in the peers'. ``flagembedding`` is ``BGEM3FlagModel`` of whichever
-distribution that Python holds: this project's or upstream's. The clock runs over the call, list of strings in, array
-out; loading and a warm-up call stand outside. With one thread, processor seconds are the figure to compare.
+distribution that Python holds: this project's or upstream's. Runtimes of exported models (``exports.py``) get texts
+sorted by length, in padded batches, as sentence-transformers makes them. The clock runs over the call, list of strings
+in, array out; loading and a warm-up call stand outside. With one thread, processor seconds are the figure to compare.
 """
 
 from __future__ import annotations
@@ -62,6 +63,44 @@ def sentence_transformers(arguments: argparse.Namespace) -> tuple[Callable[[list
     return encode, model.tokenizer
 
 
+def runtime(arguments: argparse.Namespace) -> tuple[Callable[[list[str]], Any], Any]:
+    """A runtime of ``exports.py`` over padded batches of texts sorted by length; unit vectors of first tokens."""
+    import numpy as np
+    from exports import load
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(arguments.model))
+    folder = arguments.exports or arguments.model.with_name(f"{arguments.model.name}-exports")
+    run = load(arguments.engine, arguments.model, folder, arguments.threads)
+
+    def encode(texts: list[str]) -> Any:
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        vectors: Any = [None] * len(texts)
+        for start in range(0, len(order), arguments.batch_size):
+            piece = order[start : start + arguments.batch_size]
+            rows = tokenizer(
+                [texts[number] for number in piece],
+                padding=True,
+                truncation=True,
+                max_length=arguments.max_length,
+                return_tensors="np",
+            )
+            states = run(rows["input_ids"].astype(np.int64), rows["attention_mask"].astype(np.int64))
+            for number, state in zip(piece, states, strict=True):
+                vectors[number] = state / np.linalg.norm(state)
+        return np.stack(vectors)
+
+    return encode, tokenizer
+
+
+RUNTIMES = ("transformers", "onnxruntime", "onnxruntime-int8", "openvino")
+ENGINES = {
+    "flagembedding": flagembedding,
+    "sentence-transformers": sentence_transformers,
+    **dict.fromkeys(RUNTIMES, runtime),
+}
+
+
 def read(path: Path, limit: int) -> list[str]:
     """The ``text`` of each line."""
     rows = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
@@ -76,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     texts = read(arguments.texts, arguments.limit)
-    encode, tokenizer = (flagembedding if arguments.engine == "flagembedding" else sentence_transformers)(arguments)
+    encode, tokenizer = ENGINES[arguments.engine](arguments)
     ids = tokenizer(texts, truncation=True, max_length=arguments.max_length)["input_ids"]
     tokens = sum(map(len, ids))
     encode(texts[: arguments.batch_size])
@@ -112,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The options of one measurement."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--engine", required=True, choices=("flagembedding", "sentence-transformers"))
+    options.add_argument("--engine", required=True, choices=tuple(ENGINES))
     options.add_argument("--model", type=Path, required=True)
     options.add_argument("--texts", type=Path, required=True)
     options.add_argument("--limit", type=int, default=0, help="first so many texts; 0: all")
@@ -120,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--max-length", type=int, default=512)
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
     options.add_argument("--all-heads", action="store_true", help="flagembedding: sparse and colbert too")
+    options.add_argument("--exports", type=Path, help="folder for exported models; default: beside the model")
     options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, default=1, help="torch threads; 0: all cores")
     return options

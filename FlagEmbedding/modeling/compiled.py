@@ -27,7 +27,6 @@ from FlagEmbedding.modeling.moe import ExpertLinear, MoELinear
 from FlagEmbedding.modeling.pointwise import is_exact_gelu
 from FlagEmbedding.modeling.slabs import Layout
 
-
 FEW_ROWS = 64
 
 
@@ -62,7 +61,7 @@ class CompiledEncoder:
         return few and not torch.is_grad_enabled() and not self._backbone.training and self._watch.unchanged()
 
     def forward(self, ids: Tensor, layout: Layout, first_tokens_only: bool) -> Tensor:
-        """Last hidden states of the tokens ``ids`` ``[T]``, float32 ``[T, D]``, or of first tokens alone, ``[N, D]``."""
+        """Last hidden states of the tokens ``ids`` ``[T]``, ``[T, D]``, or of first tokens alone, ``[N, D]``."""
         self.lay_out()
         rows = len(layout.lengths) if first_tokens_only else layout.tokens
         output = torch.empty(rows, self._encoder.hidden, dtype=torch.float32)
@@ -136,7 +135,7 @@ class CompiledEncoder:
 class _Watch:
     """Whether the modules and parameters of an encoder are those that they were, unchanged and without hooks.
 
-    Looked at in every call: by lists that C code walks through, 50 microseconds for 12 layers.
+    Looked at in every call: by lists that C code walks through, 0.1 ms for 12 layers on an AVX2 processor.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -171,7 +170,7 @@ class _Watch:
 
 
 def can_compile(backbone: Any) -> bool:
-    """Whether the kernels compute this encoder, one that runs packed: float32, exact GELU, plain layers, whole vectors."""
+    """Whether the kernels compute this packable encoder: float32, exact GELU, plain layers, whole vectors."""
     embeddings, layers = backbone.embeddings, list(backbone.encoder.layer)
     tables = [embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings]
     norms, linears, mixtures, activations, heads = [embeddings.LayerNorm], [], [], [], set()

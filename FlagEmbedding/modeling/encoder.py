@@ -23,7 +23,7 @@ from FlagEmbedding.modeling.families import own_forward, pad_id, try_out
 from FlagEmbedding.modeling.interchange import NO_INSTRUCTIONS, Instructions
 from FlagEmbedding.modeling.moe import token_mask
 from FlagEmbedding.modeling.options import EngineConfig
-from FlagEmbedding.modeling.packed import WordTable, packed_forward
+from FlagEmbedding.modeling.packed import WordTable, compiled_for_all, packed_forward
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.projections import Projection
 from FlagEmbedding.modeling.slabs import Layout, Slabs, each_on_one_thread, fill_price, send
@@ -213,7 +213,8 @@ class M3Encoder(nn.Module):
         self._check_kinds(kinds := frozenset(want))
         padded = self.engine.engine == "padded"
         weight = next(self.parameters())
-        price = 0.0 if padded or weight.device.type != "cpu" else fill_price(weight.dtype)
+        compiles_by_size = weight.device.type == "cpu" and not padded and not compiled_for_all(self.model)
+        price = fill_price(weight.dtype) if compiles_by_size else 0.0
         slabs = Slabs(tokens, slab_tokens, padded, price)
 
         layouts = dict(zip(map(id, slabs.batches), slabs.layouts, strict=True))

@@ -32,7 +32,6 @@ from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
 
-
 # Where a layer has this attribute, it is called in the place of ``run_layer`` (see ``modeling.sharding``).
 LAYER_METHOD = "packed_layer"
 
@@ -139,6 +138,12 @@ def prepack_weights(backbone: nn.Module, rows: int) -> None:
         for block in (layer.attention.output, layer.intermediate, layer.output):
             for each in getattr(block.dense, "experts", [block.dense]):
                 prepack(each, rows=rows)
+
+
+def compiled_for_all(backbone: nn.Module) -> bool:
+    """Whether slabs of any size go through the compiled encoder, whose products know no sizes to compile code for."""
+    compiled: CompiledEncoder | None = backbone.__dict__.get("_compiled")
+    return compiled is not None and compiled.most_tokens is None
 
 
 def why_not_packable(backbone: nn.Module) -> str | None:

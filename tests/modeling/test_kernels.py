@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_sets import SETS, compiled, instruction_set  # noqa: F401 — a fixture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,20 +32,6 @@ pytestmark = pytest.mark.numeric
 CPU = torch.device("cpu")
 # Around every boundary of a vector (4, 8, 16), masks drawn at a time (32), a block of queries (24), a tile (48, 64).
 LENGTHS = [129, 100, 65, 64, 48, 47, 33, 32, 31, 25, 24, 17, 16, 15, 9, 8, 7, 5, 4, 3, 2, 1]
-
-SETS = [name for name in cpu_instruction_sets() if kernels.load(name) is not None]
-NONE = pytest.param("", marks=pytest.mark.skip(reason="no compiled kernels: they need AVX2 or NEON and a C++ compiler"))
-
-
-@pytest.fixture(params=SETS or [NONE])
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels of one instruction set are the ones called."""
-    found = kernels.load(request.param)
-    monkeypatch.setattr(kernels, "library", lambda: found)
-    return str(request.param)
-
-
-compiled = pytest.mark.usefixtures("instruction_set")
 
 
 def test_the_kernels_are_compiled_where_they_can_be() -> None:
@@ -340,7 +327,9 @@ def test_other_layers_than_the_kernels_know_are_called() -> None:
 
 
 def test_kernels_of_other_sources_are_not_called(
-    instruction_set: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    instruction_set: str,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """After an update without installing again the binary is an old one, whose functions take other arguments."""
     here = Path(kernels.__file__).parent
