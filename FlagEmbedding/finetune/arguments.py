@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
@@ -167,7 +168,7 @@ class RetrieverTrainingArguments(TrainingArguments):
         elif self.bf16 and self.use_cpu and not cpu_has_bf16():
             logger.warning("--bf16: %s", NO_CPU_BF16)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if not self.use_cpu and self.dataloader_pin_memory and self.accelerator_config is not None:
+        if not self.use_cpu and self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # batches come page-locked: nothing waits for their copies
         reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         if reporters:
@@ -190,7 +191,8 @@ class RetrieverTrainingArguments(TrainingArguments):
     @property
     def sharded_by_layer(self) -> bool:
         """True for FSDP2, which the packed engine runs under."""
-        return bool(self.fsdp and not self.deepspeed and int(self.fsdp_config.get("version", 2)) == 2)
+        config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+        return bool(self.fsdp and not self.deepspeed and int(config.get("version", 2)) == 2)
 
     @property
     def dtype_name(self) -> Literal["fp32", "bf16", "fp16"]:

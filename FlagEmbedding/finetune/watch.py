@@ -50,7 +50,7 @@ class LossWatch:
         figures = torch.stack([loss.float(), spread.float(), scores.abs().amax().float()])
         copied = None
         if figures.device.type == "cuda":
-            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         self._late = _Look(figures, copied, scores.shape[1], rows, step)
         if copied is None:

@@ -145,10 +145,10 @@ class _Watch:
             if (module := own[name]) is not None:
                 self._modules.append(module)
                 links += [(module._modules, each) for each in module._modules]
-        self._links = [[own for own, _ in links], [name for _, name in links]]
+        self._links: Any = [[own for own, _ in links], [name for _, name in links]]
         self._children = list(map(getitem, *self._links))
         owned = [(each._parameters, name) for each in self._modules for name in each._parameters]
-        self._places = [[own for own, _ in owned], [name for _, name in owned]]
+        self._places: Any = [[own for own, _ in owned], [name for _, name in owned]]
         self._tensors = list(map(getitem, *self._places))
         self._real = [each for each in self._tensors if each is not None]
         self._state = self._contents()
@@ -166,7 +166,7 @@ class _Watch:
         )
 
     def _contents(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._real), *map(attrgetter("_version"), self._real)]
+        return [*map(Tensor.data_ptr, self._real), *map(attrgetter("_version"), self._real)]  # type: ignore[arg-type]
 
 
 def can_compile(backbone: Any) -> bool:

@@ -219,7 +219,8 @@ def use_grouped_product(layer: MoELinear, x: Tensor) -> bool:
     It asks for rows of a multiple of 16 bytes, here and in what the experts give. Elsewhere each expert is a product of
     its own.
     """
-    wide = all(not width % 8 for width in (x.shape[-1], layer.experts[0].weight.shape[0]))  # type: ignore[union-attr]
+    first: Any = layer.experts[0]
+    wide = x.shape[-1] % 8 == first.weight.shape[0] % 8 == 0
     return wide and x.device.type == "cuda" and compute_dtype(x) in (torch.bfloat16, torch.float16)
 
 

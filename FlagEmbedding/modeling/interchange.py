@@ -129,12 +129,12 @@ def _instructions(root: Path) -> Instructions:
     return Instructions(prompts.get("query", default) or None, passage or None)
 
 
-def _json(path: Path, kind: type) -> Any:
+def _json(path: Path, kind: type[Any]) -> Any:
     """The file's content, None where there is no such file."""
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, kind) or (kind is list and not all(isinstance(each, dict) for each in content)):

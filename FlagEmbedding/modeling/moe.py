@@ -140,7 +140,7 @@ class MoELinear(ExpertLinear):
 
 def trainable_class(base: type[Any]) -> type[Any]:
     """transformers' ``base`` encoder with experts of this module, where a pickle of a model finds its class."""
-    found = encoder_with_experts(base, MoELinear)
+    found = encoder_with_experts(base, MoELinear)  # type: ignore[arg-type]
     found.__module__ = __name__
     return found
 

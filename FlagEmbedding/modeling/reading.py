@@ -35,7 +35,7 @@ def read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: tor
     """
     base = _encoder_class(config, folder)
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
-    cls = trainable_class(base) if experts else base
+    cls: Any = trainable_class(base) if experts else base
     try:
         with _quiet_transformers():
             model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **pooler)

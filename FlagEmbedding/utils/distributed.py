@@ -76,7 +76,7 @@ def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]
     own = torch.tensor(counts, dtype=torch.int64, device=device)
     every = own.new_empty(dist.get_world_size() * len(own))
     _all_gather(every, own)
-    return every.view(-1, len(own)).tolist()  # type: ignore[no-any-return]
+    return every.view(-1, len(own)).tolist()
 
 
 class _ScaleGradient(torch.autograd.Function):

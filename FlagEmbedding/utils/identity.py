@@ -17,8 +17,10 @@ from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import PathLike, read_json, sha256_file
 
 Identity = Mapping[str, Any]
-_MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model")
-_MODEL_FILES += ("*_Dense/config.json", "*_Dense/*.safetensors", "*_Dense/*.bin")
+_MODEL_FILES = [
+    *("config.json", "*.safetensors", "*.bin", "*_linear.pt", "tokenizer.json", "sentencepiece.bpe.model"),
+    *("*_Dense/config.json", "*_Dense/*.safetensors", "*_Dense/*.bin"),
+]
 _digests: dict[tuple[str, int, int], str] = {}  # path, time and size of a file that this process has read → SHA-256
 
 

@@ -38,6 +38,7 @@ def mine_into(
     """Mine for every item that ``job`` has not finished, chunk by chunk; ``row_of`` makes the row (None: no row)."""
     # The chunk in which an earlier run stopped is searched again as a whole, so that its scores are the same.
     start = job.done // chunk_size * chunk_size if job.done < len(items) else len(items)
+    bar: Any
     with progress("hard negatives", total=len(items), done=job.done) as bar:
         for chunk in chunks(islice(items, start, None), chunk_size):
             for mined in miner.mine(chunk, skip=job.done - start):

@@ -75,9 +75,9 @@ class VectorOptions(Protocol):
     """Of a training run: how tokens become a vector."""
 
     @property
-    def sentence_pooling_method(self) -> Pooling: ...
+    def sentence_pooling_method(self) -> Pooling | None: ...
     @property
-    def normalize_embeddings(self) -> bool: ...
+    def normalize_embeddings(self) -> bool | None: ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def refresh_negatives(
         EncoderArguments(
             encoder=str(checkpoint),
             pooling_method=settings.vectors.sentence_pooling_method,
-            normalize_embeddings=settings.vectors.normalize_embeddings,
+            normalize_embeddings=settings.vectors.normalize_embeddings is not False,
             dtype=settings.dtype,
         )
     )

@@ -92,7 +92,7 @@ class LocalModel:
         chat = bool(getattr(self.tokenizer, "chat_template", None)) and not self._seq2seq
         if chat:
             messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            prompts = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompts = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[assignment]
         encoded = self.tokenizer(
             prompts, padding=True, truncation=True, max_length=self.options.longest_prompt, return_tensors="pt",
             return_token_type_ids=False, add_special_tokens=not chat,
