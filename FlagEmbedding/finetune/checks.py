@@ -82,6 +82,11 @@ def _objective(a: Arguments) -> Iterator[str]:
 def _training(a: Arguments) -> Iterator[str]:
     if a.engine.grad_cache and a.training.sharded:
         yield "--grad_cache does not work with --fsdp or --deepspeed: weights are gathered layer by layer"
+    if a.training.auto_find_batch_size:
+        yield (
+            "--auto_find_batch_size would change the batch, and with it the loss, in mid-run: leave it out; "
+            "--grad_cache True bounds memory at any batch size"
+        )
     if a.training.fsdp and a.training.use_cpu:
         yield "--fsdp divides a model over accelerators, and there is none: leave it out (DDP trains on CPUs)"
     strategy = a.training.eval_strategy  # an enum that compares to its text

@@ -7,6 +7,7 @@ also carries what stands between two log lines, so that a resumed run logs what 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.modeling.sharding import let_packed
+from FlagEmbedding.utils.errors import UserError
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 TRAINING_ARGS_FILE = "training_args.json"
+SMALLEST_SLAB = 512  # tokens; below that a slab is not what fills the memory
 
 
 class _RestoreWindow(TrainerCallback):
@@ -87,6 +90,34 @@ class BiEncoderTrainer(Trainer):
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
         )
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch. Out of memory under gradient caching, it is computed again in slabs of half the size."""
+        while True:
+            smaller = 0
+            try:
+                return super().training_step(model, dict(inputs), *args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                smaller = self._smaller_slab()
+                if not smaller:
+                    raise UserError(
+                        f"out of memory at step {self.state.global_step + 1}: lower --per_device_train_batch_size, or "
+                        "add --grad_cache True and a smaller --slab_tokens"
+                    ) from error
+            # Outside of the except block, which would hold on to the failed step's tensors.
+            model.zero_grad(set_to_none=True)
+            self.bare_model.engine = replace(self.bare_model.engine, slab_tokens=smaller)
+            torch.cuda.empty_cache()
+            logger.warning(
+                "out of memory at step %d: going on in slabs of %d tokens", self.state.global_step + 1, smaller
+            )
+
+    def _smaller_slab(self) -> int:
+        """Half the slab, where the micro-batch may be computed again: alone, no gradients before it; else 0."""
+        engine = self.bare_model.engine
+        alone = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+        tokens = engine.slab_tokens or 0
+        return tokens // 2 if engine.grad_cache and alone and tokens > SMALLEST_SLAB else 0
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,

@@ -35,7 +35,7 @@ from FlagEmbedding.modeling.projections import load_projections
 from FlagEmbedding.modeling.tokenizer import load_tokenizer
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers
+from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers, tokens_that_fit
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.identity import model_fingerprint
 from FlagEmbedding.utils.logging import get_logger
@@ -140,7 +140,16 @@ class TextEncoder:
         """Token budget of a slab (see the top of this file)."""
         if batch_size < 1:
             raise UsageError(f"a batch size of {batch_size}: give 1 or more")
-        return min(batch_size * max_length, GPU_SLAB_TOKENS if self.device.type == "cuda" else SLAB_TOKENS)
+        most = SLAB_TOKENS
+        if self.device.type == "cuda":
+            most = GPU_SLAB_TOKENS
+            if self.encoder.slab_limit is None:
+                config: Any = self.encoder.model.config
+                hidden = config.hidden_size
+                # In half precision: about 8 vectors and 2 wide ones per token of one layer are alive at a time.
+                each = 2 * (8 * hidden + 2 * getattr(config, "intermediate_size", 4 * hidden))
+                self.encoder.slab_limit = tokens_that_fit(self.device, each, GPU_SLAB_TOKENS, SLAB_TOKENS)
+        return min(batch_size * max_length, most)
 
     def encode(
         self,

@@ -10,7 +10,7 @@ Shape legend: N sequences, T tokens in all, D hidden size, Dc width of colbert v
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +22,16 @@ from transformers import PreTrainedModel
 from FlagEmbedding.modeling.families import own_forward, pad_id, try_out
 from FlagEmbedding.modeling.interchange import NO_INSTRUCTIONS, Instructions
 from FlagEmbedding.modeling.moe import token_mask
-from FlagEmbedding.modeling.options import EngineConfig
-from FlagEmbedding.modeling.packed import WordTable, compiled_for_all, packed_forward
+from FlagEmbedding.modeling.options import MOST_SLAB_TOKENS, SLAB_TOKENS, EngineConfig
+from FlagEmbedding.modeling.packed import WordTable, packed_forward
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.projections import Projection
-from FlagEmbedding.modeling.slabs import Layout, Slabs, each_on_one_thread, fill_price, send
+from FlagEmbedding.modeling.representations import Representations, join, split
+from FlagEmbedding.modeling.slabs import Layout, Slabs, each_on_one_thread, fill_price
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.distributed import gather_counts
-from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.errors import UsageError, UserError
+from FlagEmbedding.utils.hardware import tokens_that_fit
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -39,35 +41,6 @@ __all__ = ["KINDS", "SUB_BATCH_BY_LENGTH", "EngineConfig", "M3Encoder", "Represe
 # Published table: sequences at a time by padded length, the first line whose length is reached.
 SUB_BATCH_BY_LENGTH = ((6000, 1), (5000, 2), (4000, 3), (3000, 3), (2000, 5), (1000, 9), (512, 16), (0, 32))
 KINDS = frozenset({"dense", "sparse", "colbert"})
-
-
-@dataclass
-class Representations:
-    """What one role's sequences became.
-
-    Attributes:
-        tokens: the sequences.
-        dense: ``[N, D]`` or None.
-        token_weights: ``[T]``, relu of the sparse head for every token, or None.
-        colbert: ``[T - N, Dc]``, sequences end to end without their first tokens, or None.
-    """
-
-    tokens: TokenBatch
-    dense: Tensor | None = None
-    token_weights: Tensor | None = None
-    colbert: Tensor | None = None
-
-    def colbert_padded(self) -> tuple[Tensor, Tensor]:
-        """Colbert vectors as ``[N, padded_length - 1, Dc]``, zeros at padding, and their bool mask."""
-        if self.colbert is None:
-            raise ValueError("colbert vectors were not asked for")
-        mask = self.tokens.mask()[:, 1:]
-        width = mask.shape[1]
-        cells = [n * width + column for n, own in enumerate(self.tokens.lengths) for column in range(own - 1)]
-        padded = self.colbert.new_zeros(mask.numel(), self.colbert.shape[-1])
-        # index_put keeps the gradient.
-        padded = padded.index_put((send([cells], self.colbert.device)[0],), self.colbert)
-        return padded.view(*mask.shape, -1), mask
 
 
 class M3Encoder(nn.Module):
@@ -110,6 +83,7 @@ class M3Encoder(nn.Module):
         # The packed engine computes the last layer for first tokens alone where nothing else is read. A router loss
         # reads the routing of all tokens, and sets this.
         self.all_rows = False
+        self.slab_limit: int | None = None  # tokens at a time that a device's memory has shown to hold
         self.sharded = False  # the weights are divided over processes (modeling.sharding)
 
     def _fitting_engine(self, asked: EngineConfig) -> tuple[EngineConfig, bool]:
@@ -158,7 +132,7 @@ class M3Encoder(nn.Module):
             idle = self._idle_forwards(sum(len(self._pieces(tokens)) for tokens in batches))
             padded = [self._encode_padded(tokens, kinds) for tokens, kinds in zip(batches, wants, strict=True)]
             return self._idle(padded, idle)
-        budget = self.engine.slab_tokens if slab_tokens is None else slab_tokens
+        budget = self._budget() if slab_tokens is None else slab_tokens
         # Roles that want the same go through together; with one kind of want that is all of them.
         groups = {kinds: [i for i, own in enumerate(wants) if own == kinds] for kinds in sorted(set(wants), key=sorted)}
         together = {kinds: TokenBatch.cat([batches[i] for i in members]) for kinds, members in groups.items()}
@@ -167,9 +141,22 @@ class M3Encoder(nn.Module):
         results: dict[int, Representations] = {}
         for kinds, members in groups.items():
             own = slabs[kinds]
-            found = _join(self._encode_packed(own, kinds), together[kinds], own.place, own.places)
-            results |= zip(members, _split(found, [batches[i] for i in members]), strict=True)
+            found = join(self._encode_packed(own, kinds), together[kinds], own.place, own.places)
+            results |= zip(members, split(found, [batches[i] for i in members]), strict=True)
         return self._idle([results[i] for i in range(len(batches))], idle)
+
+    def _budget(self) -> int:
+        """The engine's token budget of a slab, chosen at the first use where the options leave it open."""
+        if self.engine.slab_tokens is None:
+            config: Any = self.model.config
+            weight = next(self.parameters())
+            layers, hidden = config.num_hidden_layers, config.hidden_size
+            # What the layers keep for the backward, in half precision: about 10 vectors and 3 wide ones per token.
+            each = 2 * layers * (10 * hidden + 3 * getattr(config, "intermediate_size", 4 * hidden))
+            tokens = tokens_that_fit(weight.device, each, MOST_SLAB_TOKENS, SLAB_TOKENS)
+            self.engine = replace(self.engine, slab_tokens=tokens)
+        assert self.engine.slab_tokens is not None
+        return self.engine.slab_tokens
 
     def encode_alone(self, tokens: TokenBatch) -> Representations:
         """Dense vectors of one batch, outside of a forward: what FSDP has divided is gathered for it."""
@@ -205,18 +192,42 @@ class M3Encoder(nn.Module):
     def infer(self, tokens: TokenBatch, want: Iterable[str], slab_tokens: int) -> Representations:
         """Encode a batch without gradients, in slabs; on a CPU with the same bits on any number of threads.
 
+        Where a device's memory does not hold a slab, this batch and later ones go through in slabs of half the size.
+
         Args:
             tokens: the sequences.
             want: which of ``dense``, ``sparse``, ``colbert`` to compute.
             slab_tokens: token budget of a slab; with the padded engine it counts padding.
+
+        Raises:
+            UserError: a single sequence is too much for the device's memory.
         """
         self._check_kinds(kinds := frozenset(want))
+        while True:
+            budget = min(slab_tokens or len(tokens.ids), self.slab_limit or slab_tokens or len(tokens.ids))
+            try:
+                return self._infer(tokens, kinds, budget)
+            except torch.OutOfMemoryError as error:
+                longest = max(tokens.lengths)
+                if budget <= longest:
+                    raise UserError(
+                        f"out of memory on {tokens.ids.device} with a single text of {longest} tokens: cut texts "
+                        "earlier, or use a device with more memory"
+                    ) from error
+                self.slab_limit = max(longest, min(budget, len(tokens.ids)) // 2)
+            # Outside of the except block, which would hold on to the failed call's tensors.
+            torch.cuda.empty_cache()
+            logger.warning(
+                "out of memory with %d tokens at a time: going on with %d",
+                min(budget, len(tokens.ids)),
+                self.slab_limit,
+            )
+
+    def _infer(self, tokens: TokenBatch, kinds: frozenset[str], slab_tokens: int) -> Representations:
         padded = self.engine.engine == "padded"
         weight = next(self.parameters())
-        compiles_by_size = weight.device.type == "cpu" and not padded and not compiled_for_all(self.model)
-        price = fill_price(weight.dtype) if compiles_by_size else 0.0
+        price = 0.0 if padded or weight.device.type != "cpu" else fill_price(weight.dtype)
         slabs = Slabs(tokens, slab_tokens, padded, price)
-
         layouts = dict(zip(map(id, slabs.batches), slabs.layouts, strict=True))
 
         def one(slab: TokenBatch) -> Representations:
@@ -226,7 +237,7 @@ class M3Encoder(nn.Module):
                 return self._encode_slab(slab, layouts[id(slab)], kinds, None)
 
         with torch.inference_mode():
-            return _join(each_on_one_thread(one, slabs.batches, weight.device), tokens, slabs.place, slabs.places)
+            return join(each_on_one_thread(one, slabs.batches, weight.device), tokens, slabs.place, slabs.places)
 
     def _check_kinds(self, kinds: frozenset[str]) -> None:
         if not kinds or not kinds <= KINDS:
@@ -254,7 +265,7 @@ class M3Encoder(nn.Module):
             parts.append(self._finish(piece, dense, states, kinds))
             order += chosen
         place = sorted(range(len(order)), key=order.__getitem__) if self.equal_lengths else None
-        return _join(parts, tokens, place)
+        return join(parts, tokens, place)
 
     def _pieces(self, tokens: TokenBatch) -> list[list[int]]:
         """Which sequences the padded engine takes at a time."""
@@ -322,48 +333,3 @@ class M3Encoder(nn.Module):
             vectors = self.colbert_linear(states.index_select(0, layout.not_first))
             result.colbert = F.normalize(vectors, dim=-1) if self.normalize else vectors
         return result
-
-
-def _join(
-    parts: Sequence[Representations],
-    tokens: TokenBatch,
-    place: Sequence[int] | None = None,
-    places: Tensor | None = None,
-) -> Representations:
-    """The parts' sequences as those of ``tokens``: sequence i is number ``place[i]`` of the parts' (None: the same).
-
-    ``places`` are the same numbers on the device, if they are there already.
-    """
-
-    def cat(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return torch.cat(values) if values and values[0] is not None else None
-
-    dense, weights, colbert = cat("dense"), cat("token_weights"), cat("colbert")
-    if place is None:
-        return Representations(tokens, dense, weights, colbert)
-    lengths = [length for part in parts for length in part.tokens.lengths]
-
-    def ragged(vectors: Tensor | None, less: int) -> Tensor | None:
-        if vectors is None:
-            return None
-        pieces = vectors.split([length - less for length in lengths])  # type: ignore[no-untyped-call]
-        return torch.cat([pieces[position] for position in place])
-
-    if dense is not None:
-        dense = dense.index_select(0, send([place], dense.device)[0] if places is None else places)
-    return Representations(tokens, dense, ragged(weights, 0), ragged(colbert, 1))
-
-
-def _split(part: Representations, batches: Sequence[TokenBatch]) -> list[Representations]:
-    """Cut the sequences back into the roles that they came from."""
-    counts = [len(batch) for batch in batches]
-    tokens = [len(batch.ids) for batch in batches]
-
-    def cut(value: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
-        return [None] * len(batches) if value is None else list(value.split(sizes))  # type: ignore[no-untyped-call]
-
-    dense = cut(part.dense, counts)
-    weights = cut(part.token_weights, tokens)
-    colbert = cut(part.colbert, [t - n for t, n in zip(tokens, counts, strict=True)])
-    return [Representations(*parts) for parts in zip(batches, dense, weights, colbert, strict=True)]

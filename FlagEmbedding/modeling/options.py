@@ -16,6 +16,7 @@ RouterGradient = Literal["none", "straight_through"]
 EngineName = Literal["packed", "padded"]
 Pooling = Literal["cls", "mean", "last_token"]
 POOLING_SPELLINGS = {"last": "last_token", "lasttoken": "last_token"}
+MOST_SLAB_TOKENS = 32_768  # of a GPU in training
 SLAB_TOKENS = 2_048  # a slab (``modeling/slabs.py``) of this size stays in a processor's cache
 
 
@@ -91,13 +92,18 @@ class EngineConfig:
 
     Attributes:
         engine: ``packed`` (no padding) or ``padded`` (transformers' forward).
-        slab_tokens: packed: at most this many tokens at a time (a longer sequence goes alone); 0: the batch as one.
+        slab_tokens: packed: at most this many tokens at a time (a longer sequence goes alone); 0: the batch as one;
+            None: what stays in a processor's cache, on a GPU what half of its free memory holds.
         grad_cache: packed: keep one slab's activations at a time and compute each slab again in the backward.
         enable_sub_batch: padded: at most so many sequences at a time as the published table says.
     """
 
     engine: EngineName = choice(EngineName, "packed", "packed computes no padding; padded is the plain reference path.")
-    slab_tokens: int = option(SLAB_TOKENS, "Packed engine: at most this many tokens at a time; 0: the batch as one.")
+    slab_tokens: int | None = option(
+        None,
+        "Packed engine: at most this many tokens at a time; 0: the batch as one (default: 2048 on a CPU, on a GPU what "
+        "half of its free memory holds, up to 32768).",
+    )
     grad_cache: bool = switch(
         False,
         "Gradient caching: keep one slab's activations at a time and compute each slab twice, so that memory does not "
@@ -108,7 +114,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.engine not in get_args(EngineName):
             raise UsageError(f"--engine must be packed or padded, got {self.engine!r}")
-        if self.slab_tokens < 0:
+        if self.slab_tokens is not None and self.slab_tokens < 0:
             raise UsageError(f"--slab_tokens must be 0 (the batch as one) or more, got {self.slab_tokens}")
         if self.grad_cache and self.engine == "padded":
             raise UsageError("--grad_cache works on the slabs of --engine packed: leave --engine padded out")

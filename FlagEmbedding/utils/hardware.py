@@ -65,6 +65,17 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
+def tokens_that_fit(device: torch.device, bytes_per_token: int, most: int, fewest: int) -> int:
+    """How many tokens may be computed at a time on ``device`` in half of its free memory, in [fewest, most].
+
+    Only NVIDIA GPUs say how much is free; ``fewest`` for other devices.
+    """
+    if device.type != "cuda":
+        return fewest
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(fewest, min(most, free // 2 // bytes_per_token))
+
+
 def tokenizer_workers(device_type: str) -> int:
     """Processes that tokenize ahead: a thread (0) keeps up with a CPU; a GPU wants the process's share of the cores."""
     if device_type != "cuda":

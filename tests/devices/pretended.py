@@ -149,6 +149,8 @@ class _Operations(TorchDispatchMode):
             result = self._computed(func)(*args, **kwargs)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
+                if self.device.memory is not None and value.numel() > self.device.memory:
+                    raise torch.OutOfMemoryError(f"{func}: {value.numel()} numbers")
                 _mark(value)
         return result
 
@@ -250,15 +252,18 @@ class PretendedDevice:
         kind: what the device calls itself: ``cuda``, ``mps``, ``xpu``.
         capability: what ``torch.cuda.get_device_capability`` says.
         bf16: what ``torch.cuda.is_bf16_supported`` says.
+        memory: numbers that a single result may hold; one with more is out of memory.
 
     Attributes:
         waits: what made the host wait, one line each.
         kernels: the attention kernels that ran.
     """
 
-    def __init__(self, kind: str = "cuda", capability: tuple[int, int] = (9, 0), bf16: bool = True) -> None:
+    def __init__(
+        self, kind: str = "cuda", capability: tuple[int, int] = (9, 0), bf16: bool = True, memory: int | None = None
+    ) -> None:
         self.device = torch.device(kind, 0)
-        self.capability, self.bf16 = capability, bf16
+        self.capability, self.bf16, self.memory = capability, bf16, memory
         self.waits: list[str] = []
         self.kernels: list[str] = []
         self.quiet = False
