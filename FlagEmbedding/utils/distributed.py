@@ -67,19 +67,6 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity forward; multiplies the gradient by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
-
-
 def all_gather_rows(rows: Tensor, scale_gradient: bool = True) -> Tensor:
     """Rows of every process, end to end in rank order: ``[n_r, …]`` on rank r to ``[sum n_r, …]``.
 
@@ -102,8 +89,8 @@ def all_gather_rows(rows: Tensor, scale_gradient: bool = True) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     gathered = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-    if scale_gradient and rows.requires_grad:
-        gathered[me] = _ScaleGradient.apply(rows, float(world))  # type: ignore[no-untyped-call]
-    else:
-        gathered[me] = rows
+    gathered[me] = rows
+    if scale_gradient and rows.requires_grad and torch.is_grad_enabled():
+        gathered[me] = rows.view_as(rows)
+        gathered[me].register_hook(lambda gradient: gradient * world)
     return torch.cat(gathered)
