@@ -92,5 +92,5 @@ def all_gather_rows(rows: Tensor, scale_gradient: bool = True) -> Tensor:
     gathered[me] = rows
     if scale_gradient and rows.requires_grad and torch.is_grad_enabled():
         gathered[me] = rows.view_as(rows)
-        gathered[me].register_hook(lambda gradient: gradient * world)
+        gathered[me].register_hook(lambda gradient: gradient * world)  # type: ignore[no-untyped-call]
     return torch.cat(gathered)

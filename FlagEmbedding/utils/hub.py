@@ -51,7 +51,7 @@ def download(
     for wait in (*_WAITS, None):
         try:
             return Path(ask(allow_patterns=list(patterns)))
-        except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # the last: of the library below
+        except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]  # httpx's or requests'
             reason, passing = _reason(error)
             if wait is None or not passing:
                 raise HubError(reason) from error
