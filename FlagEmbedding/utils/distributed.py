@@ -79,19 +79,6 @@ def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]
     return every.view(-1, len(own)).tolist()
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity forward; multiplies the gradient by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
-
-
 def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Rows of every process, end to end in rank order: ``[n_r, …]`` on rank r to ``[sum n_r, …]``.
 
@@ -117,8 +104,8 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     together = padded.new_empty((world, *padded.shape))
     _all_gather(together.flatten(0, 1), padded)
     gathered = [part[:size] for part, size in zip(together, sizes, strict=True)]
-    if rows.requires_grad:
-        gathered[me] = _ScaleGradient.apply(rows, float(world))  # type: ignore[no-untyped-call]
-    else:
-        gathered[me] = rows
+    gathered[me] = rows
+    if rows.requires_grad and torch.is_grad_enabled():
+        gathered[me] = rows.view_as(rows)
+        gathered[me].register_hook(lambda gradient: gradient * world)  # type: ignore[no-untyped-call]
     return torch.cat(gathered)

@@ -6,7 +6,9 @@ The hub's own cache and environment (``HF_HOME``, ``HF_HUB_OFFLINE``, tokens) ho
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +22,11 @@ logger = get_logger(__name__)
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "*_Pooling/*", "*_Dense/*")
 
 
+_WAITS = (1, 4)  # seconds before a busy hub is asked again
+
+
 class HubError(DataError):
-    """The hub gave nothing; the text is its own first line."""
+    """The hub gave nothing; the text says why and what to do."""
 
 
 def download(
@@ -34,20 +39,50 @@ def download(
 ) -> Path:
     """The folder with those files of a hub repository that match ``patterns``, from the cache or the network.
 
+    A hub that is busy or does not answer is asked again; what is in the cache then serves without it.
+
     Raises:
         HubError: no such repository, no network, no permission.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        return Path(
-            snapshot_download(
-                repo, repo_type=kind, cache_dir=cache_dir, revision=revision, allow_patterns=list(patterns)
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise HubError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+    ask = partial(snapshot_download, repo, repo_type=kind, cache_dir=cache_dir, revision=revision)
+    for wait in (*_WAITS, None):
+        try:
+            return Path(ask(allow_patterns=list(patterns)))
+        except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]  # httpx's or requests'
+            reason, passing = _reason(error)
+            if wait is None or not passing:
+                raise HubError(reason) from error
+            logger.warning("%s: %s; asking again in %d s", repo, reason, wait)
+        time.sleep(wait)
+    raise AssertionError("the last round returns or raises")
+
+
+def _reason(error: BaseException) -> tuple[str, bool]:
+    """What is wrong and what to do about it, and whether it may pass by itself."""
+    from huggingface_hub import errors
+
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return "it is not in the cache, and HF_HUB_OFFLINE is set", False
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return "the repository has no such revision", False
+        if isinstance(cause, errors.GatedRepoError) or status == 403:
+            return "no permission (403): accept its terms on its page there, and log in (`hf auth login`)", False
+        if status in (401, 404):
+            return f"no repository of that name to be seen ({status}): check the name; if it is private, log in", False
+        if status is not None:
+            return f"the hub is busy or out of order ({status})", status == 429 or status >= 500
+        if "Timeout" in type(cause).__name__:
+            return f"the hub does not answer ({type(cause).__name__})", True
+        if "Connect" in type(cause).__name__ or "Proxy" in type(cause).__name__:
+            return f"the hub cannot be reached ({type(cause).__name__}): check the network and HF_ENDPOINT", False
+        cause = cause.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0], False
 
 
 def resolve_folder(
@@ -55,7 +90,7 @@ def resolve_folder(
     *,
     cache_dir: str | None = None,
     revision: str | None = None,
-    hint: str = "check the name, or download it first and give the folder",
+    hint: str = "or download it first and give the folder",
 ) -> Path:
     """The local folder of a checkpoint: the path itself, or the snapshot of a hub id (downloaded where needed).
 
@@ -78,10 +113,7 @@ def resolve_folder(
             # Older repositories, BAAI/bge-m3 among them, hold a pickle alone; it is read with weights_only.
             found = download(name, [*MODEL_FILES, "pytorch_model*.bin"], cache_dir=cache_dir, revision=revision)
     except HubError as error:
-        reason = type(error.__cause__).__name__
-        raise UsageError(
-            f"{name} is not a folder here, and the hub did not give a repository of that name ({reason}): {hint}"
-        ) from error
+        raise UsageError(f"{name} is not a folder here, and the hub did not give it: {error}; {hint}") from error
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from FlagEmbedding.collections import corpus
 from FlagEmbedding.collections.corpus import Passage, passage_text, read_file, stream, survey
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import fingerprints
@@ -176,3 +177,11 @@ def test_an_empty_file_between_others(tmp_path: Path) -> None:
         ["1#0", "2#0"],
         ["3#0"],
     ]
+
+
+def test_docids_that_share_a_hash_are_told_apart(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_hash", lambda docid: bytes(8))
+    assert survey(files).total == 12
+    files[2] = write(files[2], [passage(20), passage(2)])
+    with pytest.raises(DataError, match=r"docs-2.jsonl.gz:2: docid '2#0' was there before, at .*docs-0.jsonl.gz:3"):
+        survey(files)

@@ -211,6 +211,7 @@ def test_overwrite_goes_on_with_its_own_work_and_not_with_what_was_finished(
     with ended_by("remove", 0):  # joined, and the shards are left
         build_index(encoder, files, folder, "ko", AGAIN)
     assert len(kept) == 3 and {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list((folder / "shards").glob("*.f32"))) == 5
     with ended_by("write", 1):  # what is left was finished: all is encoded again
         build_index(encoder, files, folder, "ko", AGAIN)
     assert len(list((folder / "shards").glob("*.f32"))) == 1

@@ -15,7 +15,7 @@ from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
 from FlagEmbedding.retrieval.index import FlatIndex
 
-TEXTS = [f"a passage about the river number {i * i} and what it is called in Korean 한강" for i in range(12)]
+TEXTS = [f"{i * i} is the number of the river, and this is what it is called in Korean: 한강" for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def retriever(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     corpus = folder / "docs-0.jsonl"
     corpus.write_text("".join(f'{{"docid": "d{i:02d}", "text": "{text}"}}\n' for i, text in enumerate(TEXTS)))
     encoder = TextEncoder(EncoderArguments(encoder=str(tiny_model_dir)))
-    options = IndexArguments(12, passage_instruction_for_retrieval="passage: ")
+    options = IndexArguments(40, passage_instruction_for_retrieval="passage: ")
     build_index(encoder, [corpus], folder / "out", "en", options)
-    return Retriever(encoder, FlatIndex(folder / "out"), 6, 12, "query: ", "passage: ")
+    return Retriever(encoder, FlatIndex(folder / "out"), 20, 40, "query: ", "passage: ")
 
 
 def test_each_side_has_its_length_and_instruction(retriever: Retriever) -> None:
     encoder = retriever.encoder
-    np.testing.assert_array_equal(retriever.embed_queries(TEXTS), encode_texts(encoder, TEXTS, 6, "query: "))
-    np.testing.assert_array_equal(retriever.embed_passages(TEXTS), encode_texts(encoder, TEXTS, 12, "passage: "))
+    np.testing.assert_array_equal(retriever.embed_queries(TEXTS), encode_texts(encoder, TEXTS, 20, "query: "))
+    np.testing.assert_array_equal(retriever.embed_passages(TEXTS), encode_texts(encoder, TEXTS, 40, "passage: "))
     assert np.abs(retriever.embed_queries(TEXTS) - retriever.embed_passages(TEXTS)).max() > 1e-3
     bare = replace(retriever, query_instruction=None)
     assert np.abs(bare.embed_queries(TEXTS) - retriever.embed_queries(TEXTS)).max() > 1e-3

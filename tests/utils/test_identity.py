@@ -80,6 +80,14 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path) -> None:
         fingerprints([tmp_path / "absent"])
 
 
+def test_files_of_one_name_size_and_time_in_two_folders(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        os.utime(tmp_path / name / "config.json", ns=(1, 1))
+    assert file_digest(tmp_path / "one" / "config.json") != file_digest(tmp_path / "two" / "config.json")
+
+
 def test_what_was_hashed_while_it_was_read_is_not_read_again(tmp_path: Path) -> None:
     path, broken = tmp_path / "a", tmp_path / "b"
     for each in (path, broken):
