@@ -57,7 +57,8 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
     check_output(output.path, output.overwrite)
     rows = None if given.language else TrainingRows(data_files(given.input_file))
     with work_folder(output.path) as work:
-        corpus, retriever = _corpus(given, options.encoder.cache_dir, rows, work), None
+        corpus = _corpus(given, options.encoder.cache_dir, rows, work)
+        retriever = None
         if options.sampling.random_negatives:
             store = PassageStore.prepare(corpus.files, work, bool(options.search.with_title))
         else:
