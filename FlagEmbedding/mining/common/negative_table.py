@@ -54,6 +54,8 @@ class NegativeTable:
         self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16384;" + _SCHEMA)
         self.path = path
 
+    # ---- real queries ----
+
     def add_real(self, query: str, positives: Sequence[str]) -> None:
         """Note that ``query`` is a real one that ``positives`` answer."""
         key = text_key(query)
@@ -67,10 +69,15 @@ class NegativeTable:
     def real(self, passage: str, own_query: str, most: int) -> tuple[list[str], bool]:
         """Up to ``most`` real queries of ``passage`` other than ``own_query``, and whether that one is among them."""
         key, own = text_key(passage), text_key(own_query)
-        is_there = "SELECT 1 FROM real WHERE passage = ? AND place = ?"
-        answered = self._db.execute(is_there, (key, self._place(key, own))).fetchone() is not None
-        others = "SELECT text FROM real WHERE passage = ? AND query != ? ORDER BY place LIMIT ?"
-        return [text for (text,) in self._db.execute(others, (key, own, most))], answered
+        answered = self._db.execute(
+            "SELECT 1 FROM real WHERE passage = ? AND place = ?", (key, self._place(key, own))
+        ).fetchone()
+        found = self._db.execute(
+            "SELECT text FROM real WHERE passage = ? AND query != ? ORDER BY place LIMIT ?", (key, own, most)
+        )
+        return [text for (text,) in found], answered is not None
+
+    # ---- passages without one ----
 
     def real_keys(self) -> Iterator[bytes]:
         """The key of every real query, once for each of its positives."""
