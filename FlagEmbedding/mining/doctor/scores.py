@@ -156,7 +156,7 @@ def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
     scores = Scores()
     heap: list[tuple[float, int, str, int, int]] = []
     for number, row in enumerate(progress("scoring rows", texts.rows())):
-        margin = _score_row(row, file.vectors, temperature, scores)
+        margin = score_row(row, file.vectors, temperature, scores)
         worst = int(margin.argmin())
         entry = (-float(margin[worst]), -number, f"{row.place}: neg[{worst}]", row.query, row.neg[worst])
         (heapq.heappush if len(heap) < SHOWN else heapq.heappushpop)(heap, entry)
@@ -167,7 +167,7 @@ def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
     return scores
 
 
-def _score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores) -> np.ndarray:
+def score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores) -> np.ndarray:
     """Count one row; returns the margin of each negative, ``[n]``."""
     query, positives, negatives = (vectors[numbers].astype(np.float64) for numbers in (row.query, row.pos, row.neg))
     positive, negative = positives @ query, negatives @ query
