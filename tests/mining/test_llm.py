@@ -257,6 +257,16 @@ def test_a_malformed_answer_gives_no_key_and_no_escape_away(body: str) -> None:
     assert not [secret for secret in (KEY[:8], "abcdef", "hunter", "\x1b") if secret in problem]
 
 
+def test_no_beginning_of_the_key_is_left_where_a_message_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Malformed answers with a key of no usual shape at every eighth place, each other one answered."""
+    monkeypatch.setenv("TEST_KEY", "Zebra-of-our-own-0123456789")
+    bodies = {passage: "y" * 8 * i + "Zebra-of-our-own-0123456789" for i, passage in enumerate(PASSAGES)}
+    order = [text for passage in PASSAGES for text in (passage, f"{passage} too")]
+    with ChatServer(lambda passage, nth: f"body:{bodies[passage]}" if passage in bodies else "good") as server:
+        _, problems, _ = ask(server, order, max_retries=0, concurrency=1)
+    assert len(problems) == 40 and not [problem for problem in problems.values() if "Zebra" in problem]
+
+
 def test_an_answer_that_repeats_the_key_is_kept_without_it() -> None:
     answers = {PASSAGES[0]: f"what is {KEY}?", PASSAGES[1]: "is sk-abcdefghijklmnop0123 a key?", PASSAGES[2]: "fine?"}
     with ChatServer(answer=lambda passage, nth: answers[passage]) as server:
