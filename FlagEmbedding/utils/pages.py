@@ -50,9 +50,9 @@ def one_line(text: str, length: int = 300) -> str:
 
 
 def literal(text: str) -> str:
-    """What others wrote, for a page: no markup of HTML or Markdown in it takes effect."""
+    """What others wrote, for a page: no HTML, link, picture or code in it takes effect."""
     shown = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*]|\](?=[(\[:]))", r"\\\1", shown)
+    return re.sub(r"([\\`]|\](?=[(\[:]))", r"\\\1", shown)
 
 
 def code(text: str) -> str:

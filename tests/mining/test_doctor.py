@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from FlagEmbedding import FlagModel
+from FlagEmbedding.mining.doctor import examine as examination
 from FlagEmbedding.mining.doctor.command import main
-from FlagEmbedding.mining.doctor.scores import Histogram
+from FlagEmbedding.mining.doctor.report import length_figures
+from FlagEmbedding.mining.doctor.scan import Row
+from FlagEmbedding.mining.doctor.scores import Histogram, Scores, score_row
 
 ROWS = [
     {"query": "q1", "pos": ["P1"], "neg": ["N1", "N2"], "neg_q": ["n1", ""]},
@@ -78,6 +82,58 @@ def test_bad_rows_are_named_the_others_examined_and_the_exit_code_says_so(tmp_pa
     (tmp_path / "bad.jsonl").write_text("{}\n")
     code, _, error = examine(capsys, tmp_path / "bad.jsonl")
     assert code == 2 and "bad.jsonl:1" in error
+
+
+def test_the_first_ten_places_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "data.jsonl", [{"query": "q", "pos": ["P"], "neg": ["N"]}] * 13)
+    examine(capsys, data, "--report_dir", tmp_path / "r")
+    found = json.loads((tmp_path / "r/report.json").read_text())["findings"]["repeated_row"]
+    assert found == {"count": 12, "places": [f"{data}:{line}: q" for line in range(2, 12)]}
+
+
+def test_more_texts_than_one_page_in_roles_and_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2,100 different texts beside ones that stand in several places and roles."""
+    rows = [
+        {"query": "same", "pos": ["same"], "neg": ["same", f"n{i:04}"], "neg_q": ["", "same"]} for i in range(2_100)
+    ]
+    data = write(tmp_path / "data.jsonl", rows)
+    examine(capsys, data, "--report_dir", tmp_path / "r")
+    sizes = json.loads((tmp_path / "r/report.json").read_text())["lengths"]
+    assert {role: found["texts"] for role, found in sizes.items()} == {
+        "query": 2_100, "pos": 2_100, "neg": 4_200, "neg_q": 2_100,
+    }  # fmt: skip
+    assert (sizes["neg"]["mean"], sizes["neg"]["50%"], sizes["neg"]["max"]) == (4.5, 4, 5)
+
+
+def test_totals_are_those_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", ROWS[:2])
+    write(tmp_path / "b.jsonl", ROWS[2:])
+    page = examine(capsys, tmp_path)[1]
+    record = json.loads((tmp_path / "reports/doctor/report.json").read_text())
+    assert record["neg_q"] == {"negatives": 10, "with_query": 2, "queries": 3}
+    assert "8 (80.00 %) negatives have no neg_q" in page and "1 rows that say what an earlier row says" in page
+
+
+def test_what_others_wrote_acts_neither_in_the_page_nor_on_the_terminal(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = "q <img src=x> [a](http://evil) \x1b[31m\u202e"
+    rows = [{"query": query, "pos": ["`P`"], "neg": ["`P`", "a|b"]}, {"query": query, "pos": ["`P`"], "neg": ["N"]}]
+    write(tmp_path / "data.jsonl", rows)
+    code, page, _ = examine(capsys, tmp_path / "data.jsonl", "--model", tiny_model_dir)
+    assert code == 0 and "\x1b" not in page and "\u202e" not in page
+    assert "neg[0] `P`" in page and f"`` {tmp_path / 'data.jsonl'}:1: neg[0] `P` ``" in page
+    line = next(line for line in page.splitlines() if "&lt;img" in line)
+    assert "<img" not in line and "[a\\](http" in line and "\\\\x1b[31m\\\\u202e" in line
+    assert "a\\|b" in page or "\\`P\\`" in page
+
+
+def test_a_file_of_somebody_else_in_the_work_folder_stays(tmp_path: Path, capsys) -> None:
+    data = write(tmp_path / "data.jsonl", ROWS)
+    (tmp_path / "report/.work").mkdir(parents=True)
+    (tmp_path / "report/.work/photo.txt").write_text("mine")
+    assert examine(capsys, data, "--report_dir", tmp_path / "report")[0] == 0
+    assert [path.name for path in (tmp_path / "report/.work").iterdir()] == ["photo.txt"]
 
 
 def test_clean_data_is_clean(sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +204,40 @@ def test_solved_rows_are_those_that_teach_nothing(tiny_model_dir: Path, tmp_path
     assert json.loads((tmp_path / "reports/doctor/report.json").read_text())["scores"]["solved_rows"] == 7
 
 
+def test_a_row_is_solved_from_99_percent_on_and_a_long_text_is_cut_beyond_the_limit() -> None:
+    """Rows whose positive gets 98 % and 99.5 % of its group; lengths at and over the limit."""
+    scores = Scores()
+    for share in (0.98, 0.995):
+        cosine = np.log(share / (1 - share))  # at temperature 1 against a negative of cosine 0
+        vectors = np.array([[1, 0], [cosine, 0], [0, 1]], dtype=np.float32)
+        score_row(Row("", 0, [1], [2], []), vectors, 1.0, scores)
+    assert (scores.rows, scores.solved) == (2, 1)
+    figures = length_figures(
+        {"query": Counter({4: 3, 5: 1}), "pos": Counter({5: 2, 6: 1})}, {"query_max_len": 4, "passage_max_len": 5}
+    )
+    assert (figures["query"]["over"], figures["pos"]["over"]) == (1, 1)
+    assert figures["query"] == {"texts": 4, "mean": 4.2, "50%": 4, "90%": 5, "99%": 5, "max": 5, "limit": 4, "over": 1}
+
+
+@pytest.mark.parametrize("before", ["other texts", "other lengths"])
+def test_vectors_of_another_command_are_not_taken_up(
+    before: str, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run that ended early left behind serves the same command alone."""
+    rows = [{**row, "pos": [f"runs through the city {i} of Seoul"]} for i, row in enumerate(ROWS)]
+    data = write(tmp_path / "data.jsonl", rows[::-1] if before == "other texts" else rows)
+    words = [data, "--model", tiny_model_dir, "--report_dir"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examination, "plot_lengths", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cut = ["--passage_max_len", 3] if before == "other lengths" else []
+        assert examine(capsys, *words, tmp_path / "left", *cut)[0] == 130
+    assert (tmp_path / "left/.work/vectors.f32").stat().st_size
+    write(data, rows)
+    assert [examine(capsys, *words, tmp_path / name)[0] for name in ("left", "fresh")] == [0, 0]
+    left, fresh = (json.loads((tmp_path / name / "report.json").read_text())["scores"] for name in ("left", "fresh"))
+    assert left == fresh
+
+
 def test_a_sample_of_rows_is_the_seeds(tiny_model_dir: Path, sample_dir: Path, tmp_path: Path, capsys) -> None:
     pages = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -156,6 +246,13 @@ def test_a_sample_of_rows_is_the_seeds(tiny_model_dir: Path, sample_dir: Path, t
         record = json.loads((tmp_path / name / "report.json").read_text())
         assert record["scores"]["rows"] == 9 == record["sample_rows"]
     assert pages[0] == pages[1] != pages[2]
+
+
+def test_histograms_count_what_lies_beyond_their_ends() -> None:
+    histogram = Histogram(-1, 1)
+    histogram.add(np.array([-1.5, 1.0, 1.2, 0.0]))
+    assert histogram.count == 4 and (histogram.counts[0], histogram.counts[-1]) == (1, 2)
+    assert (histogram.quantile(0), histogram.quantile(1)) == (-0.9975, 0.9975)
 
 
 def test_histograms_give_counts_means_and_quantiles() -> None:

@@ -20,7 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from FlagEmbedding import FlagModel
 from FlagEmbedding.collections.corpus import read_file
 from FlagEmbedding.finetune.check_data import CheckArguments, check
+from FlagEmbedding.indexing.retriever import Retriever
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.mining.query_generation.answer_cache import Answer, Task
+from FlagEmbedding.mining.query_generation.arguments import LocalModelArguments, WritingArguments
 from FlagEmbedding.mining.query_generation.command import main
+from FlagEmbedding.mining.query_generation.local_model import LocalModel
+from FlagEmbedding.mining.query_generation.pipeline import estimated_tokens
+from FlagEmbedding.mining.query_generation.report import markdown
 
 PROMPT = "Ask about: <p>{passage}</p>"
 
@@ -226,8 +233,10 @@ def test_an_endpoint_that_gives_up_is_one_line_and_leaves_no_file(rows, tmp_path
     [
         (["--model", "m", "--local_model", "x"], "give one of them"),
         (["--base_url", "http://x"], "no effect without --model"),
+        (["--model", "m", "--base_url", "localhost:8000"], "expected http://"),
         (["--dry_run"], "no effect without"),
         (["--model", "m", "--encoder", "e"], "needs both"),
+        (["--model", "m", "--round_trip_top_k", "3"], "needs both"),
         (["--attempts", "0"], "--attempts must be at least 1"),
         (["--model", "m", "--api_key_env", "NOT_THERE"], "no such environment variable"),
         (["--model", "m", "--base_url", "http://x", "--prompt", "nowhere"], "no such file or folder"),
@@ -239,6 +248,164 @@ def test_wrong_options_are_one_line(rows, tmp_path: Path, capsys, words: list[st
     assert run(tmp_path, *words) == 2
     error = capsys.readouterr().err
     assert [word for word in message.split("|") if word in error] and error.count("error:") == 1
+
+
+def test_replace_asks_for_what_was_there(tmp_path: Path) -> None:
+    row = {"query": "a", "pos": ["P"], "neg": ["the river runs to the sea by the old town"], "neg_q": ["mine"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    with ChatServer() as server:
+        assert run(tmp_path, *endpoint(server)) == 0 and not server.requests
+        assert run(tmp_path, *endpoint(server, "--replace", "--overwrite")) == 0 and len(server.requests) == 1
+    assert read(tmp_path / "out.jsonl")[0]["neg_q"] == [good_query(row["neg"][0])]
+
+
+def test_another_model_or_prompt_is_asked_again(rows: list[dict], tmp_path: Path) -> None:
+    with ChatServer() as server:
+        for number, words in enumerate(([], ["--model", "other"], ["--prompt", f"Now {PROMPT}"], ["--max_tokens", 9])):
+            assert run(tmp_path, *endpoint(server), *words, name=f"{number}.jsonl") == 0
+            assert len(server.requests) == 40 * min(number + 1, 3)  # sampling options are not part of the question
+
+
+def test_the_budget_is_the_jobs(rows: list[dict], tmp_path: Path) -> None:
+    """What a run that ended early has sent counts for the same output alone, and no longer once it is finished."""
+    down = {"since": 3}
+    with ChatServer(lambda passage, nth: "401" if len(server.requests) >= down["since"] else "good") as server:
+        words = endpoint(server, "--max_requests", 10, "--concurrency", 1)
+        assert run(tmp_path, *words) == 2 and len(server.requests) == 4
+        down["since"] = 10**6
+        assert run(tmp_path, *words, name="other.jsonl") == 0 and len(server.requests) == 4 + 10
+        assert run(tmp_path, *words) == 0 and len(server.requests) == 14 + 6
+        assert run(tmp_path, *words, "--overwrite") == 0 and len(server.requests) == 20 + 10
+
+
+def test_temperature_0_asks_once(rows: list[dict], tmp_path: Path) -> None:
+    with ChatServer(answer=lambda passage, nth: "no") as server:
+        assert run(tmp_path, *endpoint(server, "--temperature", 0)) == 0
+        assert len(server.requests) == 40 and report(tmp_path)["rejected"] == [[0, "too_short", 40]]
+
+
+def test_language_and_cache_are_the_flags(rows: list[dict], tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/ko.txt").write_text("Korean: <p>{passage}</p>")
+    words = ["--prompt", tmp_path / "prompts", "--language", "ko", "--cache", tmp_path / "here.sqlite"]
+    with ChatServer() as server:
+        assert run(tmp_path, *endpoint(server), *words) == 0
+        assert {request["body"]["messages"][0]["content"][:11] for request in server.requests} == {"Korean: <p>"}
+        assert (tmp_path / "here.sqlite").exists() and not (tmp_path / ".neg_q_cache.sqlite").exists()
+        before = (tmp_path / "out.jsonl").read_bytes()
+        assert run(tmp_path, *endpoint(server), *words) == 2
+    assert "is there already" in capsys.readouterr().err and (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_tokens_by_rule_of_thumb() -> None:
+    assert [estimated_tokens(text) for text in ("abcdefgh", "한국어로", "ab한국", "")] == [2, 2, 2, 0]
+
+
+def test_the_page_adds_up() -> None:
+    record = {
+        "output": "o", "rows": 5, "model": None, "negatives": {"kept": 1, "generated": 2, "own_query": 3, "none": 4},
+        "different": {"kept": 1, "generated": 1, "own_query": 1, "none": 1}, "rejected": [], "left": 0,
+    }  # fmt: skip
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in markdown(record).splitlines() if line.startswith("|")}  # fmt: skip
+    assert cells["**covered**"] == ["3", "30.00 %", "2", "50.00 %"]
+    assert cells["none: answers its own row's query (a false negative)"] == ["3", "30.00 %", "1", "25.00 %"]
+    names = ("requests", "repeats_of_this_run", "answers", "prompt_tokens", "completion_tokens", "not_asked")
+    model = {**dict.fromkeys(names, 0), "name": "m", "where": "w", "round_trip": None}
+    page = markdown({**record, "model": model, "rejected": [[0, "copy", 7], [2, "copy", 9], [2, "empty", 1]]})
+    table = [[cell.strip() for cell in line.split("|")[1:-2]] for line in page.splitlines() if line.startswith("| ")]
+    assert ["copy", "7", "0", "9"] in table and ["empty", "0", "0", "1"] in table
+
+
+def test_defaults(rows: list[dict], tmp_path: Path) -> None:
+    """What a command line that says nothing asks for."""
+    with ChatServer(answer=lambda passage, nth: "x" if nth < 2 else good_query(passage)) as server:
+        assert run(tmp_path, *endpoint(server)) == 0
+        body = server.requests[0]["body"]
+        assert (body["temperature"], body["max_tokens"], sorted(body)) == (
+            0.7, 256, ["max_tokens", "messages", "model", "temperature"],
+        )  # fmt: skip
+        assert set(server.counts.values()) == {3} and report(tmp_path)["negatives"]["generated"] == 40
+
+
+# ---- what is hostile or useless ----
+
+
+def test_one_sentence_for_every_passage_and_the_rows_own_queries_cover_nothing(
+    rows: list[dict], texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, own, own_of = "این متن درباره چیست؟", "پرسش  شماره 3", texts[21]  # another spelling of a row's query
+
+    def answer(passage: str, nth: int) -> str:
+        if passage == own_of:
+            return own
+        return good_query(passage) if passage == texts[22] else same
+
+    with ChatServer(answer=answer) as server:
+        assert run(tmp_path, *endpoint(server, "--attempts", 2)) == 0
+    found = report(tmp_path)
+    assert found["different"] == {"reused": 20, "generated": 1, "none": 39}
+    assert found["rejected"] == [[0, "repeated", 39], [1, "repeated", 39]]
+    assert "| **covered**" in (page := capsys.readouterr().out) and "61 " in page
+    listed = {
+        entry["passage"]: entry["tried"][0]["query"] for entry in read(tmp_path / "reports/out.neg_q.rejected.jsonl")
+    }
+    assert listed[own_of] == own and len(listed) == 39
+
+
+def test_an_early_query_that_comes_again_for_another_passage_is_rejected(
+    rows: list[dict], texts: list[str], tmp_path: Path
+) -> None:
+    first, later = texts[20], texts[21]
+    answers = {first: [good_query(first)], later: ["What?", good_query(first), good_query(later)]}
+    with ChatServer(answer=lambda passage, nth: answers.get(passage, [good_query(passage)])[nth]) as server:
+        assert run(tmp_path, *endpoint(server)) == 0
+    out = {text: q for row in read(tmp_path / "out.jsonl") for text, q in zip(row["neg"], row["neg_q"], strict=True)}
+    assert (out[first], out[later]) == (good_query(first), good_query(later))
+    assert report(tmp_path)["rejected"] == [[0, "other_script", 1], [1, "repeated", 1]]
+
+
+def test_a_key_and_a_password_reach_no_file_and_no_terminal(
+    rows: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, password, token = "my-own-key-0123456789", "hunter22", "abcdef-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    kinds = {0: f"body:{'x' * 70}{key}", 1: "good"}
+    with ChatServer(
+        lambda passage, nth: kinds[min(1, len(passage) % 4)], answer=lambda passage, nth: f"{good_query(passage)} {key}"
+    ) as server:
+        url = server.base_url.replace("://", f"://me:{password}@")
+        words = [*endpoint(server, "--max_retries", 0, "--concurrency", 1, "--attempts", 2), "--base_url", url]
+        words += ["--request_options", json.dumps({"api_key": token})]
+        monkeypatch.setattr(sys, "argv", ["query_generation", *map(str, words)])
+        assert run(tmp_path, *words) == 0
+        with monkeypatch.context() as patch:
+            patch.setitem(kinds, 0, "401")
+            assert run(tmp_path, *words, "--cache", tmp_path / "fresh.sqlite", name="other.jsonl") == 2
+    shown = "".join(capsys.readouterr())
+    wrong = [str(path) for path in tmp_path.rglob("*") if path.is_file()
+             for secret in (key[:12], password, token[:8]) if secret.encode() in path.read_bytes()]  # fmt: skip
+    assert not wrong and not [secret for secret in (key[:12], password, token[:8]) if secret in shown]
+    arguments = report(tmp_path)["arguments"]["endpoint"]
+    assert arguments["base_url"] == server.base_url.replace("://", "://***@")
+    assert "http://***@127" in (tmp_path / "reports/out.neg_q.md").read_text()
+
+
+def test_a_huge_answer_is_kept_once_and_listed_short(rows: list[dict], tmp_path: Path) -> None:
+    with ChatServer(answer=lambda passage, nth: "ب" * 100_000 + "\x9b31m\x1b[31m") as server:
+        assert run(tmp_path, *endpoint(server, "--attempts", 1)) == 0
+    listed = read(tmp_path / "reports/out.neg_q.rejected.jsonl")
+    assert len(listed) == 40 and max(len(entry["tried"][0]["query"]) for entry in listed) == 500
+    assert (tmp_path / ".neg_q_cache.sqlite").stat().st_size < 40 * 250_000
+
+
+def test_terminal_escapes_of_a_model_are_written_out(rows: list[dict], tmp_path: Path) -> None:
+    with ChatServer(answer=lambda passage, nth: "چه\x9b31m رود") as server:
+        assert run(tmp_path, *endpoint(server, "--attempts", 1)) == 0
+    listed = (tmp_path / "reports/out.neg_q.rejected.jsonl").read_text()
+    assert "\x9b" not in listed and read(tmp_path / "reports/out.neg_q.rejected.jsonl")[0]["tried"][0] == {
+        "attempt": 1, "query": "چه\\x9b31m رود", "reason": "control",
+    }  # fmt: skip
 
 
 # ---- the round trip ----
@@ -282,31 +449,76 @@ def test_the_round_trip_agrees_with_ranks_computed_by_hand(
     assert {tried["reason"] for entry in listed for tried in entry["tried"]} == {"not_retrieved"}
 
 
+def test_ranks_are_those_of_the_present_search(
+    texts: list[str], tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks are kept, but not for another instruction or another query; a passage in another spelling is the same."""
+    waiting = f"  {texts[20]} "
+    (tmp_path / "in.jsonl").write_text(json.dumps({"query": "پرسش", "pos": [texts[0]], "neg": [waiting]}) + "\n")
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:60]))
+    searched: list[list[str]] = []
+    embed = Retriever.embed_queries
+    monkeypatch.setattr(Retriever, "embed_queries", lambda self, q: searched.append(list(q)) or embed(self, q))
+    words = ["--encoder", tiny_model_dir, "--round_trip_top_k", 60, "--corpus", tmp_path / "corpus.jsonl"]
+    words += ["--index_dir", tmp_path / "index", "--overwrite", "--attempts", 1]
+    answers = [good_query(waiting), " ".join(texts[20].split()[1:9:2])]
+    instructed = ["--query_instruction_for_retrieval", "x: "]
+    with ChatServer(answer=lambda passage, nth: answers[nth]) as server:
+        for more, count in (([], 1), ([], 1), (instructed, 2), (["--prompt", f"Now {PROMPT}"], 3)):
+            assert run(tmp_path, *endpoint(server, *words), *more) == 0
+            assert len(searched) == count
+    assert searched == [[answers[0]], [answers[0]], [answers[1]]]
+    assert read(tmp_path / "out.jsonl")[0]["neg_q"] == [answers[1]]  # found among all 60
+
+
 # ---- a model on this machine ----
+
+
+def write_model(folder: Path, chat: bool = False) -> None:
+    """A random decoder, with or without a chat template."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}user: {{ m.content }}\n{% endfor %}assistant:"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_what_a_local_model_is_given(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", chat=True)
+    writing = WritingArguments(max_tokens=4)
+    model = LocalModel(LocalModelArguments(str(tmp_path / "model")), writing, EncoderArguments("x"), seed=1)
+    encoded = model._encode(["a long question about rivers and bridges " * 9, "short"])
+    assert encoded["input_ids"].shape[1] > 40
+    assert encoded["attention_mask"][1, 0] == 0, "padded on the left: a decoder goes on at the right"
+    shown = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded["input_ids"]]
+    assert shown[0].strip().startswith("user: a long") and shown[1].strip().endswith("assistant:")
+    saved: list[tuple[str, Answer]] = []
+    given = [Task("k1", "a long question about rivers"), Task("k2", "short")]
+    assert [task.key for task, _ in model.run(iter(given), saved.extend)] == ["k1", "k2"] and model.sent == 2
+    assert saved[0][1].prompt_tokens > saved[1][1].prompt_tokens > 0
+    assert all(0 <= answer.completion_tokens <= 4 for _, answer in saved)
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal", "chat"])
 def test_a_local_model_writes_the_same_queries_again(kind: str, rows: list[dict], tmp_path: Path) -> None:
     """Random weights write nothing useful; they show that both kinds load, sample, stop, repeat, and are checked."""
-    tokenizer = build_tokenizer()
-    torch.manual_seed(3)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if kind == "seq2seq":
+        tokenizer = build_tokenizer()
+        torch.manual_seed(3)
         config = T5Config(
             vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-            decoder_start_token_id=tokenizer.pad_token_id, **special,
+            decoder_start_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        model = T5ForConditionalGeneration(config)
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
     else:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            bos_token_id=tokenizer.bos_token_id, **special,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        if kind == "chat":
-            tokenizer.chat_template = "{% for m in messages %}user: {{ m.content }}\n{% endfor %}assistant:"
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+        write_model(tmp_path / "model", chat=kind == "chat")
     words = ["--local_model", tmp_path / "model", "--max_tokens", 8, "--attempts", 2, "--language", "fa"]
     assert run(tmp_path, *words) == 0
     assert run(tmp_path, *words, "--cache", tmp_path / "fresh.sqlite", name="other.jsonl") == 0

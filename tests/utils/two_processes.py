@@ -18,11 +18,11 @@ def gathered() -> dict[str, object]:
     """Uneven rows of both processes, and the gradient of the sum of squares of all."""
     rows = torch.arange(1.0, 1 + 2 * (rank() + 1)).reshape(-1, 2).requires_grad_()
     found = {}
-    for scaled in (True, False):
+    for sizes in (None, [1, 2]):
         rows.grad = None
-        everything = all_gather_rows(rows, scale_gradient=scaled)
+        everything = all_gather_rows(rows, sizes)
         (everything**2).sum().backward()
-        found[str(scaled)] = [everything.tolist(), rows.grad.tolist()]
+        found[str(sizes is None)] = [everything.tolist(), rows.grad.tolist()]
     return found
 
 

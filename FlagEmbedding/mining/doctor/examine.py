@@ -18,7 +18,7 @@ from FlagEmbedding.mining.doctor.arguments import DoctorOptions
 from FlagEmbedding.mining.doctor.plots import plot_lengths, plot_scores
 from FlagEmbedding.mining.doctor.report import length_figures, markdown
 from FlagEmbedding.mining.doctor.scan import lengths, scan
-from FlagEmbedding.mining.doctor.scores import VectorFile, score
+from FlagEmbedding.mining.doctor.scores import embed, score
 from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
@@ -44,7 +44,7 @@ def examine(options: DoctorOptions) -> tuple[dict[str, Any], Problems]:
         encoder = TextEncoder(options.encoder)
         tokenizer = encoder.tokenizer
         inputs = [[file["sha256"] for file in fingerprints(files)], reading.sample_rows, reading.seed]
-        scores = score(found.texts, VectorFile(work, found.texts, encoder, settings, inputs), settings.temperature)
+        scores = score(found.texts, embed(work, found.texts, encoder, settings, inputs), settings.temperature)
         plot_scores(scores, folder / "scores.png")
     elif options.encoder.tokenizer:
         tokenizer = load_tokenizer("--tokenizer", options.encoder.tokenizer)

@@ -112,51 +112,52 @@ class Scores:
         }  # fmt: skip
 
 
-class VectorFile:
-    """Unit vectors of all texts of a scan, ``[N, D]`` float32 on disk, in the texts' order."""
+def embed(folder: Path, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, inputs: Any) -> np.ndarray:
+    """Unit vectors of all texts of a scan, ``[N, D]`` float32 in a file of ``folder``, in the texts' order.
 
-    def __init__(self, folder: Path, texts: Texts, encoder: TextEncoder, settings: ScoreSettings, inputs: Any) -> None:
-        path, record, self.dimension = folder / "vectors.f32", folder / "vectors.json", encoder.hidden_size
-        with clear_disk_errors(f"writing {path}"):
-            identity = {"encoder": encoder.describe(), **asdict(settings), "inputs": inputs}
-            if not made_by(record, identity):
-                path.write_bytes(b"")
-                write_json_atomic(record, identity)
-            row, total = self.dimension * 4, len(texts)
-            size = path.stat().st_size if path.exists() else 0
-            done = size // row // PAGE * PAGE if size < total * row else total
-            bar: tqdm[Any] = progress("embedding", total=total, done=done)
-            with open(path, "ab") as stream, bar:
-                stream.truncate(done * row)
-                for page in texts.pages(done) if done < total else ():
-                    stream.write(self._window(page, encoder, settings).astype("<f4").tobytes())
-                    stream.flush()
-                    bar.update(len(page))
-        self.vectors = np.memmap(path, dtype="<f4", mode="r").reshape(-1, self.dimension)
-
-    def _window(self, page: list[tuple[str, str, int]], encoder: TextEncoder, settings: ScoreSettings) -> np.ndarray:
-        # Here, so that a report without a model does without torch.
-        from FlagEmbedding.inference.text_encoder import encode_texts
-
-        vectors = np.empty((len(page), self.dimension), dtype=np.float32)
-        # As published: a negative's own query is read at the passages' length and without an instruction.
-        for roles, instruction, length in (
-            (("query",), settings.query_instruction_for_retrieval, settings.query_max_len),
-            (("pos", "neg"), settings.passage_instruction_for_retrieval, settings.passage_max_len),
-            (("neg_q",), None, settings.passage_max_len),
-        ):
-            places = [i for i, (role, _, _) in enumerate(page) if role in roles]
-            vectors[places] = encode_texts(encoder, [page[i][1] for i in places], length, instruction)
-        unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return unit
+    What a killed run left there is continued where it was made of the same ``inputs`` (JSON) in the same way.
+    """
+    path, record, row, total = folder / "vectors.f32", folder / "vectors.json", encoder.hidden_size * 4, len(texts)
+    with clear_disk_errors(f"writing {path}"):
+        identity = {"encoder": encoder.describe(), **asdict(settings), "inputs": inputs}
+        if not made_by(record, identity):
+            path.write_bytes(b"")
+            write_json_atomic(record, identity)
+        size = path.stat().st_size if path.exists() else 0
+        done = size // row // PAGE * PAGE if size < total * row else total
+        bar: tqdm[Any] = progress("embedding", total=total, done=done)
+        with open(path, "ab") as stream, bar:
+            stream.truncate(done * row)
+            for page in texts.pages(done) if done < total else ():
+                stream.write(_window(page, encoder, settings).astype("<f4").tobytes())
+                stream.flush()
+                bar.update(len(page))
+    return np.memmap(path, dtype="<f4", mode="r").reshape(-1, encoder.hidden_size)
 
 
-def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
+def _window(page: list[tuple[str, str, int]], encoder: TextEncoder, settings: ScoreSettings) -> np.ndarray:
+    # Here, so that a report without a model does without torch.
+    from FlagEmbedding.inference.text_encoder import encode_texts
+
+    vectors = np.empty((len(page), encoder.hidden_size), dtype=np.float32)
+    # As published: a negative's own query is read at the passages' length and without an instruction.
+    for roles, instruction, length in (
+        (("query",), settings.query_instruction_for_retrieval, settings.query_max_len),
+        (("pos", "neg"), settings.passage_instruction_for_retrieval, settings.passage_max_len),
+        (("neg_q",), None, settings.passage_max_len),
+    ):
+        places = [i for i, (role, _, _) in enumerate(page) if role in roles]
+        vectors[places] = encode_texts(encoder, [page[i][1] for i in places], length, instruction)
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def score(texts: Texts, vectors: np.ndarray, temperature: float) -> Scores:
     """Go through the rows and gather the figures."""
     scores = Scores()
     heap: list[tuple[float, int, str, int, int]] = []
     for number, row in enumerate(progress("scoring rows", texts.rows())):
-        margin = _score_row(row, file.vectors, temperature, scores)
+        margin = score_row(row, vectors, temperature, scores)
         worst = int(margin.argmin())
         entry = (-float(margin[worst]), -number, f"{row.place}: neg[{worst}]", row.query, row.neg[worst])
         (heapq.heappush if len(heap) < SHOWN else heapq.heappushpop)(heap, entry)
@@ -167,7 +168,7 @@ def score(texts: Texts, file: VectorFile, temperature: float) -> Scores:
     return scores
 
 
-def _score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores) -> np.ndarray:
+def score_row(row: Row, vectors: np.ndarray, temperature: float, scores: Scores) -> np.ndarray:
     """Count one row; returns the margin of each negative, ``[n]``."""
     query, positives, negatives = (vectors[numbers].astype(np.float64) for numbers in (row.query, row.pos, row.neg))
     positive, negative = positives @ query, negatives @ query

@@ -75,7 +75,7 @@ class EndpointArguments:
         """``request_options`` as JSON."""
         try:
             value = json.loads(self.request_options)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"--request_options: not JSON ({error})") from error
         if not isinstance(value, dict):
             raise UsageError(f"--request_options: expected a JSON object, got {strike(self.request_options)[:60]!r}")

@@ -119,7 +119,7 @@ class ChatEndpoint:
         headers = {header: os.environ[name] for header, name in names.items() if os.environ.get(name)}
         return self._http.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}", **headers}, timeout=self.options.timeout,
-            limits=self._http.Limits(max_connections=self.options.concurrency), follow_redirects=True,
+            limits=self._http.Limits(max_connections=None), follow_redirects=True,
             event_hooks={"request": [self._stay_there]},
         )  # fmt: skip
 
