@@ -13,7 +13,7 @@ LANGUAGES = {"ko": 12, "fa": 3}  # queries; of different number, so that the mea
 
 
 def write_run(path: Path, ranks: dict[str, int | None]) -> None:
-    """A run of ten hits a query with its one relevant passage at the given rank; None: the query has no line."""
+    """A run of ten hits per query with its one relevant passage at the given rank; None: the query has no line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         f"{qid} Q0 {'right' if place == rank else f'wrong{place}'} {place} {1 - place / 100:.6f} Faiss\n"

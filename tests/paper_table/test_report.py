@@ -38,7 +38,7 @@ def value(rank: int) -> float:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Options, list[Cell], dict[str, Path], dict[str, dict[str, dict[str, float]]]]:
-    """A finished table's folder: runs of every cell, judgements, records."""
+    """A finished table's folder: runs of every cell, judgments, records."""
     options = Options(
         root=tmp_path, output_dir=tmp_path, base_model="BAAI/bge-m3", train_dirs=[], data_dir=None, split="dev",
         metrics=[m.key for m in MEASURES], train_options=[], index_options=[], search_options=[], launcher=[],
