@@ -174,6 +174,14 @@ def test_keys_of_the_baseline_and_of_hub_data(tiny_model_dir: Path, sample_dir: 
     assert [stage for stage in before if other[stage] != before[stage]] == ["search", "score"]
 
 
+def test_the_judgments_of_a_language_go_to_step_2(tiny_model_dir: Path, sample_dir: Path, tmp_path: Path) -> None:
+    options = options_for(tiny_model_dir, sample_dir, tmp_path)
+    cell = Cell(read_table(TABLE).rows[0], "fa", None)
+    for qrels, expected in ((tmp_path / "fa.tsv", tmp_path / "fa.tsv"), (None, sample_dir)):
+        words = options.command(cell, "score", qrels)
+        assert words[words.index("--qrels_dir") + 1] == str(expected)
+
+
 def test_a_changed_recipe_is_trained_again(tiny_model_dir: Path, sample_dir: Path, tmp_path: Path) -> None:
     options = options_for(tiny_model_dir, sample_dir, tmp_path)
     recipe = tmp_path / "recipe.yaml"
