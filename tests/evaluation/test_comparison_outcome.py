@@ -110,6 +110,11 @@ def test_every_test_of_the_table_is_corrected_for_all_of_them(work: Path) -> Non
         assert (row["language"], row["queries"]) == (comparison["language"], str(comparison["queries"]))
         for column, value in (("p", comparison["p_value"]), ("p (Holm)", comparison["p_holm"])):
             assert row[column] == (f"{value:.3f}" if value >= 0.001 else "<0.001")
+        ends = [float(end.replace("−", "-")) for end in row["95 % interval"].split(" to ")]
+        assert ends == [pytest.approx(100 * comparison[end], abs=0.051) for end in ("low", "high")]
+        assert float(row["difference"].replace("−", "-")) == pytest.approx(100 * comparison["difference"], abs=0.051)
+        counts = [comparison[kind] for kind in ("better", "worse", "equal")]
+        assert row["better / worse / equal"] == " / ".join(map(str, counts))
         assert float(row["tuned"]) == pytest.approx(100 * comparison["system_mean"], abs=0.051)
         assert float(row["base"]) == pytest.approx(100 * comparison["baseline_mean"], abs=0.051)
 

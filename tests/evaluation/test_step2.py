@@ -256,6 +256,8 @@ def test_compare_two_models(work: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (row["language"], row["qid"], row["query"]) == ("ko", "0-0", "질문 0 | 한강")
     assert (row["first_relevant:base"], row[f"first_relevant:{NAME}"]) == ("4", "1")
     assert float(row["ndcg@5:base"]) == pytest.approx(1 / np.log2(5), abs=1e-6)
+    assert (float(row[f"ndcg@5:{NAME}"]), float(row[f"recall@20:{NAME}"]), float(row["recall@20:base"])) == (1, 1, 1)
+    assert float(row["ndcg@10:base"]) == float(row["ndcg@5:base"])
 
 
 def test_the_chart_is_drawn_and_repeats(work: Path) -> None:
