@@ -43,6 +43,10 @@ def test_randomization_test_is_the_enumeration_where_that_is_small() -> None:
     # Two languages of different size: the statistic is the mean of their means, zeros keep out of the way.
     parts = [np.array([0.5, 0.2, 0.0, 0.3]), np.array([0.4, -0.1, 0.6, 0.1, 0.2, 0.0])]
     assert randomization_p(parts) == pytest.approx(enumerate_p(parts), abs=1e-12)
+    # A small language for the system, a large one slightly against it: the plain mean over queries is about 0.
+    parts = [np.array([0.5, 0.4, 0.6]), np.array([-0.1, -0.3, -0.2, 0.1, -0.2, -0.3, -0.1, -0.2])]
+    assert randomization_p(parts) == pytest.approx(enumerate_p(parts), abs=1e-12)
+    assert randomization_p(parts) < 0.5 < randomization_p([np.concatenate(parts)])
     assert randomization_p([np.zeros(5)]) == 1.0
 
 
@@ -56,6 +60,7 @@ def test_randomization_test_on_many_queries() -> None:
     assert p > 0.5
     assert p == randomization_p([nothing - nothing.mean() + 0.005], 2000)
     assert p != randomization_p([nothing - nothing.mean() + 0.005], 2000, seed=1)
+    assert p != randomization_p([nothing - nothing.mean() + 0.005], 1000)
 
 
 def test_under_the_null_one_test_in_twenty_is_below_five_percent() -> None:
@@ -84,6 +89,7 @@ def test_bootstrap_interval_covers_the_mean() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([0.2]) == [0.2]
     assert holm([]) == []
 

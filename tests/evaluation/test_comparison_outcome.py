@@ -13,7 +13,7 @@ LANGUAGES = {"ko": 12, "fa": 3}  # queries; of different number, so that the mea
 
 
 def write_run(path: Path, ranks: dict[str, int | None]) -> None:
-    """A run of ten hits a query with its one relevant passage at the given rank; None: the query has no line."""
+    """A run of ten hits per query with its one relevant passage at the given rank; None: the query has no line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         f"{qid} Q0 {'right' if place == rank else f'wrong{place}'} {place} {1 - place / 100:.6f} Faiss\n"
@@ -110,6 +110,11 @@ def test_every_test_of_the_table_is_corrected_for_all_of_them(work: Path) -> Non
         assert (row["language"], row["queries"]) == (comparison["language"], str(comparison["queries"]))
         for column, value in (("p", comparison["p_value"]), ("p (Holm)", comparison["p_holm"])):
             assert row[column] == (f"{value:.3f}" if value >= 0.001 else "<0.001")
+        ends = [float(end.replace("−", "-")) for end in row["95 % interval"].split(" to ")]
+        assert ends == [pytest.approx(100 * comparison[end], abs=0.051) for end in ("low", "high")]
+        assert float(row["difference"].replace("−", "-")) == pytest.approx(100 * comparison["difference"], abs=0.051)
+        counts = [comparison[kind] for kind in ("better", "worse", "equal")]
+        assert row["better / worse / equal"] == " / ".join(map(str, counts))
         assert float(row["tuned"]) == pytest.approx(100 * comparison["system_mean"], abs=0.051)
         assert float(row["base"]) == pytest.approx(100 * comparison["baseline_mean"], abs=0.051)
 

@@ -78,7 +78,7 @@ def test_titles_and_instruction_go_before_the_text(
     assert identity["passage_instruction"] == "passage: "
 
 
-def test_unnormalised_and_bf16_vectors(
+def test_unnormalized_and_bf16_vectors(
     tiny_model_dir: Path, collection: Path, tmp_path: Path, reference_vectors: Callable[..., np.ndarray]
 ) -> None:
     folder = step0(tiny_model_dir, collection, tmp_path, "--normalize_embeddings", "False", languages=("fa",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from FlagEmbedding.evaluation.__main__ import eval_dense
 from FlagEmbedding.utils.cli import entry_point
+from tests.evaluation.conftest import cells
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PUBLISHED = (
@@ -40,7 +42,7 @@ def write_run(path: Path, rank: int, queries: Sequence[str] = tuple(QUERIES), de
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with runs of two models and the judgements under their published name; the working directory."""
+    """A folder with runs of two models and the judgments under their published name; the working directory."""
     for lang in ("ko", "fa"):
         write_run(tmp_path / f"search_results/{NAME}/{lang}.txt", 1)
         write_run(tmp_path / f"search_results/base/{lang}.txt", 4)
@@ -99,7 +101,7 @@ def test_average_is_the_mean_over_languages_and_missing_queries_count(
 @pytest.mark.parametrize(
     "name", ["qrels.miracl-v1.0-ko-dev.tsv", "miracl-v1.0-ko/qrels/qrels.miracl-v1.0-ko-dev.tsv", "ko.txt"]
 )
-def test_other_names_of_the_judgements(work: Path, name: str) -> None:
+def test_other_names_of_the_judgments(work: Path, name: str) -> None:
     assert step2() == 0
     expected = json.loads((work / f"eval_results/{NAME}.json").read_text())["results"]
     target = work / "elsewhere" / name
@@ -108,6 +110,16 @@ def test_other_names_of_the_judgements(work: Path, name: str) -> None:
     assert step2("--qrels_dir", "elsewhere") == 0
     assert json.loads((work / f"eval_results/{NAME}.json").read_text())["results"] == expected
     assert step2("--qrels_dir", str(target)) == 0  # the file itself
+
+
+def test_judgments_in_qrels_dir_come_before_those_of_data_dir(work: Path) -> None:
+    folder = work / "data/miracl-v1.0-ko/qrels"
+    folder.mkdir()
+    (folder / "qrels.miracl-v1.0-ko-dev.tsv").write_text("0-0\tQ0\t7#0\t1\n")
+    assert step2("--data_dir", "data") == 0
+    assert json.loads((work / f"eval_results/{NAME}.json").read_text())["queries"] == {"ko": 12}
+    assert step2("--data_dir", "data", "--qrels_dir", "empty") == 0
+    assert json.loads((work / f"eval_results/{NAME}.json").read_text())["queries"] == {"ko": 1}
 
 
 RECORD = {
@@ -157,11 +169,11 @@ def broken(work: Path, what: str) -> list[str]:
         return ["--languages", "ko", "fa", "--qrels_dir", str(qrels)]
     elif what == "record":
         run.with_suffix(".json").write_text("{}")
-    elif what in ("pooling", "normalisation", "split"):
+    elif what in ("pooling", "normalization", "split"):
         run.with_suffix(".json").write_text(json.dumps(RECORD))
         return {
             "pooling": ["--pooling_method", "mean"],
-            "normalisation": ["--normalize_embeddings", "False"],
+            "normalization": ["--normalize_embeddings", "False"],
             "split": ["--split", "testB", "--qrels_dir", str(qrels)],
         }[what]
     return {
@@ -187,7 +199,7 @@ def broken(work: Path, what: str) -> list[str]:
         ("one qrels file for two", "one file for several languages"),
         ("record", "not a record of step 1"),
         ("pooling", "--pooling_method mean: the run was made with cls"),
-        ("normalisation", "--normalize_embeddings False: the run was made with True"),
+        ("normalization", "--normalize_embeddings False: the run was made with True"),
         ("split", "--split testB: the run was made with dev"),
         ("measure", "--metrics ndgc@10: expected nDCG@k"),
         ("no cutoff", "--metrics recall: a cutoff of 1 or more is missing"),
@@ -244,6 +256,8 @@ def test_compare_two_models(work: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (row["language"], row["qid"], row["query"]) == ("ko", "0-0", "질문 0 | 한강")
     assert (row["first_relevant:base"], row[f"first_relevant:{NAME}"]) == ("4", "1")
     assert float(row["ndcg@5:base"]) == pytest.approx(1 / np.log2(5), abs=1e-6)
+    assert (float(row[f"ndcg@5:{NAME}"]), float(row[f"recall@20:{NAME}"]), float(row["recall@20:base"])) == (1, 1, 1)
+    assert float(row["ndcg@10:base"]) == float(row["ndcg@5:base"])
 
 
 def test_the_chart_is_drawn_and_repeats(work: Path) -> None:
@@ -297,7 +311,30 @@ def test_three_models(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert step2("--encoder", "base", NAME, "third", "--compare", "--resamples", "200") == 0
     printed = capsys.readouterr().out
     assert printed.count("| third") == 4  # against base and against the other, on two measures
-    assert (work / f"eval_results/base_vs_{NAME}_third/comparison.png").exists()
+    folder = work / f"eval_results/base_vs_{NAME}_third"
+    assert (folder / "comparison.png").exists()
+    header, _, line = cells((folder / "comparison.md").read_text(encoding="utf-8"))[:3]
+    expected = {
+        f"{label} {name}": f"{100 * ndcg(rank, cutoff):.1f}"
+        for label, cutoff in (("nDCG@5", 5), ("nDCG@10", 10))
+        for name, rank in (("base", 4), (NAME, 1), ("third", 2))
+    }
+    assert dict(zip(header, line, strict=True)) == {"language": "ko", "queries": "12", **expected}
+
+
+def test_the_passages_that_are_shown_are_those_of_the_language(work: Path) -> None:
+    write_run(work / f"search_results/{NAME}/fa.txt", 1, list(QUERIES)[8:])  # others gain than in Korean, and some lose
+    for path in work.glob("data/miracl-corpus-v1.0-*/docs-0.jsonl"):
+        lang = path.parent.name[-2:]
+        path.write_text(path.read_text(encoding="utf-8").replace("\\ub2f5", lang), encoding="utf-8")
+    words = ["--encoder", "base", NAME, "--compare", "--languages", "ko", "fa", "--data_dir", "data"]
+    assert step2(*words, "--resamples", "100", "--compare_save_dir", "out") == 0
+    text = (work / "out/comparison.md").read_text(encoding="utf-8")
+    shown = re.findall(r"- (\w\w) (\d+-0): 질문 (\d+) \| 한강\n    - relevant \(`(.*?)#right`\): (.*)", text)
+    assert len(shown) == 9  # three gained in either language, three lost in Persian
+    assert {lang for lang, *_ in shown} == {"ko", "fa"}
+    for lang, qid, number, docid, passage in shown:
+        assert (f"{number}-0", docid, passage) == (qid, qid, f"{lang} {qid}")
 
 
 def index_of(work: Path, docids: Sequence[str]) -> Path:

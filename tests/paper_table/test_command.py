@@ -20,7 +20,7 @@ from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.utils.cli import entry_point, parse, parse_whole
 from FlagEmbedding.utils.errors import DataError, UsageError
 from paper_table.command import ReproduceArguments, TrainOverrides, build_options, reproduce
-from paper_table.plan import STAGES, Cell, Options, cells, choose_rows, read_table, stage_keys
+from paper_table.plan import STAGES, Cell, Options, Row, cells, choose_rows, read_table, stage_keys
 from paper_table.report import duration, spread
 from paper_table.run import gpu_memory_mb, last_words, run_command
 
@@ -155,6 +155,51 @@ def test_keys_follow_what_decides_a_stage(tiny_model_dir: Path, sample_dir: Path
     assert first_changed(keys(score="other qrels")) == "score"
 
 
+def test_keys_of_the_baseline_and_of_hub_data(tiny_model_dir: Path, sample_dir: Path, tmp_path: Path) -> None:
+    options = options_for(tiny_model_dir, sample_dir, tmp_path)
+    prints = {"train": {"base_model": "b"}, "index": "miracl/miracl-corpus", "search": "miracl/miracl", "score": "j"}
+
+    def keys(cell: Cell, options: Options = options, base: str = "b") -> dict[str, str]:
+        return stage_keys(options, cell, {**prints, "train": {"base_model": base}})
+
+    row = read_table(TABLE).rows[0]
+    before = keys(Cell(row, "fa", None))
+    assert list(before) == ["index", "search", "score"]
+    for after in (
+        keys(Cell(row, "fa", None), base="other weights"),
+        keys(Cell(row, "hi", None)),  # the hub's data set has one name for all languages
+    ):
+        assert all(after[stage] != before[stage] for stage in before)
+    other = keys(Cell(row, "fa", None), options_for(tiny_model_dir, sample_dir, tmp_path, "--split", "train"))
+    assert [stage for stage in before if other[stage] != before[stage]] == ["search", "score"]
+
+
+def test_the_judgments_of_a_language_go_to_step_2(tiny_model_dir: Path, sample_dir: Path, tmp_path: Path) -> None:
+    options = options_for(tiny_model_dir, sample_dir, tmp_path)
+    cell = Cell(read_table(TABLE).rows[0], "fa", None)
+    for qrels, expected in ((tmp_path / "fa.tsv", tmp_path / "fa.tsv"), (None, sample_dir)):
+        words = options.command(cell, "score", qrels)
+        assert words[words.index("--qrels_dir") + 1] == str(expected)
+
+
+def test_a_changed_recipe_is_trained_again(tiny_model_dir: Path, sample_dir: Path, tmp_path: Path) -> None:
+    options = options_for(tiny_model_dir, sample_dir, tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    prints = {"train": {"base_model": "b", "train_file": "t"}, "index": "c", "search": "q", "score": "j"}
+    found = []
+    for content in ("learning_rate: 1.0e-5\n", "# a comment\nlearning_rate: 1.0e-5\n", "learning_rate: 2.0e-5\n"):
+        recipe.write_text(content)
+        found.append(stage_keys(options, Cell(Row("x", recipe, "t"), "fa", 1), prints))
+    assert found[0] == found[1]
+    assert all(found[2][stage] != found[0][stage] for stage in STAGES)
+
+
+def test_a_killed_command_is_named_as_such(tmp_path: Path) -> None:
+    code = "import os, signal; print('half way', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(DataError, match=r"x failed \(exit 137, killed: out of memory\?\): half way; all of it in"):
+        run_command([sys.executable, "-c", code], tmp_path / "log", "x")
+
+
 def test_time_memory_and_last_words_of_a_command(tmp_path: Path) -> None:
     code = "block = bytearray(90_000_000); block[::4096] = b'x' * len(block[::4096])"
     small = run_command([sys.executable, "-c", "pass"], tmp_path / "small.log", "small")
@@ -176,17 +221,20 @@ def test_time_memory_and_last_words_of_a_command(tmp_path: Path) -> None:
 def test_a_command_does_not_outlive_its_caller(tmp_path: Path) -> None:
     code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(120)"
     caller = (
-        "import sys; from pathlib import Path; from paper_table.run import run_command; "
+        "import signal, sys; from pathlib import Path; from paper_table.run import run_command; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where pytest runs in the background
         f"run_command([sys.executable, '-c', {code!r}], Path('log'), 'x')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "evaluation")])}
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         (tmp_path / "pid").unlink(missing_ok=True)
+        started = time.monotonic()
         with subprocess.Popen([sys.executable, "-c", caller], cwd=tmp_path, env=environment) as process:
             wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
             process.send_signal(number)
         child = Path("/proc") / (tmp_path / "pid").read_text()
         wait_for(lambda child=child: not child.exists())
+        assert time.monotonic() - started < 100  # it did not just come to its own end
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -276,6 +324,21 @@ def test_a_small_real_table_and_going_on_with_it(
     assert (config["moe"], config["num_experts"]) == ("intermediate", 2)
     assert run() == (0, [])  # nothing left to do but the table
     assert run("--metrics", "map")[1] == ["baseline, fa: score", f"{row}: score"]
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert run("--metrics", "map", "--resamples", "150") == (0, [])  # the tests are made again all the same
+    assert json.loads((tmp_path / "table.json").read_text())["tests"] != table["tests"]
+
+    # Other judgments are scored again, and an index is kept where that is asked for.
+    lines = (sample_dir / "miracl-v1.0-fa/qrels/qrels.miracl-v1.0-fa-dev.tsv").read_text().splitlines()
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged/fa.tsv").write_text("\n".join(lines[: len(lines) // 2]))
+    baseline = ["--rows", "baseline", "--metrics", "map", "--qrels_dir", str(tmp_path / "judged")]
+    assert run(*baseline) == (0, ["baseline, fa: score"])
+    other = json.loads((tmp_path / "table.json").read_text())["rows"][0]["results"]["fa"]["map"]["mean"]
+    assert other != table["rows"][0]["results"]["fa"]["map"]["mean"]
+    stages = [f"baseline, fa: {stage}" for stage in ("index", "search", "score")]
+    assert run(*baseline, "--hits", "7", "--keep_indexes") == (0, stages)
+    assert [path.parent.name for path in tmp_path.glob("corpus-index/*/fa")] == [tiny_model_dir.name]
     (tmp_path / "records" / "baseline-fa.json").write_text("{")
     assert run()[0] == 2
     assert "not a readable record" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def value(rank: int) -> float:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Options, list[Cell], dict[str, Path], dict[str, dict[str, dict[str, float]]]]:
-    """A finished table's folder: runs of every cell, judgements, records."""
+    """A finished table's folder: runs of every cell, judgments, records."""
     options = Options(
         root=tmp_path, output_dir=tmp_path, base_model="BAAI/bge-m3", train_dirs=[], data_dir=None, split="dev",
         metrics=[m.key for m in MEASURES], train_options=[], index_options=[], search_options=[], launcher=[],
@@ -78,6 +78,21 @@ def test_means_and_seeds_by_hand(finished: tuple) -> None:
     pairs = [(t.baseline, t.system) for t in tests[::3]]
     assert pairs == [("baseline", "ANCE dataset"), ("baseline", "ANCE-CLP"), ("ANCE dataset", "ANCE-CLP")]
     assert [t.language for t in tests[:3]] == ["ko", "fa", "average"]
+    assert tests != compare_rows(list(rows.values()), MEASURES[0], 150)
+    assert {t.measure for t in tests} == {"ndcg@5"}
+
+
+def test_with_one_seed_nothing_is_said_of_seeds(finished: tuple) -> None:
+    options, todo, qrels, records = finished
+    first = [cell for cell in todo if cell.seed in (None, 1)]
+    text = write_table(options, Table(ROWS, {}, "", ""), first, records, qrels, 200, {})
+    assert "with one seed per row, nothing tells this from what another seed would change." in text
+    assert "±" not in text
+    assert "Scores × 100, one seed." in text
+    few = [cell for cell in first if cell.row.name == "baseline"]
+    text = write_table(options, Table(ROWS, {}, "", ""), few, records, qrels, 200, {})
+    assert "One row: nothing to compare." in text
+    assert "Fewer than two trained rows" in text
 
 
 def test_the_written_table(finished: tuple) -> None:
