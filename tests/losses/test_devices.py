@@ -77,7 +77,7 @@ def test_every_function_on_every_device(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(device: str, half: torch.dtype) -> None:
-    """At τ = 0.02 neighbouring bfloat16 scores are 0.25 apart; under autocast ours are those of float32."""
+    """At τ = 0.02 neighboring bfloat16 scores are 0.25 apart; under autocast ours are those of float32."""
     plain = everything(device, torch.float32)
     under = everything(device, torch.float32, autocast=half)
     for name, value in plain.items():

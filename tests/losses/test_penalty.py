@@ -21,9 +21,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("rows", "owner", "name"), CASES, ids=[case[2] for case in CASES])
-@pytest.mark.parametrize("normalised", [True, False])
-def test_penalty(rows: int, owner: list[int], name: str, normalised: bool) -> None:
-    make = unit if normalised else (lambda *shape, seed: random(*shape, seed=seed) * 3)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_penalty(rows: int, owner: list[int], name: str, normalized: bool) -> None:
+    make = unit if normalized else (lambda *shape, seed: random(*shape, seed=seed) * 3)
     check(
         lambda p, q: clp_penalty(p, q, torch.tensor(owner)),
         lambda p, q: reference.penalty(p, q, owner),
