@@ -1,6 +1,6 @@
 """BiEncoder: one encoder for queries, passages and the negatives' own queries, and the objective over them.
 
-One ``forward`` encodes every role, so that distributed hooks fire once a step; the encoding itself (packed or padded
+One ``forward`` encodes every role, so that distributed hooks fire once per step; the encoding itself (packed or padded
 engine, gradient caching) is ``modeling.encoder``'s, and every loss is a pure function of ``losses``.
 
 Shape legend: B queries, G passages each (``train_group_size``: 1 positive, then G − 1 negatives), M = B·G passages,

@@ -62,7 +62,7 @@ def make_tasks(files: Sequence[StoredFile], starts: Sequence[int], options: Data
         sizes = [batch_size_of(files[i].file.path, options.train_group_size) for i in members]
         size = min((s for s in sizes if s is not None), default=None) if options.batch_size_by_length else None
         if size is not None:
-            logger.info("%s: %d queries a batch by the length table", title, size)
+            logger.info("%s: %d queries per batch by the length table", title, size)
         tasks.append(Task(f"{name} ({len(members)} small files)" if merged else title, rows, size))
         _agree_on_scores([files[i] for i in members], options)
         kept += [files[i] for i in members]

@@ -1,6 +1,6 @@
 """Scores and losses are computed in float32 at least, whatever precision the encoder runs in.
 
-Divided by a temperature of 0.02 a cosine reaches 50, where neighbouring bfloat16 numbers are 0.25 apart: in half
+Divided by a temperature of 0.02 a cosine reaches 50, where neighboring bfloat16 numbers are 0.25 apart: in half
 precision the softmax over in-batch passages would see mostly rounding. Next to the encoder these products cost nothing.
 """
 

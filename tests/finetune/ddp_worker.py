@@ -1,7 +1,8 @@
 """Run by torchrun in test_distributed.py: DDP's gradient under cross-device negatives against one process's.
 
 Each rank takes its half of a batch; rank 0 then computes the whole batch alone and compares every gradient. With
-``moe`` one expert is never chosen (its router row is pushed down), which must not hang DDP.
+``moe`` one expert is never chosen (its router row is pushed down), which must not hang DDP; nor must ``neg_q_on_rank``,
+with which one of the processes alone has negative queries.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ def build(folder: str, options: dict, cross: bool) -> BGEM3Model:
 
 def main() -> None:
     folder, options = sys.argv[1], json.loads(sys.argv[2])
+    one = options.pop("neg_q_on_rank", None)
+    for passage in () if one is None else list(NEG_Q):
+        if passage // 6 != one:  # each rank has two queries of three passages
+            del NEG_Q[passage]
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = build(folder, options, cross=True)

@@ -1,4 +1,4 @@
-"""A batch against texts tokenised one by one: sequences, truncation, owners of the negatives' queries, scores."""
+"""A batch against texts tokenized one by one: sequences, truncation, owners of the negatives' queries, scores."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_teacher_scores_keep_the_order_of_passages(tokenizer: PreTrainedTokenize
 
 
 def test_the_tokenizer_keeps_no_trace(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Truncation set for a batch must not cut what is tokenised after it."""
+    """Truncation set for a batch must not cut what is tokenized after it."""
     long = "강 " * 300
     before = tokenizer(long)["input_ids"]
     TrainCollator(tokenizer, DataArguments([], query_max_len=5, passage_max_len=7))([example("a", [["who?"], []])])

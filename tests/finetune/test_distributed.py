@@ -20,8 +20,10 @@ from finetune.helpers import TORCHRUN, environment, log_lines, rows, run_trainin
         {"unified_finetuning": True, "teacher": True},
         {"normlized": False, "sentence_pooling_method": "mean", "engine": {"grad_cache": True, "slab_tokens": 32}},
         {"moe": "intermediate", "only_train": "intermediate", "num_experts": 2, "router_gradient": "straight_through"},
+        {"neg_q_on_rank": 0},
+        {"neg_q_on_rank": 1},
     ],
-    ids=["dense", "unified-self-distill", "unified-teacher", "mean-grad-cache", "moe"],
+    ids=["dense", "unified-self-distill", "unified-teacher", "mean-grad-cache", "moe", "neg_q on 0", "neg_q on 1"],
 )
 def test_cross_device_gradient_is_the_one_process_gradient(options: dict, tiny_model_dir: Path) -> None:
     worker = Path(__file__).with_name("ddp_worker.py")

@@ -34,6 +34,8 @@ OPTIONS: dict[str, Any] = {
     "max_steps": 16, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "train_group_size": 3,
     "refresh_negatives_every_n_epochs": 1, "refresh_range_for_sampling": "1-12", "dataloader_num_workers": 1,
     "learning_rate": 3e-3, "save_total_limit": None, "same_task_within_batch": False,
+    "query_instruction_for_retrieval": "find: ", "passage_instruction_for_retrieval": "text: ",
+    "sentence_pooling_method": "mean",
 }  # fmt: skip
 
 
@@ -97,11 +99,11 @@ def test_rows_stay_and_negatives_change(whole: Path, data: Path) -> None:
 
 def test_the_negatives_are_those_that_the_checkpoint_finds_hard(whole: Path, data: Path) -> None:
     # Checkpoint 14 is the model that opened epoch 2.
-    encoder = TextEncoder(EncoderArguments(encoder=str(whole / "checkpoint-14"), pooling_method="cls"))
+    encoder = TextEncoder(EncoderArguments(encoder=str(whole / "checkpoint-14"), pooling_method="mean"))
     corpus = list(dict.fromkeys(t for f in ("a", "b") for r in read(data / f"{f}.jsonl") for t in r["pos"] + r["neg"]))
-    vectors = encode_texts(encoder, corpus, 48)
+    vectors = encode_texts(encoder, [f"text: {text}" for text in corpus], 48)
     for row in read(whole / "refresh" / "epoch-2" / "000-a.jsonl"):
-        scores = vectors @ encode_texts(encoder, [row["query"]], 24)[0]
+        scores = vectors @ encode_texts(encoder, [f"find: {row['query']}"], 24)[0]
         window = [corpus[i] for i in np.argsort(-scores)[1:12]]
         assert set(row["neg"]) <= set(window) - set(row["pos"])
         assert len(row["neg"]) == 3

@@ -166,6 +166,12 @@ def test_zero_loss_for_ten_steps_stops_and_names_the_rows(tiny_model_dir: Path, 
     assert "exactly 0 for 10 steps" in answer.stderr
     assert "easy.jsonl:" in answer.stderr
     assert "Traceback" not in answer.stderr
+    # Steps count, not micro-batches: 16 of these are 8 steps.
+    run_training(train_words(
+        tiny_model_dir, tmp_path / "data", tmp_path / "out", max_steps=8, per_device_train_batch_size=1,
+        temperature=1e-5, learning_rate=0.0, query_max_len=48, gradient_accumulation_steps=2,
+    ))  # fmt: skip
+    assert [line["loss"] for line in log_lines(tmp_path / "out")] == [0.0] * 8
 
 
 def test_a_non_finite_loss_stops_and_names_the_rows(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
