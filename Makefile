@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev  ## run all tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-isa: $(VENV)/.installed-dev  ## run the numeric tests as processors with fewer instructions would (count table)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/isa $(ARGS)
 
 mutants: $(VENV)/.installed-dev  ## plant the faults of tests/mutants/$(ROOM).yaml, see whether the tests notice (ROOM=all: hours)
 	$(BIN)/python tests/mutants $(or $(ROOM),all) $(ARGS)

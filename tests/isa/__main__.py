@@ -22,7 +22,7 @@ from tabulate import tabulate
 from FlagEmbedding.modeling import kernels
 from FlagEmbedding.utils.hardware import cpu_instruction_sets
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SWITCHES = ("FLAGEMBEDDING_KERNELS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 # What oneDNN and torch are told so that they use no more than this project's set of the same name.
 LEVELS = {"avx512": ("AVX512_CORE", "avx512"), "avx2": ("AVX2", "avx2"), "none": ("SSE41", "default")}
