@@ -50,6 +50,10 @@ class CompiledEncoder:
         self._lock = threading.Lock()
         self.most_tokens = FEW_ROWS if kernels.vector_lanes() == 16 else None
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copied or pickled model goes without: what was laid out is not the copy's."""
+        return type(None), ()
+
     def takes(self, tokens: int) -> bool:
         """Whether to use it for so many tokens: not where anything that was laid out has changed (a weight, a module,
         its hooks), in training, or with gradients."""
@@ -184,6 +188,7 @@ def can_compile(backbone: Any) -> bool:
     width = embeddings.word_embeddings.weight.shape[1]
     return (
         all(kernels.available(each) and each.dtype == torch.float32 for each in backbone.parameters())
+        and not any(each.is_inference() for each in backbone.parameters())  # changes to them cannot be seen
         and all(type(each) is nn.Embedding and each.max_norm is None for each in tables)
         and all(type(each) is nn.LayerNorm and each.bias is not None for each in norms)
         and all(map(is_plain, linears))
