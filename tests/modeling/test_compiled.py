@@ -132,6 +132,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "new parameter": lambda m: setattr(m.encoder.layer[0].output.dense, "weight", nn.Parameter(torch.randn(32, 48))),
     "new module": replace_module,
     "new layer": lambda m: m.encoder.layer.__setitem__(0, copy.deepcopy(m.encoder.layer[1])),
+    "a layer less": lambda m: m.encoder.layer.__delitem__(1),
+    "a layer more": lambda m: m.encoder.layer.append(copy.deepcopy(m.encoder.layer[0])),
     "loaded": lambda m: m.load_state_dict({key: torch.randn_like(value) for key, value in m.state_dict().items()}),
     "hooked": hook,
 }
