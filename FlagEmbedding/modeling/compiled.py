@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from functools import cached_property
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class CompiledEncoder:
         self.most_tokens = FEW_ROWS if kernels.vector_lanes() == 16 else None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of the model leaves this behind: it points into the weights of one process."""
+        """A copied or pickled model goes without: what was laid out is not the copy's."""
         return type(None), ()
 
     def takes(self, tokens: int) -> bool:
@@ -140,33 +140,34 @@ class _Watch:
 
     def __init__(self, backbone: nn.Module) -> None:
         links: list[tuple[dict[str, Any], str]] = [(backbone._modules, name) for name in ("embeddings", "encoder")]
-        self._modules: list[nn.Module] = []
+        modules: list[nn.Module] = []
         for own, name in links:  # grows on the way
             if (module := own[name]) is not None:
-                self._modules.append(module)
+                modules.append(module)
                 links += [(module._modules, each) for each in module._modules]
-        self._links: Any = [[own for own, _ in links], [name for _, name in links]]
-        self._children = list(map(getitem, *self._links))
-        owned = [(each._parameters, name) for each in self._modules for name in each._parameters]
-        self._places: Any = [[own for own, _ in owned], [name for _, name in owned]]
-        self._tensors = list(map(getitem, *self._places))
-        self._real = [each for each in self._tensors if each is not None]
+        links += [(each._parameters, name) for each in modules for name in each._parameters]
+        self._owners: list[dict[str, Any]] = [own for own, _ in links]
+        self._names = [name for _, name in links]
+        self._things = [own[name] for own, name in links]
+        self._inside: list[dict[str, Any]] = [each._modules for each in modules]
+        self._counts = list(map(len, self._inside))
+        self._tensors: list[Tensor] = [each for each in self._things if isinstance(each, Tensor)]
         self._state = self._contents()
-        self._hooks: list[Any] = [each._forward_hooks for each in self._modules]
-        self._hooks += [each._forward_pre_hooks for each in self._modules]
-        self._hooks += [each._recorders for each in self._modules if isinstance(each, MoELinear)]
+        self._hooks: list[Any] = [each._forward_hooks for each in modules]
+        self._hooks += [each._forward_pre_hooks for each in modules]
+        self._hooks += [each._recorders for each in modules if isinstance(each, MoELinear)]
 
     def unchanged(self) -> bool:
         """False once anything changed."""
         return (
-            all(map(is_, map(getitem, *self._links), self._children))
-            and all(map(is_, map(getitem, *self._places), self._tensors))
+            all(map(is_, map(dict.get, self._owners, self._names), self._things))
+            and list(map(len, self._inside)) == self._counts
             and self._contents() == self._state
             and not any(self._hooks)
         )
 
     def _contents(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._real), *map(attrgetter("_version"), self._real)]  # type: ignore[arg-type]
+        return [*map(Tensor.data_ptr, self._tensors), *map(attrgetter("_version"), self._tensors)]  # type: ignore[arg-type]
 
 
 def can_compile(backbone: Any) -> bool:
@@ -188,6 +189,7 @@ def can_compile(backbone: Any) -> bool:
     width = embeddings.word_embeddings.weight.shape[1]
     return (
         all(kernels.available(each) and each.dtype == torch.float32 for each in backbone.parameters())
+        and not any(each.is_inference() for each in backbone.parameters())  # changes to them cannot be seen
         and all(type(each) is nn.Embedding and each.max_norm is None for each in tables)
         and all(type(each) is nn.LayerNorm and each.bias is not None for each in norms)
         and all(map(is_plain, linears))
