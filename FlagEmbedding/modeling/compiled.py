@@ -167,7 +167,7 @@ class _Watch:
         )
 
     def _contents(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._tensors), *map(attrgetter("_version"), self._tensors)]  # type: ignore[arg-type]
+        return [*map(Tensor.data_ptr, self._tensors), *map(attrgetter("_version"), self._tensors)]
 
 
 def can_compile(backbone: Any) -> bool:

@@ -99,10 +99,6 @@ class Prepacked:
             self.bias = torch.cat(biases) if biases else None
         self._state = self._look(linears)
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copied or pickled layer goes without: torch copies no tensor in oneDNN's layout."""
-        return type(None), ()
-
     @staticmethod
     def _look(linears: tuple[nn.Linear, ...]) -> list[tuple[int, int]]:
         tensors = [tensor for each in linears for tensor in (each.weight, each.bias) if tensor is not None]

@@ -107,5 +107,5 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     gathered[me] = rows
     if rows.requires_grad and torch.is_grad_enabled():
         gathered[me] = rows.view_as(rows)
-        gathered[me].register_hook(lambda gradient: gradient * world)  # type: ignore[no-untyped-call]
+        gathered[me].register_hook(lambda gradient: gradient * world)
     return torch.cat(gathered)

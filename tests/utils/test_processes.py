@@ -32,10 +32,10 @@ def test_two_processes(tmp_path: Path) -> None:
         assert (found["rank"], found["world"], found["main"]) == (rank, 2, rank == 0)
         assert found["calls"] == ([0] if rank == 0 else []) and found["value"] == {"from": 0}
         assert found["objects"] == [["of", 0], ["of", 1]]
-        for scaled, factor in (("True", 2), ("False", 1)):
-            everything, gradient = found["gathered"][scaled]
+        for sizes_known in ("True", "False"):
+            everything, gradient = found["gathered"][sizes_known]
             assert everything == rows[0] + rows[1]
-            assert gradient == [[2 * factor * value for value in row] for row in rows[rank]]
+            assert gradient == [[2 * 2 * value for value in row] for row in rows[rank]]  # times the world size
 
 
 def test_alone_every_function_is_the_identity() -> None:

@@ -22,7 +22,7 @@ def gathered() -> dict[str, object]:
         rows.grad = None
         everything = all_gather_rows(rows, sizes)
         (everything**2).sum().backward()
-        found[str(sizes is None)] = [everything.tolist(), rows.grad.tolist()]
+        found[str(sizes is not None)] = [everything.tolist(), rows.grad.tolist()]
     return found
 
 
