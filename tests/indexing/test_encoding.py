@@ -275,6 +275,26 @@ def test_one_process_at_a_time(encoder: TextEncoder, files: list[Path], tmp_path
     assert names(folder) == ["docid", "index", "manifest.json"]
 
 
+def test_the_lock_is_held_until_the_index_is_made(
+    encoder: TextEncoder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tried = tmp_path / "out", []
+
+    def trying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(store: ShardStore, *content: Any) -> Any:
+            with pytest.raises(UsageError, match="another process"), exclusive(folder / LOCK, folder):
+                pass
+            tried.append(real.__name__)
+            return real(store, *content)
+
+        return call
+
+    for method in ("write", "digests", "remove"):
+        monkeypatch.setattr(ShardStore, method, trying(getattr(ShardStore, method)))
+    build_index(encoder, files, folder, "ko", OPTIONS)
+    assert tried == ["write"] * 5 + ["digests"] * 5 + ["remove"]
+
+
 def test_files_of_others_stay_where_they_are(encoder: TextEncoder, files: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     foreign = ["index.html", "index.html.json", ".notes.tmp", "photo.txt"]

@@ -122,6 +122,12 @@ def test_shards_without_a_manifest_never_count(tmp_path: Path) -> None:
     assert sorted(path.name for path in store.folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [4, 4]), (9, [4, 4, 1]), (1, [1]), (4, [4])])
+def test_there_are_as_many_shards_as_it_takes(tmp_path: Path, rows: int, sizes: list[int]) -> None:
+    store = ShardStore.create(tmp_path / "shards", {}, rows, 2, 4)
+    assert [stop - start for start, stop in map(store.span, range(len(store)))] == sizes
+
+
 def test_only_files_of_the_store_are_removed(tmp_path: Path) -> None:
     store = fill(tmp_path, random_vectors(9, 4), 4)
     foreign = ["photo.txt", "shard-000003.f32", "shard-notes.json", ".notes.tmp"]
