@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 
@@ -22,6 +21,7 @@ from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.encoding import LOCK, build_index
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.retrieval import approximate
 from FlagEmbedding.retrieval.approximate import load_or_build
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.retrieval.shards import ShardStore
@@ -347,10 +347,18 @@ def test_an_approximate_index_of_another_program_is_never_written_over(
             load_or_build(index, "HNSW8")
         assert (tmp_path / "out" / name).read_text() == "theirs"
         (tmp_path / "out" / name).unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            load_or_build(index, "HNSW8")
+    real, calls = approximate.write_json_atomic, []
+
+    def ending(*content: Any) -> None:
+        calls.append(content)
+        if len(calls) == 2:  # the index is there, its record is not yet
+            raise KeyboardInterrupt
+        real(*content)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(approximate, "write_json_atomic", ending)
+        load_or_build(index, "HNSW8")
+    assert (tmp_path / "out" / "index.HNSW8").exists()
     assert load_or_build(index, "HNSW8").ntotal == 18  # what a kill left is known as ours
 
 
