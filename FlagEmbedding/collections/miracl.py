@@ -2,7 +2,7 @@
 
 Layout, the hub's own (datasets ``miracl/miracl-corpus`` and ``miracl/miracl``) and the same below ``data_dir``:
 
-    miracl-corpus-v1.0-{lang}/docs-{n}.jsonl.gz                      {"docid", "title", "text"} a line
+    miracl-corpus-v1.0-{lang}/docs-{n}.jsonl.gz                      {"docid", "title", "text"} per line
     miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-{split}.tsv  qid, tab, query
     miracl-v1.0-{lang}/qrels/qrels.miracl-v1.0-{lang}-{split}.tsv    qid Q0 docid grade
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.collections.corpus import Passage, passage_text, stream, survey
+from FlagEmbedding.collections.corpus import Passage, passage_text, read_file, stream, survey
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import fingerprints
 
@@ -123,3 +124,55 @@ def test_fingerprints_follow_the_bytes(files: list[Path]) -> None:
     after = fingerprints(files)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
     assert before[0]["name"] == "docs-0.jsonl.gz"
+
+
+def test_the_survey_hashes_what_it_reads(files: list[Path]) -> None:
+    survey(files)
+    by_survey = fingerprints(files)
+    assert [found["sha256"] for found in by_survey] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"docid": "a\\ud800", "text": "x"}', ":2: 'docid' holds half a surrogate pair"),
+        ('{"docid": "a", "text": "x\\udfff"}', ":2: 'text' holds half a surrogate pair"),
+        ('{"docid": "a", "title": "\\ud83d", "text": "x"}', ":2: 'title' holds half a surrogate pair"),
+        ("[" * 100_000 + "]" * 100_000, r":2: not a line of JSON \(nested too deeply"),
+        ('{"docid": "a", "title": 1, "text": "x"}', ":2: expected a string as 'title', found int"),
+        ('{"docid": "", "text": "x"}', ":2: a docid is one word"),
+        ('{"docid": "a\u3000b", "text": "x"}', ":2: a docid is one word"),
+    ],
+)
+def test_texts_that_could_not_be_written_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "docs-0.jsonl"
+    path.write_text(json.dumps(passage(1)) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=f"docs-0.jsonl{message}") as caught:
+        survey([path])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_pair_a_byte_order_mark_and_a_missing_title_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "docs-0.jsonl"
+    path.write_text('\ufeff{"docid": "a", "text": "\\ud83d\\ude00"}\n', encoding="utf-8")
+    assert [(p.docid, p.title, p.text) for p in read_file(path)] == [("a", "", "\U0001f600")]
+
+
+def test_many_docids_that_all_differ_and_one_that_does_not(tmp_path: Path) -> None:
+    # More than one per bucket of hashes, and a repeat whose first place is in another file.
+    rows = [passage(i) for i in range(500)]
+    first = write(tmp_path / "docs-0.jsonl.gz", rows)
+    assert survey([first]).total == 500
+    second = write(tmp_path / "docs-1.jsonl.gz", [passage(1_000), passage(321)])
+    with pytest.raises(DataError, match=r"docs-1.jsonl.gz:2: docid '321#0' was there before, at .*docs-0.jsonl.gz:322"):
+        survey([first, second])
+
+
+def test_an_empty_file_between_others(tmp_path: Path) -> None:
+    parts = ([passage(1)], [], [passage(2), passage(3)])
+    paths = [write(tmp_path / f"docs-{i}.jsonl.gz", list(part)) for i, part in enumerate(parts)]
+    assert survey(paths).passages == [1, 0, 2]
+    assert [[p.docid for p in window] for window in stream(paths, [1, 0, 2], [(0, 2), (2, 3)])] == [
+        ["1#0", "2#0"],
+        ["3#0"],
+    ]

@@ -77,3 +77,42 @@ def test_broken_topics_name_file_and_line(tmp_path: Path, content: str, message:
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_topics(path)
+
+
+def test_only_files_of_the_published_layout_are_the_corpus(tmp_path: Path) -> None:
+    folder = "miracl-corpus-v1.0-ko"
+    others = ["old_docs-1.jsonl", "._docs-0.jsonl", "docs-1.jsonl.gz.bak", "docs-x.jsonl", "docs-2.json", "README.md"]
+    touch(tmp_path, f"{folder}/docs-0.jsonl.gz", f"{folder}/docs-1.jsonl", *(f"{folder}/{name}" for name in others))
+    assert [path.name for path in miracl.corpus_files("ko", tmp_path)] == ["docs-0.jsonl.gz", "docs-1.jsonl"]
+    touch(tmp_path, "miracl-corpus-v1.0-fa/docs.jsonl")
+    with pytest.raises(DataError, match=r"expected docs-0.jsonl.gz"):
+        miracl.corpus_files("fa", tmp_path)
+
+
+def test_topics_and_qrels_of_every_split(tmp_path: Path) -> None:
+    for split in ("dev", "train"):
+        for kind, find in (("topics", miracl.topics_file), ("qrels", miracl.qrels_file)):
+            name = f"miracl-v1.0-ko/{kind}/{kind}.miracl-v1.0-ko-{split}.tsv"
+            touch(tmp_path, name)
+            assert find("ko", split, tmp_path) == tmp_path / name
+    with pytest.raises(DataError, match=r"topics.miracl-v1.0-ko-testA.tsv: not in --data_dir .* wants its terms"):
+        miracl.topics_file("ko", "testA", tmp_path, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"or give a folder of the same layout with --data_dir$"):
+        miracl.corpus_files("ko", cache_dir=str(tmp_path / "cache"))
+
+
+def test_the_cache_of_the_hub_is_asked_when_the_folder_has_nothing(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "datasets--miracl--miracl-corpus"
+    touch(cache, "snapshots/abc/miracl-corpus-v1.0-yo/docs-0.jsonl.gz")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    (tmp_path / "data").mkdir()
+    for data_dir in (None, tmp_path / "data"):
+        (found,) = miracl.corpus_files("yo", data_dir, cache_dir=str(tmp_path / "cache"))
+        assert found == cache / "snapshots/abc/miracl-corpus-v1.0-yo/docs-0.jsonl.gz"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_query(tmp_path: Path) -> None:
+    path = tmp_path / "topics.tsv"
+    path.write_text("\ufeff1\tone \r\n\n2\t two\tmore\n", encoding="utf-8")
+    assert read_topics(path) == {"1": "one", "2": "two\tmore"}

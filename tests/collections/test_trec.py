@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.collections.trec import find_qrels, qrels_names, ranking, read_qrels, read_run
+from FlagEmbedding.collections.trec import find_qrels, qrels_names, ranking, read_qrels, read_run, relevant, write_run
 from FlagEmbedding.utils.errors import DataError
 
 
@@ -51,6 +51,10 @@ def test_a_broken_run_is_refused_with_its_line(tmp_path: Path, content: str, lin
         ("query-id\tcorpus-id\tscore\nq\td\t1\n", ":1", "3 columns"),
         ("q 0 d yes\n", ":1", "'yes'"),
         ("q 0 d 1.5\n", ":1", "'1.5'"),
+        ("q 0 d 1\nq 0 e \u00b2\n", ":2", "'\u00b2'"),
+        ("q 0 d 1_0\n", ":1", "'1_0'"),
+        (f"q 0 d {10**29}\n", ":1", "whole number of at most 9 digits"),
+        ("q 0 d 1234567890\n", ":1", "whole number of at most 9 digits"),
         ("q 0 d 1\nq 0 d 0\n", ":2", "twice"),
         ("", "", "empty"),
         ("q 0 d 0\nr 0 d 0\n", "", "no grade above 0"),
@@ -103,3 +107,38 @@ def test_qrels_are_found_by_every_known_name(tmp_path: Path) -> None:
     assert find_qrels(tmp_path / published, "fa") == tmp_path / published
     with pytest.raises(DataError, match="one file for several languages"):
         find_qrels(tmp_path / published, "fa", only_language=False)
+
+
+def test_qrels_of_beir_only_where_they_are_expected(tmp_path: Path) -> None:
+    path = tmp_path / "test.tsv"
+    path.write_text("query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t-1\n", encoding="utf-8")
+    assert read_qrels(path, beir=True) == {"q": {"d": 1, "e": -1}}
+    path.write_text("q d score\nq\td\t1\nquery-id\tcorpus-id\tscore\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"test.tsv:3: expected a whole number .* \(column 3\), found 'score'"):
+        read_qrels(path, beir=True)
+    path.write_text("q 0 d 999999999\nq 0 e +2\n", encoding="utf-8")
+    assert read_qrels(path, beir=True) == {"q": {"d": 999_999_999, "e": 2}}
+
+
+def test_relevant_is_what_is_judged_above_zero_in_file_order() -> None:
+    assert relevant({"c": 1, "a": 0, "b": 3, "d": -1}) == ["c", "b"]
+
+
+def test_a_run_is_written_as_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "ko.txt"
+    found = [("q2", [("d1", 0.5), ("d#2", 0.1234567)]), ("q1", [("d1", -1.0)]), ("empty", [])]
+    write_run(path, found)
+    assert path.read_text() == ("q2 Q0 d1 1 0.500000 Faiss\nq2 Q0 d#2 2 0.123457 Faiss\nq1 Q0 d1 1 -1.000000 Faiss\n")
+    assert read_run(path) == {"q2": {"d1": 0.5, "d#2": 0.123457}, "q1": {"d1": -1.0}}
+    write_run(path, [("q", [("d", 1.0)])], tag="mine")
+    assert path.read_text() == "q Q0 d 1 1.000000 mine\n"
+
+
+def test_a_long_line_is_cut_in_the_message(tmp_path: Path) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text("x" * 500)
+    with pytest.raises(DataError, match=f"found 1 columns in '{'x' * 57}\\.\\.\\.'$"):
+        read_run(path)
+    path.write_text("y" * 60)
+    with pytest.raises(DataError, match=f"found 1 columns in '{'y' * 60}'$"):
+        read_run(path)

@@ -152,7 +152,7 @@ def test_tokens_are_the_engines(full_tokenizer: Tokenizer) -> None:
         assert len(full_tokenizer.encode(f"passage: {text}").ids) == engine.token_count(text)
 
 
-def test_normalisation(full_tokenizer: Tokenizer) -> None:
+def test_normalization(full_tokenizer: Tokenizer) -> None:
     def pieces(text: str) -> list[str]:
         return full_tokenizer.encode(text, add_special_tokens=False).tokens
 

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,60 @@ def test_what_was_begun_with_other_arguments_is_refused_or_thrown_away(
     assert len(list((folder / "shards").glob("*.f32"))) == 2
     build_index(encoder, files, folder, "ko", AGAIN)
     assert contents(folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_size": 5}, "shard_size: 4 there, 5 here"),
+        ({"with_title": True}, "with_title: false there, true here"),
+        ({"passage_instruction_for_retrieval": "p: "}, "passage_instruction: null there, p:  here"),
+        ({"max_passage_length": 31}, "max_passage_length: 32 there, 31 here"),
+    ],
+)
+def test_whatever_decides_the_vectors_is_compared(
+    encoder: TextEncoder, files: list[Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder, other = tmp_path / "out", replace(OPTIONS, **change)
+    with ended_by("write", 1):
+        build_index(encoder, files, folder, "ko", OPTIONS)
+    with pytest.raises(UsageError, match=rf"shards/manifest.json does not fit this command: {message}\. Give"):
+        build_index(encoder, files, folder, "ko", other)
+    build_index(encoder, files, folder, "ko", OPTIONS)
+    with pytest.raises(UsageError, match=rf"out/manifest.json does not fit this command: {message}\. Give"):
+        build_index(encoder, files, folder, "ko", other)
+
+
+def test_another_encoder_language_or_corpus_is_refused(
+    encoder: TextEncoder, files: list[Path], tmp_path: Path, tiny_moe_dir: Path
+) -> None:
+    folder = tmp_path / "out"
+    build_index(encoder, files, folder, "ko", OPTIONS)
+    with pytest.raises(UsageError, match="language: ko there, fa here"):
+        build_index(encoder, files, folder, "fa", OPTIONS)
+    with pytest.raises(UsageError, match="corpus: "):
+        build_index(encoder, files[:1], folder, "ko", OPTIONS)
+    with pytest.raises(UsageError, match="model: "):
+        build_index(TextEncoder(EncoderArguments(encoder=str(tiny_moe_dir))), files, folder, "ko", OPTIONS)
+    assert names(folder) == ["docid", "index", "manifest.json"]
+
+
+def test_overwrite_goes_on_with_its_own_work_and_not_with_what_was_finished(
+    encoder: TextEncoder, files: list[Path], tmp_path: Path, whole: tuple[bytes, bytes]
+) -> None:
+    folder = tmp_path / "out"
+    build_index(encoder, files, folder, "ko", OPTIONS)
+    with ended_by("write", 3):
+        build_index(encoder, files, folder, "ko", AGAIN)
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "shards").glob("*.f32")}
+    with ended_by("remove", 0):  # joined, and the shards are left
+        build_index(encoder, files, folder, "ko", AGAIN)
+    assert len(kept) == 3 and {path: path.stat().st_mtime_ns for path in kept} == kept
+    with ended_by("write", 1):  # what is left was finished: all is encoded again
+        build_index(encoder, files, folder, "ko", AGAIN)
+    assert len(list((folder / "shards").glob("*.f32"))) == 1
+    build_index(encoder, files, folder, "ko", AGAIN)
+    assert contents(folder) == whole and names(folder) == ["docid", "index", "manifest.json"]
 
 
 def test_every_rank_encodes_its_share(

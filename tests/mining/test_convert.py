@@ -90,6 +90,16 @@ def test_beir_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert read(tmp_path / "out.jsonl") == expected
 
 
+def test_a_positive_in_another_spelling_is_no_negative(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "beir")
+    with (folder / "corpus.jsonl").open("a") as stream:
+        stream.write('{"_id": "e", "text": "TEXT  0"}\n')
+    with (folder / "qrels/train.tsv").open("a") as stream:
+        stream.write("q0\te\t0\n")
+    assert run(convert, "--format", "beir", "--input", folder, "--output_file", tmp_path / "out.jsonl") == 0
+    assert read(tmp_path / "out.jsonl")[0] == {"query": "query 0", "pos": ["text 0", "T1 text 1"], "neg": ["T2 text 2"]}
+
+
 def test_triples_in_every_form(tmp_path: Path) -> None:
     names = ("anchor", "positive", "negative")
     triplets = [dict(zip(names, texts, strict=True)) for texts in ("aPN", "aPM", "aNL", "bQN")]
@@ -102,6 +112,9 @@ def test_triples_in_every_form(tmp_path: Path) -> None:
             {"query": "a", "pos": ["P"], "neg": ["N", "M"], "pos_scores": [0.9], "neg_scores": [0.5, 0.25]}]),
         "pairs.jsonl": ([{"anchor": "a", "passage": "P", "label": 1}, {"anchor": "a", "passage": "N", "label": 0}], [
             {"query": "a", "pos": ["P"], "neg": ["N"]}]),
+        # A query whose lines have not all scores has none.
+        "some.jsonl": ([{"q": "a", "p": "P", "n": "N", "score": [0.9, 0.5]}, {"q": "a", "p": "P", "n": "M"}], [
+            {"query": "a", "pos": ["P"], "neg": ["N", "M"]}]),
         "lists.jsonl": ([{"query": "a", "pos": ["P", "O"], "neg": ["N", "M"]}], [
             {"query": "a", "pos": ["P", "O"], "neg": ["N", "M"]}]),
     }  # fmt: skip
@@ -170,7 +183,10 @@ def test_broken_judgments_are_named_by_line(tmp_path: Path, capsys: pytest.Captu
     folder = beir(tmp_path / "beir")
     (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\tyes\n")
     assert run(convert, "--format", "beir", "--input", folder, "--output_file", tmp_path / "out.jsonl") == 2
-    assert "train.tsv:2: expected a whole number as grade (column 3), found 'yes'" in capsys.readouterr().err
+    assert (
+        "train.tsv:2: expected a whole number of at most 9 digits as grade (column 3), found 'yes'"
+        in capsys.readouterr().err
+    )
     assert run(convert, "--format", "beir", "--input", tmp_path, "--output_file", tmp_path / "out.jsonl") == 2
     assert "expected a BEIR folder" in capsys.readouterr().err
 

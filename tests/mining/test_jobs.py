@@ -103,7 +103,7 @@ def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> 
         job.add([{"i": 0}])
         assert output.read_text() == "mine\n"  # until the job is finished
         job.finish()
-    assert output.read_text() == '{"i": 0}\n'
+    assert output.read_text() == '{"i": 0}\n' and os.listdir(tmp_path) == ["out.jsonl"]
 
 
 def test_two_processes_cannot_share_a_journal(tmp_path: Path) -> None:

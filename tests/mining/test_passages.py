@@ -28,9 +28,12 @@ def test_negatives_keep_all_their_queries_wherever_they_stand() -> None:
     assert written(queries) == ["", "", ["a", "b"], "c"]
 
 
-@pytest.mark.parametrize("changed", [{"query": "x"}, {"pos": ["x"]}, {"neg": ["x"]}, {"pos": ["n"], "neg": ["p"]}])
+@pytest.mark.parametrize(
+    "changed", [{"query": "x"}, {"pos": ["x"]}, {"neg": ["x"]}, {"pos": ["n", "m"], "neg": ["p", "o"]}]
+)
 def test_rows_of_another_query_or_other_passages_are_others(changed: dict) -> None:
-    row = {"query": "q", "pos": ["p"], "neg": ["n"]}
+    row = {"query": "q", "pos": ["p", "o"], "neg": ["n", "m"]}
+    assert row_key(TrainRecord(**row)) == row_key(TrainRecord("q", ["o", "p"], ["M", "N"]))
     assert row_key(TrainRecord(**row)) == row_key(TrainRecord(**{**row, "query": "Q "}))
     assert row_key(TrainRecord(**row)) != row_key(TrainRecord(**{**row, **changed}))
 

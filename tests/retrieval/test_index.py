@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from FlagEmbedding.retrieval.index import DocIds, FlatIndex, assemble_index, index_folder, index_name
-from FlagEmbedding.retrieval.shards import ShardStore
+from FlagEmbedding.retrieval.searcher import search
+from FlagEmbedding.retrieval.shards import ShardStore, clear_disk_errors
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 
@@ -206,3 +208,101 @@ def test_the_manifest_tells_what_it_is(tmp_path: Path) -> None:
     for name in ("index", "docid"):
         digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
         assert manifest["files"][name]["sha256"] == digest
+
+
+def test_docids_in_another_order_are_refused(tmp_path: Path) -> None:
+    assemble_index(fill(tmp_path, random_vectors(9, 4), 4), tmp_path)
+    ids = (tmp_path / "docid").read_text().splitlines()
+    (tmp_path / "docid").write_text("\n".join(reversed(ids)) + "\n")
+    with pytest.raises(DataError, match=r"docid is not the file that manifest.json beside it lists"):
+        FlatIndex(tmp_path)
+
+
+def test_vectors_of_another_index_are_refused_before_any_hit(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        store = fill(tmp_path / name, random_vectors(9, 4, seed), 4)
+        assemble_index(store, tmp_path / name)
+    for name in ("docid", "manifest.json"):
+        (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
+    index = FlatIndex(tmp_path / "b")
+    for _ in range(2):  # refused every time, not only the first
+        with pytest.raises(DataError, match=r"index is not the file that manifest.json beside it lists"):
+            list(index.blocks(2))
+    with pytest.raises(DataError, match=r"index is not the file"):
+        search(index, random_vectors(2, 4), 3)
+    sound = FlatIndex(tmp_path / "a")
+    assert len(list(sound.blocks(2))) == len(list(sound.blocks(2))) == 5
+
+
+def foreign(folder: Path, vectors: np.ndarray, docids: bytes) -> Path:
+    """An index of another program: no manifest."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    faiss.write_index(index, str(folder / "index"))
+    (folder / "docid").write_bytes(docids)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("docids", "message"),
+    [
+        (b"a\n\nc\n", "docid:2: expected one word as docid, found ''"),
+        (b"a\nb c\nd\n", "docid:2: expected one word as docid, found 'b c'"),
+        (b"a\nb\na\n", "docid:3: 'a' was there before, in line 1"),
+        (b"a\n\xe9\nc\n", "docid:2: not UTF-8 text"),
+    ],
+)
+def test_ids_of_another_program_must_be_ids(tmp_path: Path, docids: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        FlatIndex(foreign(tmp_path, random_vectors(3, 4), docids))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_of_another_program_must_be_finite(tmp_path: Path, value: float) -> None:
+    vectors = random_vectors(5, 4)
+    foreign(tmp_path, vectors, b"a\nb\nc\nd\ne\n")
+    assert {hit.row for hit in search(FlatIndex(tmp_path), vectors[2:3], 5)[0]} == {0, 1, 2, 3, 4}
+    vectors[3, 1] = value
+    foreign(tmp_path, vectors, b"a\nb\nc\nd\ne\n")
+    with pytest.raises(DataError, match="the vector of 'd' is not finite"):
+        search(FlatIndex(tmp_path), random_vectors(1, 4), 2, block_rows=2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"identity": 1}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_one_line(tmp_path: Path, content: str) -> None:
+    assemble_index(fill(tmp_path, random_vectors(3, 2), 2), tmp_path)
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest.json: .* move it away to start again") as caught:
+        FlatIndex(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_encoder_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    identity = {"model": "a", "pooling": "cls", "normalize_embeddings": True, "dimension": 2, "with_title": False}
+    assemble_index(fill(tmp_path, random_vectors(3, 2), 2, identity), tmp_path)
+    index = FlatIndex(tmp_path)
+    index.check_encoder({**identity, "with_title": True, "dtype": "bf16"}, "hint")
+    for key, other in (("model", "b"), ("pooling", "mean"), ("normalize_embeddings", False), ("dimension", 3)):
+        with pytest.raises(UsageError, match=rf"was made by another encoder \({key}: .*\): do this"):
+            index.check_encoder({**identity, key: other}, "do this")
+    (tmp_path / "manifest.json").unlink()
+    FlatIndex(tmp_path).check_encoder({**identity, "model": "b"}, "hint")
+    assert "taken on trust" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_from_other_faults(number: int) -> None:
+    with pytest.raises(DataError, match="disk full while writing x"), clear_disk_errors("writing x"):
+        raise OSError(number, os.strerror(number), "x")
+
+
+def test_other_faults_of_a_disk_are_one_line() -> None:
+    for number, what in (
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "no permission"),
+        (errno.EIO, "the disk failed"),
+    ):
+        with pytest.raises(DataError, match=rf"{what} while writing x: .*: there"), clear_disk_errors("writing x"):
+            raise OSError(number, os.strerror(number), "there")
+    with pytest.raises(BrokenPipeError), clear_disk_errors("writing x"):
+        raise BrokenPipeError

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from FlagEmbedding.retrieval.approximate import load_or_build, recall, search_approximate
+from FlagEmbedding.retrieval.approximate import SearchEffort, load_or_build, recall, search_approximate
 from FlagEmbedding.retrieval.index import FlatIndex, assemble_index
-from FlagEmbedding.retrieval.searcher import search
+from FlagEmbedding.retrieval.searcher import search, torch_threads
 from FlagEmbedding.retrieval.shards import ShardStore
 from FlagEmbedding.utils.errors import DataError, UsageError
 
@@ -90,7 +91,7 @@ def test_approximate_search_by_factory_string(tmp_path: Path, index_type: str) -
     found, seconds = search_approximate(index, queries, 10, index_type)
     assert seconds > 0
     share = recall(found, exact)
-    # A quantiser of four bits loses much on random vectors; everything else must find nearly all.
+    # A quantizer of four bits loses much on random vectors; everything else must find nearly all.
     assert share > (0.3 if "PQ" in index_type else 0.9)
     if index_type == "Flat":
         assert [[hit.docid for hit in hits] for hits in found] == [[hit.docid for hit in hits] for hits in exact]
@@ -119,6 +120,59 @@ def test_recall_by_hand(tmp_path: Path) -> None:
     index = make_index(tmp_path, unit(8, 4, 1), list("abcdefgh"))
     exact = search(index, unit(2, 4, 2), 4)
     assert recall([exact[0][:3], exact[1]], exact) == pytest.approx((0.75 + 1) / 2)
+
+
+def test_an_approximate_index_is_taken_from_disk_only_when_it_is_of_this_type(tmp_path: Path) -> None:
+    index = make_index(tmp_path, unit(60, 8, 1), [str(i) for i in range(60)])
+    load_or_build(index, "HNSW8")
+    assert type(load_or_build(index, "SQ8")) is not type(load_or_build(index, "HNSW8"))
+    assert json.loads((tmp_path / "index.SQ8.json").read_text()) == {
+        "index_type": "SQ8",
+        "index_sha256": index.checksum(),
+    }
+
+
+def test_effort_reaches_the_index(tmp_path: Path) -> None:
+    index = make_index(tmp_path, unit(600, 16, 1), [str(i) for i in range(600)])
+    queries = unit(20, 16, 2)
+    exact = search(index, queries, 10)
+
+    def found(index_type: str, **effort: int) -> float:
+        return recall(search_approximate(index, queries, 10, index_type, effort=SearchEffort(**effort))[0], exact)
+
+    assert found("IVF16,Flat", n_probe=1) < 0.7 < 0.999 < found("IVF16,Flat", n_probe=16)
+    assert found("HNSW4", ef_search=10) < found("HNSW4", ef_search=600)
+
+
+def test_fewer_passages_than_asked_and_no_empty_places(tmp_path: Path) -> None:
+    index = make_index(tmp_path, unit(12, 8, 1), [f"d{i:02d}" for i in range(12)])
+    for hits in (search(index, unit(2, 8, 2), 50), search_approximate(index, unit(2, 8, 2), 50, "Flat")[0]):
+        assert [len({hit.docid for hit in row}) for row in hits] == [12, 12]
+    # One list of an IVF index is looked at: faiss fills the places that it has nothing for with -1.
+    few, _ = search_approximate(index, unit(1, 8, 2), 12, "IVF3,Flat", effort=SearchEffort(n_probe=1))
+    assert 0 < len(few[0]) < 12 and all(hit.row >= 0 for hit in few[0])
+
+
+def test_longer_vectors_have_wider_ties(tmp_path: Path) -> None:
+    # Scores about 4,000, where float32 is off by more than 1e-4: the cut must not lose the right passage.
+    vectors = unit(300, 32, 1) * 64
+    vectors[100:] = vectors[:1] + np.random.default_rng(0).normal(0, 1e-6, (200, 32)).astype(np.float32)
+    queries = (vectors[:1] + unit(3, 32, 3)).astype(np.float32)
+    docids = [f"d{i}" for i in range(300)]
+    index = make_index(tmp_path, vectors, docids)
+    for block_rows in (7, 300):
+        for query, hits in zip(queries, search(index, queries, 9, block_rows=block_rows), strict=True):
+            assert [(hit.docid, hit.score) for hit in hits] == reference(vectors, docids, query, 9)
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with torch_threads(0):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.gpu

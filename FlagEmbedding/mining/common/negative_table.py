@@ -140,17 +140,14 @@ class NegativeTable:
 
     def rejections(self) -> Iterator[tuple[int, str, str]]:
         """``(attempt, reason, number)`` counts, and through :meth:`listed` the passages behind them."""
-        yield from self._db.execute(
-            "SELECT attempt, reason, COUNT(*) FROM rejected GROUP BY attempt, reason ORDER BY attempt, reason"
-        )
+        counts = "SELECT attempt, reason, COUNT(*) FROM rejected GROUP BY attempt, reason ORDER BY attempt, reason"
+        yield from self._db.execute(counts)
 
     def listed(self) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
         """Every passage left without a query, with ``(attempt, query, reason)`` of each rejected one."""
+        tried = "SELECT attempt, query, reason FROM rejected WHERE id = ? ORDER BY attempt, rowid"
         for item in self.waiting():
-            tried = self._db.execute(
-                "SELECT attempt, query, reason FROM rejected WHERE id = ? ORDER BY attempt, rowid", (item.id,)
-            )
-            yield item.passage, tried.fetchall()
+            yield item.passage, self._db.execute(tried, (item.id,)).fetchall()
 
     def close(self) -> None:
         """Delete the file."""
