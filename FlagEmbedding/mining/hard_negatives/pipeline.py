@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from FlagEmbedding.collections import miracl
 from FlagEmbedding.mining.common.index import Corpus, named_corpus, open_retriever
 from FlagEmbedding.mining.common.jobs import Job, check_output, chunks, progress, work_folder
@@ -38,7 +40,8 @@ def mine_into(
     """Mine for every item that ``job`` has not finished, chunk by chunk; ``row_of`` makes the row (None: no row)."""
     # The chunk in which an earlier run stopped is searched again as a whole, so that its scores are the same.
     start = job.done // chunk_size * chunk_size if job.done < len(items) else len(items)
-    with progress("hard negatives", total=len(items), done=job.done) as bar:
+    bar: tqdm[Any] = progress("hard negatives", total=len(items), done=job.done)
+    with bar:
         for chunk in chunks(islice(items, start, None), chunk_size):
             for mined in miner.mine(chunk, skip=job.done - start):
                 row = row_of(mined)
@@ -54,7 +57,8 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
     check_output(output.path, output.overwrite)
     rows = None if given.language else TrainingRows(data_files(given.input_file))
     with work_folder(output.path) as work:
-        corpus, retriever = _corpus(given, options.encoder.cache_dir, rows, work), None
+        corpus = _corpus(given, options.encoder.cache_dir, rows, work)
+        retriever = None
         if options.sampling.random_negatives:
             store = PassageStore.prepare(corpus.files, work, bool(options.search.with_title))
         else:
