@@ -185,6 +185,25 @@ def test_experts_of_odd_widths_take_another_way(tmp_path: Path, width: int) -> N
     assert bool(found.waits) == (width == 52)
 
 
+def test_frozen_weights_are_cast_once(folder: Path) -> None:
+    """Not for every slab again: what is cast per step does not grow with the number of slabs."""
+    casts = {}
+    for slab_tokens in (SEVERAL_SLABS, ONE_SLAB):
+        step = Step(dtype=torch.bfloat16, only_train="output", slab_tokens=slab_tokens)
+        model, batch = prepare(folder, step)
+        frozen = {each.data_ptr() for each in model.parameters() if not each.requires_grad and each.dim() == 2}
+        with PretendedDevice() as device:
+            move(model)
+            there = {name: value.pin_memory().to(device.device, non_blocking=True) for name, value in batch.items()}
+            for number in range(2):
+                device.casts.clear()
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    model(**there)
+                casts[slab_tokens, number] = sum(pointer in frozen for pointer in device.casts)
+    assert casts[SEVERAL_SLABS, 0] == casts[ONE_SLAB, 0] > 0
+    assert casts[SEVERAL_SLABS, 1] == casts[ONE_SLAB, 1] == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("moe", [None, "intermediate"])
