@@ -69,7 +69,7 @@ def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
         grade = int(text)
         if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
             raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice, with different grades")
-        # -1 and -2 stand for passages that were not pooled. Of huge grades trec_eval makes an nDCG of 0 beside an MRR of 1.
+        # -1 and -2 say that a passage was not pooled. Of huge grades trec_eval makes an nDCG of 0 beside an MRR of 1.
         if not -2 <= grade <= 1000:
             raise DataError(f"{path}:{number}: expected a grade of -2 to 1000, found {_short(text)}")
     if not qrels:
