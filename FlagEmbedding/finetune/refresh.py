@@ -130,8 +130,8 @@ def refresh_settings(arguments: Arguments) -> RefreshSettings:
         passage_length=data.passage_max_len,
         query_instruction=data.query_instruction_for_retrieval,
         passage_instruction=data.passage_instruction_for_retrieval,
-        pooling=arguments.model.sentence_pooling_method,
-        normalize=arguments.model.normalize_embeddings,
+        pooling=arguments.model.sentence_pooling_method or "cls",
+        normalize=arguments.model.normalize_embeddings is not False,
         dtype=arguments.training.dtype_name,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import set_seed
@@ -23,6 +23,7 @@ from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.modeling.interchange import Instructions, choose
+from FlagEmbedding.modeling.options import Pooling
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.logging import get_logger
@@ -80,7 +81,8 @@ def as_the_model_says(arguments: Arguments, model: BiEncoder) -> Arguments:
             logger.info("%s says what stands before each %s: %r", name, role, stored)
     data = replace(data, **changes)
     model.instructions = Instructions(data.query_instruction_for_retrieval, data.passage_instruction_for_retrieval)
-    vectors = replace(arguments.model, sentence_pooling_method=model.pooling, normalize_embeddings=model.normalize)
+    pooling = cast(Pooling, model.pooling)
+    vectors = replace(arguments.model, sentence_pooling_method=pooling, normalize_embeddings=model.normalize)
     return replace(arguments, data=data, model=vectors)
 
 

@@ -72,7 +72,7 @@ def try_out(backbone: PreTrainedModel, packed: bool = True) -> Family:
     """
     name, device = type(backbone).__name__, next(backbone.parameters()).device
     training = backbone.training
-    backbone.eval()
+    backbone.train(False)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             return _try_out(backbone, name, _sequences(backbone, device), packed)

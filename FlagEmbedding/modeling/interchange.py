@@ -102,13 +102,15 @@ def _pooling(folder: Path) -> str:
     if said is None:
         raise DataError(f"{folder} lacks the config.json that says how vectors are pooled")
     if "pooling_mode" in said:
-        modes = [said["pooling_mode"]] if isinstance(said["pooling_mode"], str) else list(said["pooling_mode"])
+        modes: list[Any] = (
+            [said["pooling_mode"]] if isinstance(said["pooling_mode"], str) else list(said["pooling_mode"])
+        )
     else:
         modes = [
             key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on
         ]
     known = {flag: method for method, flag in _POOLING_FLAGS.items()} | {method: method for method in METHODS}
-    methods = [known.get(POOLING_SPELLINGS.get(mode, mode)) for mode in modes]
+    methods: list[str | None] = [known.get(POOLING_SPELLINGS.get(mode, mode)) for mode in modes]
     if len(methods) != 1 or methods[0] is None:
         raise DataError(
             f"{folder}/config.json: pooling by {' and '.join(map(str, modes)) or 'nothing'} is not computed here "
@@ -129,12 +131,12 @@ def _instructions(root: Path) -> Instructions:
     return Instructions(prompts.get("query", default) or None, passage or None)
 
 
-def _json(path: Path, kind: type) -> Any:
+def _json(path: Path, kind: type[Any]) -> Any:
     """The file's content, None where there is no such file."""
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, kind) or (kind is list and not all(isinstance(each, dict) for each in content)):

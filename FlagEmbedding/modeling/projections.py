@@ -67,7 +67,7 @@ def _read_config(folder: Path, width: int) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        found = {"in_features": int(said["in_features"]), "out_features": int(said["out_features"])}
+        found: dict[str, Any] = {"in_features": int(said["in_features"]), "out_features": int(said["out_features"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} does not describe a Dense module: {first_line(error)}") from error
     found |= {"bias": said.get("bias", True), "activation_function": said.get("activation_function") or _NONE}

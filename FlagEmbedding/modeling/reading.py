@@ -34,7 +34,7 @@ def read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: tor
         DataError: weights are missing, left over, or do not fit.
         UsageError: transformers has no such encoder here.
     """
-    base = _encoder_class(config, folder)
+    base: Any = _encoder_class(config, folder)
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
     cls = encoder_with_experts(base, MoELinear) if experts else base
     try:

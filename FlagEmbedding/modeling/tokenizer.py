@@ -59,7 +59,8 @@ def _check_files(tokenizer: Any, folder: Path) -> None:
 
 def _check_size(tokenizer: Any, backbone: PreTrainedModel, folder: Path) -> None:
     try:
-        rows = int(backbone.get_input_embeddings().weight.shape[0])
+        table: Any = backbone.get_input_embeddings()
+        rows = int(table.weight.shape[0])
     except (AttributeError, NotImplementedError):
         return  # an encoder without a table (CANINE hashes code points)
     pieces = len(tokenizer)
