@@ -102,13 +102,15 @@ def _pooling(folder: Path) -> str:
     if said is None:
         raise DataError(f"{folder} lacks the config.json that says how vectors are pooled")
     if "pooling_mode" in said:
-        modes = [said["pooling_mode"]] if isinstance(said["pooling_mode"], str) else list(said["pooling_mode"])
+        modes: list[Any] = (
+            [said["pooling_mode"]] if isinstance(said["pooling_mode"], str) else list(said["pooling_mode"])
+        )
     else:
         modes = [
             key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on
         ]
     known = {flag: method for method, flag in _POOLING_FLAGS.items()} | {method: method for method in METHODS}
-    methods = [known.get(POOLING_SPELLINGS.get(mode, mode)) for mode in modes]
+    methods: list[str | None] = [known.get(POOLING_SPELLINGS.get(mode, mode)) for mode in modes]
     if len(methods) != 1 or methods[0] is None:
         raise DataError(
             f"{folder}/config.json: pooling by {' and '.join(map(str, modes)) or 'nothing'} is not computed here "

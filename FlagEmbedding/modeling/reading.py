@@ -33,7 +33,7 @@ def read_model(folder: Path, config: PreTrainedConfig, experts: bool, dtype: tor
         DataError: weights are missing, left over, or do not fit.
         UsageError: transformers has no such encoder here.
     """
-    base = _encoder_class(config, folder)
+    base: Any = _encoder_class(config, folder)
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(base).parameters else {}
     cls: Any = trainable_class(base) if experts else base
     try:

@@ -164,8 +164,7 @@ def test_broken_weights_are_one_line(tiny_bert_dir: Path) -> None:
     backbone = load_backbone(tiny_bert_dir)
     with torch.no_grad():
         backbone.encoder.layer[0].output.dense.bias[3] = float("nan")
-    with pytest.raises(UsageError, match="BertModel gives states that are not finite"):
-        M3Encoder(backbone)
+    assert try_out(backbone).note == "its states are not finite, the weights may be broken"
 
 
 @pytest.mark.parametrize(
