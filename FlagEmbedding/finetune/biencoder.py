@@ -256,13 +256,16 @@ class BGEM3Model(BiEncoder):
     ) -> None:  # fmt: skip
         config_name, given = (config, None) if isinstance(config, str) else (None, config)
         model = ModelArguments(
-            model_name, config_name, tokenizer_name, cache_dir, fix_position_embedding, fix_encoder,
-            sentence_pooling_method, normalize_embeddings=normlized, colbert_dim=colbert_dim,
+            model_name_or_path=model_name, config_name=config_name, tokenizer_name=tokenizer_name, cache_dir=cache_dir,
+            fix_position_embedding=fix_position_embedding, fix_encoder=fix_encoder,
+            sentence_pooling_method=sentence_pooling_method, normalize_embeddings=normlized, colbert_dim=colbert_dim,
         )  # fmt: skip
         experts = MoEConfig(moe, only_train, num_experts, num_experts_per_tok, router_gradient, router_jitter)
         objective = ObjectiveArguments(
-            penalty_weight, temperature, negatives_cross_device, unified_finetuning,
-            use_self_distill and unified_finetuning, self_distill_start_step, router_aux_loss_coef, router_z_loss_coef,
+            penalty_weight=penalty_weight, temperature=temperature, negatives_cross_device=negatives_cross_device,
+            unified_finetuning=unified_finetuning, use_self_distill=use_self_distill and unified_finetuning,
+            self_distill_start_step=self_distill_start_step, router_aux_loss_coef=router_aux_loss_coef,
+            router_z_loss_coef=router_z_loss_coef,
         )  # fmt: skip
         engine = engine or EngineConfig()
         engine = replace(engine, enable_sub_batch=engine.enable_sub_batch and enable_sub_batch)
