@@ -10,7 +10,7 @@ from torch import nn
 
 from FlagEmbedding.modeling import packed
 from FlagEmbedding.modeling.backbone import load_backbone
-from FlagEmbedding.modeling.linear import apply_linear, linear_add, prepack, side_by_side
+from FlagEmbedding.modeling.linear import KEEPS, apply_linear, linear_add, prepack, side_by_side
 from FlagEmbedding.modeling.moe import MoEConfig
 from FlagEmbedding.modeling.packed import packed_forward, prepack_weights
 from FlagEmbedding.modeling.tokens import TokenBatch
@@ -39,6 +39,41 @@ def test_several_layers_as_one_product(bias: bool) -> None:
     # With gradients the layers themselves are read.
     side_by_side(x, *three).sum().backward()
     assert all(each.weight.grad is not None for each in three)
+
+
+def test_frozen_weights_are_kept_joined_until_they_change() -> None:
+    """What nothing trains is joined once for all slabs of a run; gradients of what it reads are the same."""
+    three, x = layers(3), torch.randn(20, 48, requires_grad=True)
+    for each in three:
+        each.requires_grad_(False)
+
+    def check() -> None:
+        expected = torch.cat([nn.functional.linear(x, each.weight, each.bias) for each in three], dim=-1)
+        found = side_by_side(x, *three)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        weight = torch.randn_like(expected)
+        gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+    check()
+    kept = dict(three[0].__dict__["_kept"])
+    check()
+    assert kept == three[0].__dict__["_kept"], "made once"
+    with torch.no_grad():
+        three[1].weight.mul_(2)
+    check()
+    three[2].weight = nn.Parameter(torch.randn(32, 48), requires_grad=False)
+    check()
+
+
+@pytest.mark.parametrize("reason", ["trained", "sharded"])
+def test_no_second_copy_of_weights_that_are_trained_or_sharded(reason: str) -> None:
+    three, x = layers(3), torch.randn(20, 48)
+    for each in three:
+        each.requires_grad_(reason == "trained")
+        each.__dict__[KEEPS] = reason != "sharded"
+    side_by_side(x, *three)
+    assert "_kept" not in three[0].__dict__
 
 
 def test_changed_weights_are_never_read_from_the_layout() -> None:
