@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,11 @@ class Survey:
         return sum(self.passages)
 
 
-def survey(files: Sequence[Path], allow_empty: bool = False) -> Survey:
+def survey(files: Sequence[Path], allow_empty: bool = False, keep: Callable[[Passage], object] | None = None) -> Survey:
     """Read the corpus once, check every line and hash the files; memory does not grow with it.
+
+    Args:
+        keep: given every passage, by who wants something of it from the same reading.
 
     Raises:
         DataError: a line that is no passage, a docid that occurs twice, a file that cannot be unpacked, an empty
@@ -73,6 +76,8 @@ def survey(files: Sequence[Path], allow_empty: bool = False) -> Survey:
                             )
                     key = _hash(passage.docid)
                     buckets[key[0] % _BUCKETS].write(key)
+                    if keep is not None:
+                        keep(passage)
         repeated = {key for bucket in buckets for key in _repeated(bucket)}
     if repeated:
         _report_repeat(files, repeated)

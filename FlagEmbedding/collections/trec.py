@@ -65,12 +65,13 @@ def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
             continue
         if not _GRADE.fullmatch(text):
             where = f"as grade (column {len(words)})"
-            raise DataError(f"{path}:{number}: expected a whole number of 0 to 1000 {where}, found {_short(text)}")
+            raise DataError(f"{path}:{number}: expected a whole number of -2 to 1000 {where}, found {_short(text)}")
         grade = int(text)
         if qrels.setdefault(qid, {}).setdefault(docid, grade) != grade:
             raise DataError(f"{path}:{number}: query {qid} judges passage {docid!r} twice, with different grades")
-        if not 0 <= grade <= 1000:  # trec_eval computes an nDCG of 0 beside an MRR of 1 from such
-            raise DataError(f"{path}:{number}: expected a grade of 0 to 1000, found {_short(text)}")
+        # -1 and -2 say that a passage was not pooled. Of huge grades trec_eval makes an nDCG of 0 beside an MRR of 1.
+        if not -2 <= grade <= 1000:
+            raise DataError(f"{path}:{number}: expected a grade of -2 to 1000, found {_short(text)}")
     if not qrels:
         raise DataError(f"{path}: the qrels file is empty")
     if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):

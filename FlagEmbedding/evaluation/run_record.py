@@ -60,7 +60,7 @@ def check_judged(qrels: Qrels, index_folder: Path | None) -> None:
     if index_folder is None or not (index_folder / DOCID).is_file():
         return
     with open_text(index_folder / DOCID) as docids:
-        missing = wanted.difference(line.rstrip("\r\n") for line in docids)
+        missing = wanted.difference(line.rstrip("\n") for line in docids)
     if len(missing) == len(wanted):
         what = f"none of the {len(wanted)} passages judged relevant ({min(missing)} …) is in the index"
         raise DataError(f"{index_folder}: {what}: these are the judgments of another corpus")

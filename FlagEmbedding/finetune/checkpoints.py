@@ -43,7 +43,7 @@ class LossWindow:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().double()
                 self._counts[name] = self._counts.get(name, 0) + 1
 
-    def saw(self, zero: bool, flat: bool) -> None:
+    def saw(self, zero: bool, flat: bool = False) -> None:
         """Count micro-batches in a row whose loss was exactly 0, and whose scores were all the same."""
         self.zero_micro_batches = self.zero_micro_batches + 1 if zero else 0
         self.flat_micro_batches = self.flat_micro_batches + 1 if flat else 0

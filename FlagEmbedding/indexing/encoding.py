@@ -39,10 +39,16 @@ logger = get_logger(__name__)
 WORK, LOCK = "shards", ".shards.lock"
 
 
-def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang: str, options: IndexArguments) -> bool:
+def build_index(
+    encoder: TextEncoder, files: Sequence[Path], folder: Path, lang: str, options: IndexArguments,
+    found: Survey | None = None,
+) -> bool:  # fmt: skip
     """Embed the corpus ``files`` into the index ``folder``; False when it was there already.
 
     Call it from every process. Finished shards stay on any error, and the same command goes on.
+
+    Args:
+        found: the survey of these files, where the main process has made it already.
 
     Raises:
         UsageError: what is on disk was made by other arguments or another program, or is being written.
@@ -60,8 +66,10 @@ def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang:
         "slab_tokens": encoder.slab_tokens(encoder.options.batch_size, max_length),
         "shard_size": options.shard_size,
     }
+    if found is not None and found.empty and not options.allow_empty:
+        found = None  # one of its own says which passage it is
     with ExitStack() as held:
-        if not on_main(lambda: _prepare(files, folder, identity, options, held)):
+        if not on_main(lambda: _prepare(files, folder, identity, options, held, found)):
             return False
         manifest = read_manifest(folder / WORK / MANIFEST)
         if manifest is None:
@@ -75,8 +83,9 @@ def build_index(encoder: TextEncoder, files: Sequence[Path], folder: Path, lang:
 
 
 def _prepare(
-    files: Sequence[Path], folder: Path, identity: dict[str, Any], options: IndexArguments, held: ExitStack
-) -> bool:
+    files: Sequence[Path], folder: Path, identity: dict[str, Any], options: IndexArguments, held: ExitStack,
+    found: Survey | None,
+) -> bool:  # fmt: skip
     """Decide what there is to do and open the working folder (main process); False: nothing to do."""
     if _is_done(files, folder, identity, options):
         return False
@@ -86,7 +95,8 @@ def _prepare(
         return False
     work, lang = folder / WORK, identity["language"]
     begun, done = read_manifest(work / MANIFEST), read_manifest(folder / MANIFEST)
-    found = _survey(files, lang, options) if begun is None or options.overwrite else None
+    if found is None and (begun is None or options.overwrite):
+        found = _survey(files, lang, options)
     identity = {**identity, "corpus": fingerprints(files)}
     if begun is not None:
         if options.overwrite and (differences(begun["identity"], identity) or _same_run(begun, done)):

@@ -97,10 +97,9 @@ def _try_out(backbone: PreTrainedModel, name: str, tokens: TokenBatch, packed: b
     width = getattr(backbone.config, "hidden_size", None)
     if width != padded.shape[1]:
         raise UsageError(f"{name} gives states of {padded.shape[1]} dimensions, its config.json says {width}: refused")
+    # Two sequences have the first token in common and nothing else.
     first, second = (_apart(padded[[at]], padded[[at + tokens.lengths[0]]], padded, all_tokens=True) for at in (0, 1))
-    causal = (
-        first < _tolerance(padded, same=True) <= second
-    )  # of two sequences, which have the first token in common and nothing else
+    causal = first < _tolerance(padded, same=True) <= second
     known = name.removeprefix(CLASS_PREFIX) in PACKED
     if not packed:
         note = ""

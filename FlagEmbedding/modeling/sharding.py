@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from FlagEmbedding.modeling.encoder import M3Encoder
+from FlagEmbedding.modeling.linear import KEEPS
 from FlagEmbedding.modeling.packed import LAYER_METHOD, run_layer
 
 
@@ -36,5 +37,7 @@ def let_packed(model: M3Encoder) -> None:
         if isinstance(layer, FSDPModule):
             setattr(layer, LAYER_METHOD, MethodType(run_layer, layer))
             register_fsdp_forward_method(layer, LAYER_METHOD)  # type: ignore[arg-type]
+    for module in model.modules():
+        setattr(module, KEEPS, False)  # a whole copy of frozen weights would undo the sharding
     register_fsdp_forward_method(model, "encode_alone")
     model.sharded = True

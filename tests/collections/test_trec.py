@@ -53,8 +53,8 @@ def test_a_broken_run_is_refused_with_its_line(tmp_path: Path, content: str, lin
         ("q 0 d 1.5\n", ":1", "'1.5'"),
         ("q 0 d 1\nq 0 e \u00b2\n", ":2", "'\u00b2'"),
         ("q 0 d 1_0\n", ":1", "'1_0'"),
-        (f"q 0 d {10**29}\n", ":1", "whole number of 0 to 1000 as grade"),
-        ("q 0 d 1\nq 0 e -1\n", ":2", "expected a grade of 0 to 1000, found '-1'"),
+        (f"q 0 d {10**29}\n", ":1", "whole number of -2 to 1000 as grade"),
+        ("q 0 d 1\nq 0 e -3\n", ":2", "expected a grade of -2 to 1000, found '-3'"),
         ("q 0 d 1\nq 0 e 1001\n", ":2", "found '1001'"),
         (f"q 0 d {'9' * 5000}\n", ":1", "grade"),
         ("q 0 d 1\nq 0 d 0\n", ":2", "twice"),
@@ -118,8 +118,8 @@ def test_qrels_of_beir_only_where_they_are_expected(tmp_path: Path) -> None:
     path.write_text("q d score\nq\td\t1\nquery-id\tcorpus-id\tscore\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"test.tsv:3: expected a whole number .* \(column 3\), found 'score'"):
         read_qrels(path, beir=True)
-    path.write_text("q 0 d 999999999\nq 0 e +2\n", encoding="utf-8")
-    assert read_qrels(path, beir=True) == {"q": {"d": 999_999_999, "e": 2}}
+    path.write_text("q 0 d 1000\nq 0 e +2\n", encoding="utf-8")
+    assert read_qrels(path, beir=True) == {"q": {"d": 1000, "e": 2}}
 
 
 def test_relevant_is_what_is_judged_above_zero_in_file_order() -> None:

@@ -141,6 +141,8 @@ class _Operations(TorchDispatchMode):
         if func is aten.copy_.default:
             return self._copy(func, *args, **kwargs)
         self._count(func, args, kwargs)
+        if func in (aten._to_copy.default, aten.cat.default):
+            self.device.casts += [x.data_ptr() for x in tensors]
         if func not in _INDEXING:
             strangers = [x for x in tensors if x.dim() and x.numel() and not is_on_device(x)]
             if strangers:
@@ -257,6 +259,7 @@ class PretendedDevice:
     Attributes:
         waits: what made the host wait, one line each.
         kernels: the attention kernels that ran.
+        casts: where what was copied into another dtype, or joined, lay in memory.
     """
 
     def __init__(
@@ -266,6 +269,7 @@ class PretendedDevice:
         self.capability, self.bf16, self.memory = capability, bf16, memory
         self.waits: list[str] = []
         self.kernels: list[str] = []
+        self.casts: list[int] = []
         self.quiet = False
         self._state = torch.Generator().manual_seed(4321).get_state()
         self._entered = ExitStack()

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from FlagEmbedding.finetune.arguments import ModelArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.losses.objective import ObjectiveArguments
-from FlagEmbedding.modeling.options import EngineConfig, MoEConfig
+from FlagEmbedding.modeling.options import EngineConfig, FfnPart, MoEConfig
 from FlagEmbedding.modeling.tokens import TokenBatch
 
 SEVERAL_SLABS, ONE_SLAB = 64, 0
@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"), "xlmr", **rates)
 
 
-def take(folder: Path, step: Step, device: PretendedDevice | None) -> Taken:
+def prepare(folder: Path, step: Step) -> tuple[BiEncoder, dict[str, Any]]:
+    """A model and a batch, on the CPU."""
     torch.manual_seed(0)
     model = BiEncoder(
         ModelArguments(model_name_or_path=str(folder)),
@@ -71,6 +72,11 @@ def take(folder: Path, step: Step, device: PretendedDevice | None) -> Taken:
         "neg_q": encode(TEXTS[2:4]),
         "owner": torch.tensor([1, 5]),
     }
+    return model, batch
+
+
+def take(folder: Path, step: Step, device: PretendedDevice | None) -> Taken:
+    model, batch = prepare(folder, step)
     kind = "cpu" if device is None else device.device.type
     with device or nullcontext():
         if device is not None:
@@ -177,3 +183,45 @@ def test_experts_of_odd_widths_take_another_way(tmp_path: Path, width: int) -> N
     expected, found = take(folder, step, None), take(folder, step, PretendedDevice())
     assert found.loss == pytest.approx(expected.loss, rel=1e-2)
     assert bool(found.waits) == (width == 52)
+
+
+def test_frozen_weights_are_cast_once(folder: Path) -> None:
+    """Not for every slab again: what is cast per step does not grow with the number of slabs."""
+    casts = {}
+    for slab_tokens in (SEVERAL_SLABS, ONE_SLAB):
+        step = Step(dtype=torch.bfloat16, only_train="output", slab_tokens=slab_tokens)
+        model, batch = prepare(folder, step)
+        frozen = {each.data_ptr() for each in model.parameters() if not each.requires_grad and each.dim() == 2}
+        with PretendedDevice() as device:
+            move(model)
+            there = {name: value.pin_memory().to(device.device, non_blocking=True) for name, value in batch.items()}
+            for number in range(2):
+                device.casts.clear()
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    model(**there)
+                casts[slab_tokens, number] = sum(pointer in frozen for pointer in device.casts)
+    assert casts[SEVERAL_SLABS, 0] == casts[ONE_SLAB, 0] > 0
+    assert casts[SEVERAL_SLABS, 1] == casts[ONE_SLAB, 1] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("moe", [None, "intermediate"])
+def test_a_real_device_is_not_waited_for(folder: Path, moe: FfnPart | None) -> None:
+    """The same under CUDA itself, which raises where the host would wait."""
+    model, batch = prepare(folder, Step(moe=moe, dropout=True))
+    model.to("cuda")
+    batch = {name: value.pin_memory().to("cuda", non_blocking=True) for name, value in batch.items()}
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output = model(**batch)
+        assert output.loss is not None
+        output.loss.backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import stats
 
 from FlagEmbedding.evaluation.compare import compare_runs, main, score_run, unique_names
 from FlagEmbedding.evaluation.metrics import parse_measures
+from FlagEmbedding.evaluation.plots import plot_comparison
 from FlagEmbedding.evaluation.report import most_changed
 from FlagEmbedding.evaluation.significance import bootstrap_interval, holm, randomization_p
 from FlagEmbedding.evaluation.systems import AVERAGE, System
@@ -137,6 +139,20 @@ def test_three_systems_are_compared_in_all_pairs_or_in_those_asked_for() -> None
     assert pairs == [("a", "b"), ("a", "c"), ("b", "c")]
     pairs = [(c.baseline, c.system) for c in compare_runs(systems, MEASURES[:1], pairs=[(2, 0)])]
     assert pairs == [("c", "a")]
+
+
+def test_points_of_the_chart_are_filled_by_the_corrected_p(tmp_path: Path) -> None:
+    systems = [system(name, {"ko": {f"q{i}": rank for i in range(6)}}) for name, rank in (("base", 2), ("tuned", 1))]
+    tests = compare_runs(systems, MEASURES[:1], resamples=100)
+
+    def chart(p_value: float, p_holm: float) -> bytes:
+        changed = [replace(test, p_value=p_value, p_holm=p_holm) for test in tests]
+        plot_comparison(tmp_path / "chart.png", systems, MEASURES[:1], changed)
+        return (tmp_path / "chart.png").read_bytes()
+
+    hollow = chart(0.01, 0.2)
+    assert hollow == chart(0.2, 0.2)
+    assert hollow != chart(0.01, 0.01)
 
 
 def test_queries_that_changed_most() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from FlagEmbedding.evaluation.__main__ import generate_embedding, search_results
 from FlagEmbedding.evaluation.arguments import BGE_INSTRUCTION
-from FlagEmbedding.evaluation.commands import generate_embedding, search_results
 
 
 @pytest.fixture(scope="module")

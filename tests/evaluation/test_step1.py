@@ -114,6 +114,7 @@ def test_flags_of_the_instruction() -> None:
     assert options_of([*base, "--add_instruction", "True"]).search.query_instruction == BGE_INSTRUCTION
     text = ["--query_instruction_for_retrieval", "query: "]
     assert options_of([*base, *text]).search.query_instruction == "query: "
+    assert options_of([*base, *text, "--add_instruction", "True"]).search.query_instruction == "query: "
     with pytest.raises(UsageError, match="contradict"):
         options_of([*base, *text, "--add_instruction", "False"])
 

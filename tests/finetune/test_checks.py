@@ -48,7 +48,8 @@ REFUSED = [
     ("--load_best_model_at_end --save_strategy no", "run.py does not do"),
     ("--grad_cache --fsdp full_shard", "--grad_cache does not work with --fsdp"),
     ("--report_to nobody", "--report_to nobody: expected none, all or one of"),
-    ("--refresh_negatives_every_n_epochs 1 --num_train_epochs 3 --fsdp full_shard", "does not work with --fsdp"),
+    ("--fsdp full_shard", "--fsdp divides a model over accelerators, and there is none"),
+    ("--auto_find_batch_size True", "would change the batch"),
     ("--refresh_negatives_every_n_epochs 2 --num_train_epochs 2", "2 has no effect in 2 epoch(s): train longer"),
     ("--max_example_num_per_dataset 0", "--max_example_num_per_dataset must be at least 1, got 0"),
     ("--per_device_train_batch_size 0", "--per_device_train_batch_size must be at least 1, got 0"),
@@ -72,8 +73,6 @@ WARNED = [
     ("--normlized False", "the temperature is 1, as published"),
     ("--normlized False --temperature 1", ""),
     ("--negatives_cross_device True", "has no effect in a single process"),
-    ("--fsdp full_shard", "run the padded engine"),
-    ("--fsdp full_shard --engine padded", ""),
     ("--train_group_size 1 --per_device_train_batch_size 2", ""),
 ]
 

@@ -71,6 +71,7 @@ def test_changed_is_measured_from_the_first_batch_without_noise(model: BGEM3Mode
     with torch.no_grad():
         for layer in moe_layers(model.model):
             layer.gate.weight.copy_(-layer.gate.weight)
+    monitor.start_probe(model, passages)  # the next batch: what counts is the routing before the first step
     monitor.observe([routing(3, 1), routing(3, 2)])
     turned = monitor.summary(model)
     assert turned["router_changed_per_layer"][0] == 1.0, "of two experts every token takes the other"
@@ -78,6 +79,20 @@ def test_changed_is_measured_from_the_first_batch_without_noise(model: BGEM3Mode
     with torch.no_grad():
         for layer in moe_layers(model.model):
             layer.gate.weight.copy_(-layer.gate.weight)
+
+
+def test_a_token_has_changed_when_any_of_its_experts_has(tiny_model_dir: Path, passages: TokenBatch) -> None:
+    """Two of three chosen; the gate's rows move on by one: every pair becomes another that may share an expert."""
+    torch.manual_seed(3)
+    settings = {"unified_finetuning": False, "moe": "output", "num_experts": 3, "num_experts_per_tok": 2}
+    model = BGEM3Model(str(tiny_model_dir), **settings)
+    monitor = RouterMonitor()
+    monitor.start_probe(model, passages)
+    with torch.no_grad():
+        gate = moe_layers(model.model)[0].gate
+        gate.weight.copy_(gate.weight.roll(1, dims=0))
+    monitor.observe([routing(3, 1), routing(3, 2)])
+    assert monitor.summary(model)["router_changed_per_layer"][0] == 1.0
 
 
 def test_a_checkpoint_carries_probe_and_sums(model: BGEM3Model, passages: TokenBatch, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 
@@ -22,6 +21,7 @@ from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.encoding import LOCK, build_index
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.retrieval import approximate
 from FlagEmbedding.retrieval.approximate import load_or_build
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.retrieval.shards import ShardStore
@@ -275,6 +275,26 @@ def test_one_process_at_a_time(encoder: TextEncoder, files: list[Path], tmp_path
     assert names(folder) == ["docid", "index", "manifest.json"]
 
 
+def test_the_lock_is_held_until_the_index_is_made(
+    encoder: TextEncoder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tried = tmp_path / "out", []
+
+    def trying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(store: ShardStore, *content: Any) -> Any:
+            with pytest.raises(UsageError, match="another process"), exclusive(folder / LOCK, folder):
+                pass
+            tried.append(real.__name__)
+            return real(store, *content)
+
+        return call
+
+    for method in ("write", "digests", "remove"):
+        monkeypatch.setattr(ShardStore, method, trying(getattr(ShardStore, method)))
+    build_index(encoder, files, folder, "ko", OPTIONS)
+    assert tried == ["write"] * 5 + ["digests"] * 5 + ["remove"]
+
+
 def test_files_of_others_stay_where_they_are(encoder: TextEncoder, files: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     foreign = ["index.html", "index.html.json", ".notes.tmp", "photo.txt"]
@@ -327,10 +347,18 @@ def test_an_approximate_index_of_another_program_is_never_written_over(
             load_or_build(index, "HNSW8")
         assert (tmp_path / "out" / name).read_text() == "theirs"
         (tmp_path / "out" / name).unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            load_or_build(index, "HNSW8")
+    real, calls = approximate.write_json_atomic, []
+
+    def ending(*content: Any) -> None:
+        calls.append(content)
+        if len(calls) == 2:  # the index is there, its record is not yet
+            raise KeyboardInterrupt
+        real(*content)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(approximate, "write_json_atomic", ending)
+        load_or_build(index, "HNSW8")
+    assert (tmp_path / "out" / "index.HNSW8").exists()
     assert load_or_build(index, "HNSW8").ntotal == 18  # what a kill left is known as ours
 
 

@@ -184,7 +184,7 @@ def test_broken_judgments_are_named_by_line(tmp_path: Path, capsys: pytest.Captu
     (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\tyes\n")
     assert run(convert, "--format", "beir", "--input", folder, "--output_file", tmp_path / "out.jsonl") == 2
     assert (
-        "train.tsv:2: expected a whole number of 0 to 1000 as grade (column 3), found 'yes'" in capsys.readouterr().err
+        "train.tsv:2: expected a whole number of -2 to 1000 as grade (column 3), found 'yes'" in capsys.readouterr().err
     )
     assert run(convert, "--format", "beir", "--input", tmp_path, "--output_file", tmp_path / "out.jsonl") == 2
     assert "expected a BEIR folder" in capsys.readouterr().err

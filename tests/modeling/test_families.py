@@ -52,7 +52,7 @@ def test_every_encoder_gives_its_own_vectors_or_one_line(outcomes: dict) -> None
     ways = [found.way for found in outcomes.values()]
     assert ways.count("packed") >= len(PACKED)
     assert ways.count("padded") > 20
-    assert ways.count("not built") < 0.1 * len(ways)
+    assert ways.count("not built") < 0.15 * len(ways)
 
 
 @pytest.mark.parametrize(

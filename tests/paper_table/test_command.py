@@ -103,18 +103,20 @@ def test_every_command_is_one_that_a_user_could_type(
         "step1-search_results.py": lambda words: parse_whole(SearchOptions, words, ""),
         "step2-eval_dense_mldr.py": lambda words: parse([ScoreArguments], words, "")[0],
     }  # fmt: skip
-    seen = set()
+    seen, seeds = set(), []
     for command in commands:
         name = Path(command[1]).name
         parsed = parsers[name](command[2:])  # raises for anything that is no option
         seen.add(name)
         if name == "run.py":
+            seeds.append(parsed.training.seed)
             assert (parsed.training.max_steps, parsed.training.learning_rate, parsed.training.fp16) == (3, 1e-3, False)
             assert parsed.data.query_instruction_for_retrieval == "-q: "
             assert Path(parsed.data.train_data[0]).is_file()
         elif name == "step1-search_results.py":
             assert parsed.search.query_instruction_for_retrieval == "-q: "
     assert seen == set(parsers)
+    assert (seeds.count(1), seeds.count(2)) == (10, 10)
 
 
 def test_cells_are_in_an_order_that_gives_a_whole_table_early() -> None:

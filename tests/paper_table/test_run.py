@@ -65,7 +65,7 @@ def test_a_changed_input_is_run_again(options: Leaving, run: Run) -> None:
     run()
     assert run(score="score 2") == ["score"]
     assert run(search="search 2", score="score 3") == ["index", "search", "score"]  # the index is needed again
-    assert run(**{stage: f"{stage} 3" for stage in STAGES}) == list(STAGES)
+    assert run(**{stage: f"{stage} 4" for stage in STAGES}) == list(STAGES)
 
 
 def test_a_product_that_is_gone_is_made_again(options: Leaving, run: Run) -> None:

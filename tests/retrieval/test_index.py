@@ -122,6 +122,18 @@ def test_shards_without_a_manifest_never_count(tmp_path: Path) -> None:
     assert sorted(path.name for path in store.folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [4, 4]), (9, [4, 4, 1]), (1, [1]), (4, [4])])
+def test_there_are_as_many_shards_as_it_takes(tmp_path: Path, rows: int, sizes: list[int]) -> None:
+    store = ShardStore.create(tmp_path / "shards", {}, rows, 2, 4)
+    assert [stop - start for start, stop in map(store.span, range(len(store)))] == sizes
+
+
+def test_a_shard_whose_record_was_not_written_is_not_there(tmp_path: Path) -> None:
+    store = fill(tmp_path, random_vectors(9, 4), 4)
+    store.path(1, "json").unlink()
+    assert store.finished() == {0, 2}
+
+
 def test_only_files_of_the_store_are_removed(tmp_path: Path) -> None:
     store = fill(tmp_path, random_vectors(9, 4), 4)
     foreign = ["photo.txt", "shard-000003.f32", "shard-notes.json", ".notes.tmp"]
@@ -149,6 +161,8 @@ def test_a_shard_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
     store = ShardStore.create(tmp_path / "shards", {}, 4, 3, 4)
     with pytest.raises(DataError, match=r"expected 4 rows of 3, got vectors \[3, 3\]"):
         store.write(0, np.zeros((3, 3), dtype=np.float32), ["a", "b", "c"])
+    with pytest.raises(DataError, match=r"got vectors \[4, 3\] and 3 docids"):
+        store.write(0, np.zeros((4, 3), dtype=np.float32), ["a", "b", "c"])
     assert store.finished() == set()
 
 

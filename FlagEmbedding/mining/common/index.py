@@ -82,7 +82,8 @@ def open_retriever(
     if (folder / INDEX).is_file() and (folder / DOCID).is_file() and not (folder / WORK).is_dir():
         logger.info("%s: using the index that is there", folder)
     else:
-        build_index(encoder, corpus.files, folder, corpus.label, IndexArguments(length, with_title, instruction))
+        config = IndexArguments(length, with_title, instruction)
+        build_index(encoder, corpus.files, folder, corpus.label, config, store.survey)
     index = FlatIndex(folder)
     check_index(index, encoder, store)
     retriever = Retriever(

@@ -11,18 +11,20 @@ does not grow with the corpus.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from FlagEmbedding.collections.corpus import passage_text, read_file
+from FlagEmbedding.collections.corpus import Passage, Survey, passage_text
+from FlagEmbedding.collections.corpus import survey as survey_corpus
 from FlagEmbedding.mining.common.rows import KeySet, json_line
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problem, Problems, read_rows
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.identity import fingerprints, hashing, made_by
+from FlagEmbedding.utils.identity import fingerprints, made_by
 from FlagEmbedding.utils.io import PathLike, atomic_open, read_json, sha256_file, write_json_atomic
 
 TEXTS, OFFSETS, DOCID, RECORD = "texts", "offsets", "docid", "passages.json"
@@ -119,7 +121,8 @@ class PassageStore:
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
         self.folder = folder
-        self.rows: int = record["rows"]
+        self.survey = Survey(**record["survey"])
+        self.rows = self.survey.total
         self.with_title: bool = record["identity"]["with_title"]
         self.corpus: list[dict[str, str]] = record["identity"]["corpus"]
         # Mapped, not read: what stays in memory is up to the system.
@@ -127,33 +130,35 @@ class PassageStore:
         self._offsets = np.memmap(folder / OFFSETS, dtype="<i8", mode="r")
 
     @classmethod
-    def prepare(cls, files: Sequence[Path], folder: Path, with_title: bool = False) -> PassageStore:
+    def prepare(
+        cls, files: Sequence[Path], folder: Path, with_title: bool = False, allow_empty: bool = True
+    ) -> PassageStore:
         """The store of a corpus in ``folder``: the one that is there when it fits, else written in one pass.
 
         Args:
             with_title: a text is title, space, text; otherwise the text alone.
+            allow_empty: take passages without text.
         """
         path = folder / RECORD
         if path.is_file() and made_by(path, _identity(files, with_title)):
             return cls(folder, read_json(path))
-        rows = position = 0
+        position = 0
         with (
             clear_disk_errors(f"writing {folder}"),
             atomic_open(folder / TEXTS, "wb") as texts,
             atomic_open(folder / OFFSETS, "wb") as offsets,
             atomic_open(folder / DOCID, "wb") as docids,
         ):
-            for file in files:
-                with hashing(file) as digest:
-                    for passage in read_file(file, digest):
-                        offsets.write(position.to_bytes(8, "little"))
-                        docids.write(f"{passage.docid}\n".encode())
-                        position += texts.write(f"{passage_text(passage, with_title)}\n".encode())
-                        rows += 1
+
+            def keep(passage: Passage) -> None:
+                nonlocal position
+                offsets.write(position.to_bytes(8, "little"))
+                docids.write(f"{passage.docid}\n".encode())
+                position += texts.write(f"{passage_text(passage, with_title)}\n".encode())
+
+            survey = survey_corpus(files, allow_empty, keep)
             offsets.write(position.to_bytes(8, "little"))
-        if not rows:
-            raise DataError(f"{files[0]}: the corpus holds no passage")
-        record = {"identity": _identity(files, with_title), "rows": rows}
+        record = {"identity": _identity(files, with_title), "survey": asdict(survey)}
         write_json_atomic(path, record)
         return cls(folder, record)
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from FlagEmbedding.collections.corpus import Survey
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.encoding import build_index
 from FlagEmbedding.indexing.retriever import Retriever
@@ -98,8 +99,7 @@ class RefreshSettings:
 
 def check_passages(train_files: Sequence[Path], folder: Path, settings: RefreshSettings) -> None:
     """Read the corpus once before training, so that what is wrong with it shows now and not epochs later."""
-    shared = folder / CORPUS
-    PassageStore.prepare(_corpus(train_files, settings, shared), shared)
+    _passages(train_files, folder / CORPUS, settings)
 
 
 def refresh_negatives(
@@ -128,14 +128,13 @@ def refresh_negatives(
         return there
     on_main(lambda: (folder / RECORD).unlink(missing_ok=True))
     # The passages are the same at every refresh of a run.
-    shared = folder.parent / CORPUS
-    files = on_main(lambda: _corpus(train_files, settings, shared))
+    files, survey = on_main(lambda: _passages(train_files, folder.parent / CORPUS, settings))
     config = IndexArguments(
         max_passage_length=settings.texts.passage_max_len,
         passage_instruction_for_retrieval=settings.texts.passage_instruction_for_retrieval,
         overwrite=True,
     )
-    build_index(encoder, files, folder / "index", "refresh", config)
+    build_index(encoder, files, folder / "index", "refresh", config, survey)
     return on_main(lambda: _mine(encoder, files, train_files, folder, settings, identity))
 
 
@@ -150,10 +149,11 @@ def read_refresh(folder: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _corpus(train_files: Sequence[Path], settings: RefreshSettings, shared: Path) -> list[Path]:
+def _passages(train_files: Sequence[Path], shared: Path, settings: RefreshSettings) -> tuple[list[Path], Survey]:
     shared.mkdir(parents=True, exist_ok=True)
     corpus = settings.source.refresh_corpus
-    return corpus_files(corpus, shared) if corpus else passages_of_rows(train_files, shared)
+    files = corpus_files(corpus, shared) if corpus else passages_of_rows(train_files, shared)
+    return files, PassageStore.prepare(files, shared, allow_empty=False).survey
 
 
 def _mine(
