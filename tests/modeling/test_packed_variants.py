@@ -120,7 +120,7 @@ def test_the_sub_batch_begins_at_the_length_of_the_table(length: int, sizes: lis
 @pytest.mark.parametrize(("kind", "longest"), [("xlmr", 128), ("roberta", 128), ("bert", 130)])
 def test_the_longest_input_is_the_last_that_the_position_table_holds(kind: str, longest: int, tmp_path: Path) -> None:
     model = load_backbone(write_tiny(tmp_path / "model", kind)).eval()
-    assert longest_input(model.config) == longest
+    assert longest_input(model) == longest
     with torch.no_grad():
         assert packed_forward(model, batch([longest])).isfinite().all()
         with pytest.raises(IndexError):

@@ -82,6 +82,7 @@ def test_slabs_and_threads_give_the_same_bits(tiny_model_dir: Path, engine: str)
         for count in (1, 3):
             torch.set_num_threads(count)
             results.append(encoder.infer(tokens, kinds, 200))
+            encoder.infer(batch([5]), kinds, 200)  # a single slab
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)

@@ -19,10 +19,10 @@ def entry(name: str, old: str, new: str, test: str = "test_small.py", **more: st
     return {"name": name, "file": "small.py", "old": old, "new": new, "tests": [f"tests/{test}"], **more}
 
 
-def run(repository: Path, entries: list[dict[str, object]]) -> tuple[int, list[str]]:
+def run(repository: Path, entries: list[dict[str, object]], *options: str) -> tuple[int, list[str]]:
     (repository / "tests/mutants/small.yaml").write_text(yaml.safe_dump(entries))
     done = subprocess.run(
-        [sys.executable, str(RUNNER), "small", "--output", str(repository / "table.md")],
+        [sys.executable, str(RUNNER), "small", "--output", str(repository / "table.md"), *options],
         cwd=repository,
         capture_output=True,
         text=True,
@@ -79,5 +79,5 @@ def test_every_outcome_has_its_word(repository: Path) -> None:
 
 
 def test_all_killed_is_success(repository: Path) -> None:
-    code, lines = run(repository, [entry("noticed", "x / 2", "x * 2")])
+    code, lines = run(repository, [entry("noticed", "x / 2", "x * 2")], "--no-fork")
     assert code == 0 and lines[-1] == "100.0% killed: 1 killed"
