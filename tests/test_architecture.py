@@ -45,7 +45,7 @@ FILE_MAY_IMPORT = {
 # Libraries that one room alone may touch.
 ALONE = {"faiss": "retrieval", "openai": "mining", "ir_measures": "evaluation", "pytrec_eval": "evaluation"}
 # Files and functions over the house limits, each with its reason.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {"tests/evaluation/test_step2.py": "one folder of runs and judgments serves every case"}
 LONG_FUNCTIONS: dict[str, str] = {}
 
 

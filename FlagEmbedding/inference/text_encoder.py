@@ -168,7 +168,8 @@ class TextEncoder:
         previous: tuple[Representations, T] | None = None
         windows = iter(source)
         ahead = list(islice(windows, 2))
-        if len(ahead) < 2 and self.device.type == "cpu":  # a single window: no thread is worth its start
+        # A single window: no thread is worth its start.
+        if len(ahead) < 2 and self.device.type == "cpu" and not self.options.workers:
             for texts, extra in ahead:
                 yield self._launch(tokenize(self.tokenizer, texts, max_length), want, budget), extra
             return

@@ -263,7 +263,7 @@ def test_what_was_counted_goes_on_after_a_resume(tmp_path: Path) -> None:
     window = LossWindow()
     for flat in (True, True, False, True, True, True):
         window.saw(zero=False, flat=flat)
-    window.save(tmp_path, forwards=6)
+    window.save(tmp_path, {}, forwards=6)
     resumed = LossWindow()
     assert resumed.load(tmp_path, torch.device("cpu")) == {"forwards": 6}
     assert (resumed.flat_micro_batches, resumed.zero_micro_batches) == (3, 0)

@@ -166,7 +166,7 @@ def test_every_flag_acts(
         ("--fp16 --dtype bf16", "--fp16 and --dtype say the same thing"),
         ("--batch_size 0", "--batch_size must be at least 1, got 0"),
         ("--dtype int8", "invalid choice: 'int8'"),
-        ("--pooling_method last", "invalid choice: 'last'"),
+        ("--pooling_method max", "invalid choice: 'max'"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(words: str, message: str) -> None:

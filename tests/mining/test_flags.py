@@ -13,6 +13,7 @@ import pytest
 from FlagEmbedding.mining.doctor import arguments as doctor
 from FlagEmbedding.mining.hard_negatives import arguments as mining
 from FlagEmbedding.mining.query_generation import arguments as queries
+from FlagEmbedding.utils.cli import parse_whole
 
 ENCODER = {
     "pooling_method": None, "normalize_embeddings": True, "fp16": False, "dtype": None, "moe": None,
@@ -55,9 +56,9 @@ def parse(words: str) -> dict[str, Any]:
 def test_defaults_are_the_published_ones() -> None:
     found = parse("")
     assert {name: found[name] for name in {**MINING, **ENCODER}} == {**MINING, **ENCODER}
-    found = flat(queries.parse_query_options(["--input_file", "i", "--output_file", "o"]))
+    found = flat(parse_whole(queries.QueryOptions, ["--input_file", "i", "--output_file", "o"], ""))
     assert {name: found[name] for name in {**QUERIES, **ENCODER}} == {**QUERIES, **ENCODER}
-    found = flat(doctor.parse_doctor_options(["p"]))
+    found = flat(parse_whole(doctor.DoctorOptions, ["p"], ""))
     assert {name: found[name] for name in DOCTOR} == DOCTOR
 
 
@@ -82,7 +83,7 @@ def test_other_spellings(words: str, name: str, value: object) -> None:
 
 
 def test_the_doctor_takes_model_and_paths_in_any_order() -> None:
-    found = flat(doctor.parse_doctor_options(["--model", "m", "a", "b", "--seed", "3"]))
+    found = flat(parse_whole(doctor.DoctorOptions, ["--model", "m", "a", "b", "--seed", "3"], ""))
     assert (found["encoder"], found["paths"], found["seed"]) == ("m", ["a", "b"], 3)
 
 

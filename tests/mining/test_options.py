@@ -183,7 +183,9 @@ QUERY_CASES = {
     "round_trip_top_k": Case("--round_trip_top_k 60", given=TRIP, only=("rows",)),
     "corpus": Case("--corpus corpus.jsonl", given=TRIP, only=("report",)),
     "encoder": Case("--encoder moe", given=TRIP, only=("report",)),
-    "query_instruction_for_retrieval": Case("--query_instruction_for_retrieval 'x y z: '", given=TRIP, only=("rows",)),
+    "query_instruction_for_retrieval": Case(
+        "--query_instruction_for_retrieval 'find the river: '", given=TRIP, only=("rows",)
+    ),
 }
 TESTED = "test_a_local_model_writes_the_same_queries_again"
 SAME = "the same group and the same code as in hard_negatives"
