@@ -204,6 +204,7 @@ def test_the_switch_names_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="torch's switch knows levels of x86-64")
+@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="this very run is told so")
 def test_less_than_the_processor_has_when_torch_is_told_so() -> None:
     code = "from FlagEmbedding.utils.hardware import cpu_instruction_sets; print(*cpu_instruction_sets())"
     for level, sets in (("default", []), ("avx2", ["avx2"])):
