@@ -1,6 +1,7 @@
-"""Kill training at random moments, go on, and see whether the end is that of the run that nobody disturbed.
+r"""Kill training at random moments, go on, and see whether the end is that of the run that nobody disturbed.
 
-    python benchmarks/kills.py --model FIXTURE/dense --train_data data/sample/train --kills 20 --output_dir WORK
+    python benchmarks/kills.py --model FIXTURE/dense --train_data data/sample/train --output_dir WORK \
+        -- --max_steps 200 --save_steps 5
 
 Each kill comes after a random time, in reading, training or saving as it falls (SIGKILL; ``--gentle``: every second
 time SIGTERM); the next start goes on with --resume_from_checkpoint True. At the end every logged number and weight must
@@ -15,7 +16,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument("--train_data", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--after", type=float, nargs=2, default=(4, 20), metavar="S", help="seconds before a kill: from, to"
+    )
     parser.add_argument("--gentle", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("words", nargs="*", help="more words for run.py, after --")
@@ -61,11 +64,9 @@ def main() -> int:
     base = ["--model_name_or_path", options.model, "--train_data", options.train_data, *options.words]
     base += ["--save_strategy", "steps", "--disable_tqdm", "True"]
 
-    began = time.monotonic()
     if start([*base, "--output_dir", str(whole)], options.output_dir / "whole.log").wait():
         print(f"the undisturbed run failed: see {options.output_dir}/whole.log")
         return 1
-    length = time.monotonic() - began
     words = [*base, "--output_dir", str(broken), "--resume_from_checkpoint", "True"]
     killed, drafts, torn, gained = Counter[str](), 0, 0, []
     while sum(killed.values()) < options.kills:
@@ -73,7 +74,7 @@ def main() -> int:
         process = start(words, options.output_dir / "broken.log")
         number = signal.SIGTERM if options.gentle and sum(killed.values()) % 2 else signal.SIGKILL
         try:
-            process.wait(generator.uniform(0.2, 0.6) * length)
+            process.wait(generator.uniform(*options.after))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             process.wait()
@@ -90,7 +91,7 @@ def main() -> int:
     ours, theirs = load_file(broken / "model.safetensors"), load_file(whole / "model.safetensors")
     weights = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     lines = history(broken) == history(whole)
-    print(f"{dict(killed)} kills over {length:.0f} s of training; last start: exit {last}")
+    print(f"{dict(killed)} kills of {history(whole)[-1]['step']} steps; last start: exit {last}")
     print(f"steps gained by each start: {gained}")
     print(f"killed while a checkpoint was being written: {drafts}; half checkpoints under a checkpoint's name: {torn}")
     print(f"logged lines equal bit for bit: {lines} ({len(history(whole))}); weights: {weights} ({len(ours)} tensors)")

@@ -242,8 +242,6 @@ class BiEncoderTrainer(Trainer):
             self._draft = None
         if self.args.should_save:
             keep_newest(output_dir, self.run.id, self.args.save_total_limit)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
 
     @contextmanager
     def _together(self, folder: Path) -> Iterator[None]:
@@ -260,10 +258,6 @@ class BiEncoderTrainer(Trainer):
             if self.args.process_index > 0:
                 sys.exit(2)  # the first one says why
             raise UserError(first) from problem
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._draft is None:  # what is uploaded is the checkpoint in its place
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also of a run that goes on with other settings, which would otherwise be put back to the checkpoint's."""

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.helpers import TORCHRUN, log_lines, opened, rows, run_training, train_words, write_rows
+from finetune.helpers import (
+    REPOSITORY,
+    TORCHRUN,
+    environment,
+    log_lines,
+    opened,
+    rows,
+    run_training,
+    train_words,
+    write_rows,
+)
 
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.global_batch import divide
@@ -93,6 +105,21 @@ def test_published_cross_device_runs_go_on_with_other_processes(
     )
     for both, alone in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "one"), strict=True):
         assert both["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_a_checkpoint_that_not_all_processes_see_is_refused(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Disks of each machine's own: the first one decides, none starts over while another goes on."""
+    options = {**OPTIONS, "max_steps": 3, "resume_from_checkpoint": True}
+    run_training(train_words(tiny_model_dir, data, tmp_path / "0" / "out", **options))
+    (tmp_path / "1").mkdir()
+    words = train_words(tiny_model_dir, data, Path("out"), **options)
+    own_disk = ["--no-python", "bash", "-c", 'cd "$0/$RANK" && exec "${@}"', str(tmp_path)]
+    command = [sys.executable, *TORCHRUN, *own_disk, sys.executable, str(REPOSITORY / "run.py"), *words]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert answer.returncode != 0
+    (line,) = [text for text in answer.stderr.splitlines() if text.startswith("error:")]
+    assert line.startswith("error: out/checkpoint-3: process(es) 1 do not see this checkpoint")
+    assert not list((tmp_path / "1").rglob("checkpoint-*"))
 
 
 def test_how_a_step_is_divided() -> None:
