@@ -11,7 +11,7 @@ from FlagEmbedding.utils.cli import entry_point
 
 
 @entry_point
-def main() -> None:
+def main() -> int:
     """Parse, then train. What is heavy is imported once the options stand, so that a mistyped one shows at once."""
     from FlagEmbedding.finetune.parsing import parse_arguments
 
@@ -24,6 +24,7 @@ def main() -> None:
     if is_main():
         summary.show()
     leave()
+    return summary.exit_code
 
 
 if __name__ == "__main__":

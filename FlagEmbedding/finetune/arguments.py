@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from FlagEmbedding.finetune.global_batch import divide
 from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
 from FlagEmbedding.utils.cli import choice, option, switch
@@ -143,7 +144,17 @@ class RetrieverTrainingArguments(TrainingArguments):
         False, "Every trained parameter gets a gradient at each step, so there is nothing to find."
     )
     overwrite_output_dir: bool = switch(
-        False, "Accepted from older scripts: a run without --resume_from_checkpoint starts afresh."
+        False,
+        "Starting afresh where another run's checkpoints lie: remove them (only files that their records list) "
+        "instead of refusing.",
+    )
+    global_batch_size: int | None = option(
+        None,
+        "Queries per optimizer step over all processes; the accumulation follows (with --negatives_cross_device the "
+        "batch size). Batches then do not depend on the number of processes, which may change when a run goes on.",
+    )
+    resume_anyway: bool = switch(
+        False, "Go on from a checkpoint with other options than its run was started with; each is named."
     )
     warmup_ratio: float | None = option(
         None, "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."
@@ -154,6 +165,10 @@ class RetrieverTrainingArguments(TrainingArguments):
             if self.warmup_steps:
                 raise UsageError("--warmup_ratio and --warmup_steps both say how long to warm up: give one of them")
             self.warmup_steps = self.warmup_ratio
+        if self.enable_jit_checkpoint:
+            # Hugging Face's counts the step that is broken off twice.
+            logger.info("--enable_jit_checkpoint: run.py writes a checkpoint on SIGTERM without it, and by itself")
+            self.enable_jit_checkpoint = False
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other: give one of them")
         if (size := self.per_device_train_batch_size) < 1:
@@ -183,6 +198,14 @@ class RetrieverTrainingArguments(TrainingArguments):
         """What rows and batches are drawn by: ``data_seed``, or the seed of everything else."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    def deals_out_batches(self, shared: bool) -> bool:
+        """True where the batches of a step go to the processes in turn: each is the same however many there are.
+
+        Args:
+            shared: the queries of all processes share their negatives (``--negatives_cross_device``).
+        """
+        return self.global_batch_size is not None and not shared
+
     @property
     def sharded(self) -> bool:
         """True when FSDP or DeepSpeed divides the model."""
@@ -211,6 +234,18 @@ class Arguments:
     engine: EngineConfig
     refresh: RefreshArguments
     training: RetrieverTrainingArguments
+
+    def __post_init__(self) -> None:
+        training, shared = self.training, self.objective.negatives_cross_device
+        if (total := training.global_batch_size) is None:
+            return
+        if self.data.batch_size_by_length:
+            raise UsageError("--batch_size_by_length takes batch sizes from a table: leave --global_batch_size out")
+        if training.deepspeed:
+            raise UsageError("--global_batch_size does not work with --deepspeed, whose configuration has its own")
+        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        batch, accumulation = divide(total, training.world_size, batch, accumulation, shared)
+        training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, accumulation
 
     def record(self) -> dict[str, Any]:
         """Everything the command line said, as JSON values; no tokens or keys."""

@@ -1,128 +1,142 @@
-"""What a checkpoint must hold for an exact continuation, and finding the newest one that is whole.
+"""What a checkpoint must hold for an exact continuation, and which one a run goes on from.
 
-The Trainer writes trainer_state.json last, so a folder in which it parses was written to the end; a run that is killed
-while saving leaves a folder without it, which is passed over.
+A checkpoint is moved into place whole (``runs.py``). Those of earlier versions were written in place, their
+trainer_state.json last: a folder in which that does not parse is passed over.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor
-
+from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
+from FlagEmbedding.finetune.fingerprint import Differences, Fingerprint, compare
+from FlagEmbedding.finetune.runs import (
+    STATE_FILE,
+    Run,
+    checkpoints,
+    foreign,
+    new_id,
+    read_record,
+    refuse_foreign,
+    remove_foreign,
+    step_of,
+)
 from FlagEmbedding.utils.distributed import gather_objects
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.processes import on_main
 
 logger = get_logger(__name__)
 
-WINDOW_FILE = "loss_window.json"
-STATE_FILE = "trainer_state.json"
+_YES, _NO = {"true", "y", "yes", "1"}, {"false", "n", "no", "0"}
+Start = tuple[Run, Path | None]
 _NEEDED = ("config.json", "optimizer.pt", "scheduler.pt")
 
 
-class LossWindow:
-    """What stands between two log lines: sums of the terms, and how many micro-batches in a row told nothing."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self.zero_micro_batches = 0  # with a loss of exactly 0
-        self.flat_micro_batches = 0  # with one score for all passages
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """Add one micro-batch's terms. A term that only some micro-batches have is averaged over those."""
-        for name, value in terms.items():
-            if name != "loss":  # the Trainer logs the sum itself
-                self._sums[name] = self._sums.get(name, 0) + value.detach().double()
-                self._counts[name] = self._counts.get(name, 0) + 1
-
-    def saw(self, zero: bool, flat: bool = False) -> None:
-        """Count micro-batches in a row whose loss was exactly 0, and whose scores were all the same."""
-        self.zero_micro_batches = self.zero_micro_batches + 1 if zero else 0
-        self.flat_micro_batches = self.flat_micro_batches + 1 if flat else 0
-
-    def totals(self, accelerator: Accelerator) -> dict[str, tuple[float, int]]:
-        """Sum and count of each term over all processes, which must call this together.
-
-        Every process must hold the same names for the reduction, so the union is agreed on first.
-        """
-        found = {}
-        for name in sorted(set().union(*gather_objects(sorted(self._sums)))):
-            own = [float(self._sums.get(name, 0)), self._counts.get(name, 0)]
-            pair = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
-            total, count = accelerator.reduce(pair, reduction="sum").tolist()
-            found[name] = (total, int(count))
-        return found
-
-    def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means since the last flush, over all processes; starts again from zero."""
-        means = {name: total / count for name, (total, count) in self.totals(accelerator).items()}
-        self._sums, self._counts = {}, {}
-        return means
-
-    def save(self, folder: Path, totals: dict[str, tuple[float, int]], **state: Any) -> None:
-        """Write the ``totals`` of all processes and ``state`` into a checkpoint folder."""
-        sums, counts = ({name: pair[part] for name, pair in totals.items()} for part in (0, 1))
-        silent = {"zeros": self.zero_micro_batches, "flats": self.flat_micro_batches}
-        write_json_atomic(folder / WINDOW_FILE, {**state, "sums": sums, "counts": counts, **silent})
-
-    def load(self, folder: Path, device: torch.device, main: bool = True) -> dict[str, Any] | None:
-        """Read back what ``save`` wrote and return ``state``; None where a checkpoint has no such file.
-
-        The ``main`` process goes on with the totals of all, the others with none: at the next log line they are summed.
-        """
-        if not (folder / WINDOW_FILE).is_file():
-            return None
-        stored: dict[str, Any] = json.loads((folder / WINDOW_FILE).read_text(encoding="utf-8"))
-        sums, counts = stored.pop("sums"), stored.pop("counts")
-        self.zero_micro_batches, self.flat_micro_batches = stored.pop("zeros"), stored.pop("flats", 0)
-        if main:
-            self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
-            self._counts = counts
-        return stored
-
-
-def resolve_resume(resume: str | bool | None, output_dir: str, sharded: bool = False) -> str | None:
-    """The checkpoint folder to continue from, or None to start at the first step.
+def resumable(resume: str | bool | None, output_dir: Path, sharded: bool = False) -> list[Path]:
+    """The checkpoints that a run may go on from, the newest first; none: it starts at the first step.
 
     Args:
-        resume: what the user said: nothing, a folder, or a yes for the newest whole checkpoint in ``output_dir``.
+        resume: what the user said: nothing, a folder, or a yes for the newest that fits of ``output_dir``.
         sharded: the run uses FSDP or DeepSpeed, whose checkpoints hold other files.
 
     Raises ``UsageError`` where the named folder is no whole checkpoint.
     """
-    if resume is None or str(resume).lower() in {"false", "n", "no", "0"}:
-        return None
-    if str(resume).lower() in {"true", "y", "yes", "1"}:
-        newest = latest_checkpoint(Path(output_dir), sharded)
-        if newest is None:
+    if not wants_to_resume(resume):
+        return []
+    if str(resume).lower() in _YES:
+        whole = []
+        for folder in reversed(checkpoints(output_dir)):
+            if missing := _missing(folder, sharded):
+                logger.warning("%s is not whole (%s): passed over", folder, missing)
+            else:
+                whole.append(folder)
+        if not whole:
             logger.warning("%s holds no whole checkpoint: starting at the first step", output_dir)
-        return None if newest is None else str(newest)
+        return whole
     folder = Path(str(resume))
     if missing := _missing(folder, sharded):
         raise UsageError(
             f"--resume_from_checkpoint {folder}: not a whole checkpoint ({missing}); give a checkpoint-N folder, or "
             "True for the newest whole one in --output_dir"
         )
-    return str(folder)
+    return [folder]
 
 
-def latest_checkpoint(output_dir: Path, sharded: bool = False) -> Path | None:
-    """The checkpoint-N of the highest N that was written to the end."""
-    named = [folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    for folder in sorted(named, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        missing = _missing(folder, sharded)
-        if not missing:
-            return folder
-        logger.warning("%s is not whole (%s): passed over", folder, missing)
-    return None
+def wants_to_resume(resume: str | bool | None) -> bool:
+    """True for a folder and for a yes."""
+    return resume is not None and str(resume).lower() not in _NO
+
+
+def begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTrainingArguments) -> Start:
+    """The run that starts or goes on now, and the checkpoint that it goes on from, the same for all processes.
+
+    Raises ``UsageError``: no candidate is of this run, another run's checkpoints are in the way, or a process does not
+    see the checkpoint. Nothing was changed.
+    """
+    run, folder = on_main(lambda: _begin(candidates, here, training))
+    if folder is not None:
+        blind = [rank for rank, sees in enumerate(gather_objects(not _missing(folder, training.sharded))) if not sees]
+        on_main(lambda: _refuse_blind(folder, blind))
+    return run, folder
+
+
+def _begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTrainingArguments) -> Start:
+    folder, found = _choose(candidates, here, training.resume_anyway)
+    record = None if folder is None else read_record(folder)
+    run = Run(new_id() if record is None else str(record["run_id"]), here.record())
+    output_dir, overwrite = Path(str(training.output_dir)), training.overwrite_output_dir
+    others = foreign(output_dir, None if not wants_to_resume(training.resume_from_checkpoint) else run.id)
+    others = [other for other in others if folder is None or other.resolve() != folder.resolve()]
+    refuse_foreign(output_dir, others, overwrite)
+    if record is not None and folder is not None:
+        run.changes = [*record["changes"]]
+        if found.refused:
+            run.changes.append({"step": step_of(folder), "changed": found.refused})
+            logger.warning("--resume_anyway: another run from here on: %s", "; ".join(found.refused))
+        if found.harmless:
+            logger.info("going on with other settings that change no number: %s", "; ".join(found.harmless))
+    elif folder is not None:
+        logger.warning("%s is of a version that kept no fingerprint: going on without comparing the options", folder)
+    logger.info("run %s: %s", run.id, "starts" if folder is None else f"goes on from {folder}")
+    remove_foreign(output_dir, others)
+    shutil.rmtree(run.draft(output_dir), ignore_errors=True)  # what a kill in the middle of saving left
+    return run, folder
+
+
+def _choose(candidates: Sequence[Path], here: Fingerprint, anyway: bool) -> tuple[Path | None, Differences]:
+    """The newest candidate that is of this run; with ``anyway`` the newest of all that can be gone on from."""
+    refusals = []
+    for folder in candidates:
+        record = read_record(folder)
+        found = Differences() if record is None else compare(record["fingerprint"], here)
+        if not found.fixed and (anyway or not found.decisive):
+            for passed, _ in refusals:
+                logger.warning("%s is of another run: passed over", passed)
+            return folder, found
+        refusals.append((folder, found))
+    if not refusals:
+        return None, Differences()
+    folder, found = refusals[0]
+    if found.fixed:
+        advice = (
+            f"its weights or its optimizer's state fit no such run; start a new one from its weights "
+            f"(--model_name_or_path {folder}, another --output_dir, no --resume_from_checkpoint)"
+        )
+    else:
+        advice = "give the options it was started with, or go on with the new ones by --resume_anyway True"
+    raise UsageError(f"--resume_from_checkpoint: {folder} is of another run: {'; '.join(found.refused)}. {advice}")
+
+
+def _refuse_blind(folder: Path, blind: list[int]) -> None:
+    if blind:
+        raise UsageError(
+            f"{folder}: process(es) {', '.join(map(str, blind))} do not see this checkpoint; put --output_dir on a "
+            "disk that all machines share, or copy it to each of them"
+        )
 
 
 def _missing(folder: Path, sharded: bool) -> str:

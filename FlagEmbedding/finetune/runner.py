@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import transformers
@@ -14,10 +15,13 @@ from transformers import set_seed
 
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
-from FlagEmbedding.finetune.checkpoints import resolve_resume
+from FlagEmbedding.finetune.checkpoints import begin, resumable, wants_to_resume
 from FlagEmbedding.finetune.checks import check_arguments, check_router
 from FlagEmbedding.finetune.collator import TrainCollator
 from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.fingerprint import fingerprint
+from FlagEmbedding.finetune.interrupt import StopAtStep
+from FlagEmbedding.finetune.runs import foreign, refuse_foreign, writing
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
@@ -27,6 +31,7 @@ from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.memory import keep_freed_memory
+from FlagEmbedding.utils.processes import on_main
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
@@ -40,19 +45,28 @@ def run(arguments: Arguments) -> TrainingSummary:
     """
     check_arguments(arguments)
     training = arguments.training
-    resume = resolve_resume(training.resume_from_checkpoint, str(training.output_dir), training.sharded)
+    output_dir, asked = Path(str(training.output_dir)), training.resume_from_checkpoint
+    candidates = on_main(lambda: resumable(asked, output_dir, training.sharded))
+    if not wants_to_resume(asked):
+        on_main(lambda: refuse_foreign(output_dir, foreign(output_dir), training.overwrite_output_dir))
     if training.device.type == "cpu":
         keep_freed_memory()
     one_device(training)
     if is_main():
         transformers.utils.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
     trainer = build_trainer(arguments)
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    trainer.save_state()
-    seconds, state = time.monotonic() - started, trainer.state
-    return TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step)
+    trainer.run, resume = begin(candidates, trainer.fingerprint, training)
+    trainer.train_arguments["run_id"], trainer.changed = trainer.run.id, training.resume_anyway
+    stop, started = StopAtStep(), time.monotonic()
+    trainer.add_callback(stop)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if not stop.agreed:
+            with writing(output_dir, output_dir):
+                trainer.save_model()
+                trainer.save_state()
+    seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
+    return TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step, by)
 
 
 def one_device(training: RetrieverTrainingArguments) -> None:
@@ -95,6 +109,20 @@ def as_the_model_says(arguments: Arguments, model: BiEncoder) -> Arguments:
     return replace(arguments, data=data, model=vectors)
 
 
+def make_sampler(arguments: Arguments, dataset: TrainDataset) -> TaskBatchSampler:
+    """The batches of all processes."""
+    training, shared = arguments.training, arguments.objective.negatives_cross_device
+    processes, drop_last, per_step = training.world_size, training.dataloader_drop_last, None
+    if training.global_batch_size is not None:
+        per_step = processes * training.gradient_accumulation_steps
+        # A smaller last batch could not be divided over every number of processes.
+        processes, drop_last = (processes, True) if shared else (1, drop_last)
+    return TaskBatchSampler(
+        dataset, batch_size=training.per_device_train_batch_size, seed=training.sampling_seed, num_processes=processes,
+        drop_last=drop_last, per_step=per_step,
+    )  # fmt: skip
+
+
 def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     """Everything that a run trains with: dataset, sampler, model, collator, and the Trainer that holds them."""
     training, engine = arguments.training, arguments.engine
@@ -102,10 +130,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     # Process 0 prepares the rows, the others then open what it wrote.
     with training.main_process_first(desc="reading the training data"):
         dataset = TrainDataset(arguments.data, training.sampling_seed)
-    sampler = TaskBatchSampler(
-        dataset, batch_size=training.per_device_train_batch_size, seed=training.sampling_seed,
-        num_processes=training.world_size, drop_last=training.dataloader_drop_last,
-    )  # fmt: skip
+    sampler = make_sampler(arguments, dataset)
     if training.sharded and not training.sharded_by_layer:
         # FSDP1 and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
         engine = replace(engine, engine="padded")
@@ -122,6 +147,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
         processing_class=model.tokenizer,
         batch_sampler=sampler,
         train_arguments={**arguments.record(), "provenance": provenance()},
+        fingerprint=fingerprint(arguments, dataset, sampler, model),
     )
     if arguments.refresh.refresh_negatives_every_n_epochs:
         # Imported only where it is on: it brings mining and inference with it.

@@ -12,6 +12,7 @@ processes, unless ``drop_last``.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ from torch.utils.data import Sampler
 from FlagEmbedding.finetune.dataset import Key, TrainDataset
 from FlagEmbedding.finetune.tasks import Task
 from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.identity import digest
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -36,14 +38,18 @@ class TaskBatchSampler(Sampler[list[Key]]):
         seed: of the order.
         num_processes: data-parallel processes of the run.
         drop_last: leave out the smaller batches at the end of a task.
+        per_step: batches of an optimizer step of all processes, under ``--global_batch_size``: an epoch is then whole
+            steps, and what they hold does not depend on the number of processes. Without shared negatives
+            ``num_processes`` is 1, whatever their number: a step's batches are dealt out to them.
 
     Raises ``DataError`` where the rows do not make a single batch.
     """
 
     def __init__(
-        self, dataset: TrainDataset, *, batch_size: int, seed: int, num_processes: int = 1, drop_last: bool = False
-    ) -> None:
-        self.dataset, self.seed, self.num_processes = dataset, seed, num_processes
+        self, dataset: TrainDataset, *, batch_size: int, seed: int, num_processes: int = 1, drop_last: bool = False,
+        per_step: int | None = None,
+    ) -> None:  # fmt: skip
+        self.dataset, self.seed, self.num_processes, self.per_step = dataset, seed, num_processes, per_step
         # For accelerate: there is never a batch that some process lacks, so nothing to even out. There is no
         # attribute batch_size, which would promise that all batches have it.
         self.drop_last = True
@@ -51,7 +57,11 @@ class TaskBatchSampler(Sampler[list[Key]]):
         self._slots: list[int] = []  # of each task: steps it would have, were no remainder left out
         for task in dataset.tasks:
             size = task.batch_size or batch_size
-            steps = plan_steps(len(task.rows), size, num_processes, drop_last)
+            if per_step is not None and num_processes > 1:
+                whole = plan_steps(len(task.rows), size * num_processes, 1, drop_last=True)
+                steps = [(start, size) for start, _ in whole]
+            else:
+                steps = plan_steps(len(task.rows), size, num_processes, drop_last)
             if not steps:
                 logger.warning("%s: its %s make no batch and are left out", task.name, _rows(task))
             self._steps.append(steps)
@@ -63,13 +73,31 @@ class TaskBatchSampler(Sampler[list[Key]]):
                 f"{batch_size} on {num_processes} process(es) needs {needed}; add rows, lower "
                 "--per_device_train_batch_size, or mix the files (--same_task_within_batch False)"
             )
+        if len(self) == 0:
+            batches = sum(map(len, self._steps)) * num_processes
+            raise DataError(
+                f"--global_batch_size: the training data makes {batches} batches, a step takes {per_step}; add "
+                "rows, or lower it"
+            )
+
+    def plan_digest(self, shared: bool) -> str:
+        """SHA-256 over which rows make which batches, whatever the epoch.
+
+        Args:
+            shared: the queries of all processes share their negatives, so how a step's are divided changes no loss.
+        """
+        world = self.num_processes
+        plan = [[(start, size * world if shared else (size, world)) for start, size in steps] for steps in self._steps]
+        rows = [hashlib.sha256(task.rows.astype("<i8").tobytes()).hexdigest() for task in self.dataset.tasks]
+        return digest(plan, self._slots, rows, self.per_step and self.per_step // world)[:32]
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration draws."""
         self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return sum(map(len, self._steps)) * self.num_processes
+        batches = sum(map(len, self._steps)) * self.num_processes
+        return batches if self.per_step is None else batches - batches % self.per_step
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self.dataset.epoch
@@ -83,7 +111,7 @@ class TaskBatchSampler(Sampler[list[Key]]):
             # does not change the order of the rest.
             places = generator.random_sample(self._slots[index])
             order += [(places[step], index, step) for step in range(len(self._steps[index]))]
-        for _, index, step in sorted(order):
+        for _, index, step in sorted(order)[: len(self) // self.num_processes]:
             start, size = self._steps[index][step]
             for first in range(start, start + self.num_processes * size, size):
                 yield [(epoch, int(row)) for row in rows[index][first : first + size]]

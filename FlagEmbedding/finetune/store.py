@@ -46,6 +46,7 @@ class StoredFile:
     file: DataFile
     table: datasets.Dataset
     statistics: FileStatistics
+    digest: str  # SHA-256 of the file's bytes
 
 
 def cache_folder(cache_path: str | None) -> Path:
@@ -76,7 +77,7 @@ def _stored(file: DataFile, stream: IO[bytes], digest: str, folder: Path, proble
             if not (counts.exists() and arrow.exists()) and not _convert(file, stream, arrow, counts, problems):
                 return None
         table = datasets.Dataset.from_file(str(arrow))
-        return StoredFile(file, table, FileStatistics(**json.loads(counts.read_text("utf-8"))))
+        return StoredFile(file, table, FileStatistics(**json.loads(counts.read_text("utf-8"))), digest)
     except OSError as error:
         raise DataError(
             f"{folder}: the prepared training rows cannot be kept there ({error}); name a writable folder with enough "

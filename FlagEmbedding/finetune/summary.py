@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from signal import Signals
 from typing import Any
 
 from tabulate import tabulate
@@ -30,6 +32,7 @@ class TrainingSummary:
         model: what was trained.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
+        signal: the number of the signal that ended it before its last step; 0: none.
     """
 
     arguments: Arguments
@@ -37,9 +40,18 @@ class TrainingSummary:
     history: list[dict[str, Any]]
     seconds: float
     steps: int
+    signal: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0, or as a shell says it of what a signal ended."""
+        return 128 + self.signal if self.signal else 0
 
     def show(self) -> None:
         """Print the summary (entry points only)."""
+        if self.signal:
+            print(self.stopped(), file=sys.stderr)
+            return
         lines = [line for line in self.history if "loss" in line]
         if lines:
             print(_loss_table(lines[0], lines[-1]))
@@ -48,6 +60,14 @@ class TrainingSummary:
             print(_router_table(routed[-1]))
         folder = self.arguments.training.output_dir
         print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {folder}\n{self.usage()}")
+
+    def stopped(self) -> str:
+        """Where a run ended that a signal ended, and how it goes on."""
+        checkpoint = f"{self.arguments.training.output_dir}/checkpoint-{self.steps}"
+        line = f"stopped by {Signals(self.signal).name} after step {self.steps}: {checkpoint} is written; "
+        if self.arguments.training.save_only_model:
+            return f"{line}it cannot be gone on from, as --save_only_model leaves out the optimizer's state"
+        return f"{line}the same command with --resume_from_checkpoint True goes on from there"
 
     def usage(self) -> str:
         """How to use the checkpoint, which says itself how its vectors are made and what stands before a text."""

@@ -7,6 +7,11 @@ also carries what stands between two log lines, so that a resumed run logs what 
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
-from FlagEmbedding.finetune.checkpoints import STATE_FILE, LossWindow
+from FlagEmbedding.finetune.fingerprint import Fingerprint
+from FlagEmbedding.finetune.interrupt import outlive_signals
+from FlagEmbedding.finetune.loss_window import LossWindow
 from FlagEmbedding.finetune.router_monitor import RouterMonitor
+from FlagEmbedding.finetune.runs import Run, keep_newest, new_id, publish, writing
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.modeling.sharding import let_packed
+from FlagEmbedding.utils.distributed import gather_objects
 from FlagEmbedding.utils.errors import UserError
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -34,6 +44,11 @@ logger = get_logger(__name__)
 
 TRAINING_ARGS_FILE = "training_args.json"
 SMALLEST_SLAB = 512  # tokens; below that a slab is not what fills the memory
+
+
+def _start_worker(number: int, num_workers: int, rank: int) -> None:
+    outlive_signals()
+    seed_worker(number, num_workers=num_workers, rank=rank)
 
 
 class _RestoreWindow(TrainerCallback):
@@ -61,11 +76,26 @@ class BiEncoderTrainer(Trainer):
     Args:
         batch_sampler: yields lists of (epoch, row) keys for the train dataset.
         train_arguments: what the command line said, written beside every checkpoint as JSON.
+        fingerprint: what decides the run.
+
+    Attributes:
+        run: whose checkpoints are written.
+        changed: the run goes on with another rate or optimizer setting than its checkpoint's (``--resume_anyway``).
     """
 
-    def __init__(self, *, batch_sampler: TaskBatchSampler, train_arguments: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        batch_sampler: TaskBatchSampler,
+        train_arguments: dict[str, Any],
+        fingerprint: Fingerprint,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.batch_sampler, self.train_arguments = batch_sampler, train_arguments
+        self.fingerprint, self.run, self.changed = fingerprint, Run(new_id(), fingerprint.record()), False
+        self._turn = (-1, -1)  # optimizer step, and which of its batches this process had last
+        self._draft: Path | None = None  # where a checkpoint is being written
         self.window, self.router = LossWindow(), RouterMonitor()
         self.watch = LossWatch(self.window, self.args.gradient_accumulation_steps)
 
@@ -87,15 +117,17 @@ class BiEncoderTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+            worker_init_fn=partial(_start_worker, num_workers=workers, rank=self.args.process_index),
         )
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. Out of memory under gradient caching, it is computed again in slabs of half the size."""
+        number = self._number_batch()
         while True:
             smaller = 0
             try:
+                self._seed_batch(number)
                 return super().training_step(model, dict(inputs), *args, **kwargs)
             except torch.OutOfMemoryError as error:
                 smaller = self._smaller_slab()
@@ -111,6 +143,18 @@ class BiEncoderTrainer(Trainer):
             logger.warning(
                 "out of memory at step %d: going on in slabs of %d tokens", self.state.global_step + 1, smaller
             )
+
+    def _number_batch(self) -> int:
+        """Which of its optimizer step's batches this process trains on now; batches are dealt out in turn."""
+        step, turn = self._turn
+        self._turn = step, turn = self.state.global_step, turn + 1 if step == self.state.global_step else 0
+        return turn * self.args.world_size + self.args.process_index
+
+    def _seed_batch(self, number: int) -> None:
+        """Under ``--global_batch_size`` a batch has the same dropout whichever process trains on it."""
+        if self.args.deals_out_batches(self.bare_model.objective.negatives_cross_device):
+            text = f"{self.args.seed}/{self.state.global_step}/{number}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
     def _smaller_slab(self) -> int:
         """Half the slab, where the micro-batch may be computed again: alone, no gradients before it; else 0."""
@@ -163,19 +207,75 @@ class BiEncoderTrainer(Trainer):
         self.bare_model.save(folder, state_dict=state_dict)
         write_json_atomic(Path(folder) / TRAINING_ARGS_FILE, self.train_arguments)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._draft or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside the others and move it into place when all processes are through.
+
+        Raises:
+            UserError: it could not be written; nothing of it stays, and no other checkpoint has changed.
+        """
         self.watch.settle()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        output_dir = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
         totals = self.window.totals(self.accelerator)
         loss_sum = float(self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean"))
+        self._draft = self.run.draft(output_dir)
+        folder = self._draft / name
+        try:
+            with self._together(output_dir / name):
+                if self.args.should_save:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    state = {"loss_sum": loss_sum, "last_logged": self._globalstep_last_logged}
+                    self.window.save(folder, totals, forwards=self.bare_model.step, **state)
+                    self.router.save(folder)
+                super()._save_checkpoint(model, trial)
+            with self._together(output_dir / name):
+                if self.args.should_save:
+                    self.run.describe(folder)
+                    publish(folder, output_dir / name)
+            with self._together(output_dir / name):
+                if self.args.local_process_index == 0 and folder.exists():  # on a disk of this machine's own
+                    publish(folder, output_dir / name)
+        finally:
+            self._draft = None
         if self.args.should_save:
-            # The state file, written last, marks a whole checkpoint; a killed run may have left an old one here.
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STATE_FILE).unlink(missing_ok=True)
-            state = {"loss_sum": loss_sum, "last_logged": self._globalstep_last_logged}
-            self.window.save(folder, totals, forwards=self.bare_model.step, **state)
-            self.router.save(folder)
-        super()._save_checkpoint(model, trial)
+            keep_newest(output_dir, self.run.id, self.args.save_total_limit)
+
+    @contextmanager
+    def _together(self, folder: Path) -> Iterator[None]:
+        """A part of saving that succeeds for all processes or fails for all; all leave it together."""
+        problem: UserError | None = None
+        try:
+            with writing(folder, Path(str(self.args.output_dir))):
+                yield
+        except UserError as error:
+            problem = error
+        if first := next(filter(None, gather_objects(problem and str(problem))), None):
+            assert self._draft is not None
+            shutil.rmtree(self._draft, ignore_errors=True)
+            if self.args.process_index > 0:
+                sys.exit(2)  # the first one says why
+            raise UserError(first) from problem
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also of a run that goes on with other settings, which would otherwise be put back to the checkpoint's."""
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.changed:
+            return
+        for group, values in zip(self._groups(), settings, strict=True):
+            group.update(values)
+        if isinstance(scheduler := self.lr_scheduler, LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in self._groups()]
+            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [base * share(scheduler.last_epoch) for base, share in pairs]
+            for group, rate in zip(self._groups(), scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups if self.changed and self.optimizer is not None else []
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -127,6 +127,7 @@ class Options:
         if stage == "train":
             words = ["--model_name_or_path", self.base_model, "--train_data", str(self.train_file(cell))]
             words += ["--output_dir", encoder, "--seed", str(cell.seed), *self.train_options]
+            words += ["--resume_from_checkpoint", "True"]  # where a signal ended it (what other inputs left is gone)
             return [*self.launcher, str(self.root / "run.py"), str(cell.row.recipe), *words]
         where = ["--encoder", encoder, "--languages", cell.lang, "--split", self.split]
         data = [] if self.data_dir is None else ["--data_dir", str(self.data_dir)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from finetune.helpers import rows, run_training, train_words, write_rows
 
-from FlagEmbedding.finetune.checkpoints import LossWindow, latest_checkpoint, resolve_resume
+from FlagEmbedding.finetune.checkpoints import resumable
+from FlagEmbedding.finetune.loss_window import LossWindow
 from FlagEmbedding.utils.errors import UsageError
 
 
@@ -58,43 +56,23 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def test_the_newest_is_the_highest_number(tmp_path: Path) -> None:
-    assert resolve_resume(True, str(tmp_path)) is None
+    assert resumable(True, tmp_path) == []
     for number in (2, 9, 10):
         write_checkpoint(tmp_path / f"checkpoint-{number}")
     write_checkpoint(tmp_path / "checkpoint-11-old")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert resolve_resume("yes", str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert resolve_resume(str(tmp_path / "checkpoint-2"), str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert resumable("yes", tmp_path) == [tmp_path / f"checkpoint-{number}" for number in (10, 9, 2)]
+    assert resumable(str(tmp_path / "checkpoint-2"), tmp_path) == [tmp_path / "checkpoint-2"]
     for no in (None, False, "False", "no"):
-        assert resolve_resume(no, str(tmp_path)) is None
+        assert resumable(no, tmp_path) == []
     with pytest.raises(UsageError, match=r"checkpoint-3: not a whole checkpoint \(no such folder\)"):
-        resolve_resume(str(tmp_path / "checkpoint-3"), str(tmp_path))
+        resumable(str(tmp_path / "checkpoint-3"), tmp_path)
 
 
 def test_a_sharded_checkpoint_is_whole_by_its_state_alone(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint-2")
     for name in ("optimizer.pt", "model.safetensors"):
         (folder / name).unlink()
-    assert latest_checkpoint(tmp_path) is None
-    assert latest_checkpoint(tmp_path, sharded=True) == folder
+    assert resumable(True, tmp_path) == []
+    assert resumable(True, tmp_path, sharded=True) == [folder]
     (folder / "trainer_state.json").write_text('{"epoch": ')
-    assert latest_checkpoint(tmp_path, sharded=True) is None
-
-
-def test_a_save_that_dies_over_an_old_checkpoint_leaves_none(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The old folder's state must not vouch for a mixture of both."""
-    write_rows(tmp_path / "data" / "rows.jsonl", rows(12))
-    words = train_words(
-        tiny_model_dir, tmp_path / "data", tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2
-    )
-    run_training(words)
-    folder = tmp_path / "out" / "checkpoint-2"
-    arguments = json.loads((folder / "training_args.json").read_text())
-    assert arguments["data"]["train_group_size"] == 3 and arguments["training"]["max_steps"] == 2
-    assert latest_checkpoint(tmp_path / "out") == folder
-    (folder / "rng_state.pth").unlink()
-    (folder / "rng_state.pth").mkdir()  # written after weights and optimizer, and cannot be written
-    with pytest.raises((OSError, RuntimeError)):
-        run_training(words)
-    shutil.rmtree(folder / "rng_state.pth")
-    assert latest_checkpoint(tmp_path / "out") is None
+    assert resumable(True, tmp_path, sharded=True) == []

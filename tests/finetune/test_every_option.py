@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from FlagEmbedding.finetune.arguments import (
     RetrieverTrainingArguments,
 )
 from FlagEmbedding.finetune.checks import check_arguments
+from FlagEmbedding.finetune.fingerprint import compare, kind_of
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.refresh import RefreshNegatives
 from FlagEmbedding.finetune.runner import build_trainer
@@ -141,7 +142,15 @@ TRAINING = {
     "gradient_checkpointing": Case("--gradient_checkpointing True", only=("args",)),  # test_activation_memory.py
     "warmup_ratio": Case("--warmup_ratio 0.5", only=("args",)),
     "learning_rate": Case("--learning_rate 0.1", only=("moved",)),
+    "global_batch_size": Case("--global_batch_size 6", only=("batches", "args")),
 }
+# What changes no number: a run goes on with another value.
+HARMLESS = {
+    "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "dataloader_num_workers",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers", "gradient_checkpointing",
+}  # fmt: skip
+# Their difference is named by what they bring.
+BY_CONTENT = {"model_name_or_path", "config_name", "cache_dir"}
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +246,7 @@ def observe(
         "warnings": [r.getMessage() for r in caplog.records if r.levelname == "WARNING"],
         "loader": (loader.num_workers, loader.prefetch_factor, loader.persistent_workers),
         "args": {**vars(trainer.args), "logging_dir": None},
+        "fingerprint": trainer.fingerprint,
     }
 
 
@@ -250,9 +260,11 @@ def take(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 def test_no_field_is_left_out() -> None:
     assert_complete(GROUPS, CASES, {})
     ours = {f for f in RetrieverTrainingArguments.__annotations__ if f not in TRAINING}
-    # Three are Hugging Face's with another default, one does nothing.
+    # Three are Hugging Face's with another default.
     assert ours == {
-        "remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters", "overwrite_output_dir",
+        "remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters",
+        # test_runs.py, test_same_run.py
+        "overwrite_output_dir", "resume_anyway",
     }  # fmt: skip
     assert set(TRAINING) - {"warmup_ratio"} <= set(TrainingArguments.__dataclass_fields__)
 
@@ -262,7 +274,53 @@ def test_every_option_acts(
     name: str, places: dict[str, Path], calls: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     case = {**CASES, **ALSO, **TRAINING}[name]
-    assert_acts(case, partial(observe, places=places, calls=calls, caplog=caplog))
+    fingerprints = []
+
+    def look(words: list[str]) -> dict[str, Any]:
+        found = observe(words, places=places, calls=calls, caplog=caplog)
+        fingerprints.append(found.pop("fingerprint"))
+        return found
+
+    assert_acts(case, look)
+    # A run that goes on from a checkpoint of the other one says so by name, and is refused where numbers depend on it.
+    found = compare(fingerprints[0].record(), fingerprints[1])
+    assert bool(found.refused) == (name not in HARMLESS)
+    if name in {**CASES, **TRAINING} and name not in BY_CONTENT:
+        assert any(f"--{name}" in text for text in found.refused + found.harmless), found
+    same = compare(fingerprints[1].record(), fingerprints[1])
+    assert not same.refused and not same.harmless
+
+
+# Hugging Face's options (and ours beside them) on which a run's numbers depend; all others are harmless, compared by
+# what they come to, or of one start alone. A new option of transformers is decisive until it is looked at.
+DECISIVE = {
+    "global_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args",
+    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32", "use_liger_kernel", "liger_kernel_config",
+    "average_tokens_across_devices", "auto_find_batch_size", "ignore_data_skip", "seed",
+    "restore_callback_states_from_checkpoint", "accelerator_config", "parallelism_config", "dataloader_drop_last",
+    "dataloader_in_order", "remove_unused_columns", "train_sampling_strategy", "fsdp", "fsdp_config", "deepspeed",
+}  # fmt: skip
+
+
+def test_every_option_is_harmless_or_decides() -> None:
+    """Each has been looked at: a new one stands in none of the lists."""
+    training = {f.name: kind_of(f.name) for f in fields(RetrieverTrainingArguments) if f.init}
+    assert {name for name, kind in training.items() if kind in ("decisive", "fixed")} <= DECISIVE
+    assert {name for name in DECISIVE & set(training) if training[name] not in ("decisive", "fixed")} == set()
+    ours = {f.name for group in GROUPS for f in fields(group)}
+    assert {name for name in ours if kind_of(name) == "harmless"} == {
+        "cache_dir", "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch",
+    }  # fmt: skip
+    assert {name for name in {*ours, *training} if kind_of(name) == "meaning"} == {
+        "train_data", "refresh_corpus", "model_name_or_path", "config_name", "tokenizer_name", "num_train_epochs",
+        "max_steps", "warmup_steps", "warmup_ratio", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "data_seed",
+    }  # fmt: skip
+    assert {name for name in training if kind_of(name) == "call"} == {
+        "resume_from_checkpoint", "resume_anyway", "overwrite_output_dir", "local_rank", "hub_token",
+        "enable_jit_checkpoint",
+    }  # fmt: skip
 
 
 def test_the_same_words_build_the_same(

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, XLMRobertaConfi
 
 from FlagEmbedding import FlagModel
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.checkpoints import LossWindow
 from FlagEmbedding.finetune.collator import TrainCollator
 from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.loss_window import LossWindow
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.runner import build_trainer
 
