@@ -15,16 +15,19 @@ from transformers import set_seed
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.checkpoints import resolve_resume
-from FlagEmbedding.finetune.checks import check_arguments, check_router
+from FlagEmbedding.finetune.checks import check_arguments, check_lengths, check_router
 from FlagEmbedding.finetune.collator import TrainCollator
 from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.hub_upload import check_upload, upload_saved
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.settings import settings
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.modeling.interchange import Instructions, choose
 from FlagEmbedding.modeling.options import Pooling
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.utils.distributed import is_main
+from FlagEmbedding.utils.heartbeat import watched
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.memory import keep_freed_memory
 from FlagEmbedding.utils.provenance import provenance
@@ -32,6 +35,7 @@ from FlagEmbedding.utils.provenance import provenance
 logger = get_logger(__name__)
 
 
+@watched("The newest whole checkpoint goes on with --resume_from_checkpoint True")
 def run(arguments: Arguments) -> TrainingSummary:
     """Train as ``arguments`` say and save the checkpoint to ``output_dir``.
 
@@ -39,6 +43,7 @@ def run(arguments: Arguments) -> TrainingSummary:
         UserError: contradicting options, unusable data (before the model is loaded), a loss that cannot go on.
     """
     check_arguments(arguments)
+    check_upload(arguments.training)
     training = arguments.training
     resume = resolve_resume(training.resume_from_checkpoint, str(training.output_dir), training.sharded)
     if training.device.type == "cpu":
@@ -47,12 +52,15 @@ def run(arguments: Arguments) -> TrainingSummary:
     if is_main():
         transformers.utils.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
     trainer = build_trainer(arguments)
+    logger.info("%s", settings(trainer, arguments))
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
     seconds, state = time.monotonic() - started, trainer.state
-    return TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step)
+    summary = TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step)
+    upload_saved(summary)
+    return summary
 
 
 def one_device(training: RetrieverTrainingArguments) -> None:
@@ -113,6 +121,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     model.sharded = training.sharded
     check_router(arguments, model.num_experts_per_tok)
     arguments = as_the_model_says(arguments, model)
+    check_lengths(arguments.data, model.tokenizer)
     dataset.options = arguments.data
     trainer = BiEncoderTrainer(
         model=model,

@@ -49,9 +49,13 @@ class TrainingSummary:
         folder = self.arguments.training.output_dir
         print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {folder}\n{self.usage()}")
 
-    def usage(self) -> str:
-        """How to use the checkpoint, which says itself how its vectors are made and what stands before a text."""
-        folder = repr(str(self.arguments.training.output_dir))
+    def usage(self, place: str | None = None) -> str:
+        """How to use the checkpoint, which says itself how its vectors are made and what stands before a text.
+
+        Args:
+            place: where it is; None: in ``--output_dir``.
+        """
+        folder = repr(place or str(self.arguments.training.output_dir))
         instructions = "".join(
             f", {role}_instruction_for_retrieval={text!r}"
             for role, text in vars(self.model.instructions).items()
