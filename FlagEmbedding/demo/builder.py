@@ -20,7 +20,7 @@ from FlagEmbedding.demo.parts import FIRST_POSITION, WORDS, BaseSource, tensor_n
 from FlagEmbedding.demo.pretrained import HUB_ID, PretrainedModel, find_folder
 from FlagEmbedding.demo.tokenizer import build_tokenizer, needed_ids, save_tokenizer
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.io import PathLike, sha256_file, write_json_atomic
+from FlagEmbedding.utils.io import PathLike, follow_umask, sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -138,6 +138,7 @@ def _save_model(folder: Path, origin: BaseSource, layers: int, rows: list[int]) 
     }
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
+    follow_umask(weights)
     weights.chmod((folder / "tokenizer.json").stat().st_mode)  # the writer gives it to its owner alone
     sizes = replace(origin.sizes, num_hidden_layers=layers)
     write_json_atomic(folder / "config.json", {**_CONFIG, "vocab_size": len(rows), **asdict(sizes)})

@@ -9,16 +9,20 @@ two groups contradict each other in by ``checks.py``.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from FlagEmbedding.finetune.global_batch import divide
+from FlagEmbedding.finetune.hugging_face import refuse_reporters, refuse_unserved
 from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
 from FlagEmbedding.utils.cli import choice, option, switch
+from FlagEmbedding.utils.distributed import check_launcher, world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import NO_CPU_BF16, cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
@@ -161,9 +165,12 @@ class RetrieverTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        refuse_unserved(self)
         if self.warmup_ratio is not None:
             if self.warmup_steps:
                 raise UsageError("--warmup_ratio and --warmup_steps both say how long to warm up: give one of them")
+            if not 0 <= self.warmup_ratio < 1:
+                raise UsageError(f"--warmup_ratio is a share of the steps, from 0 to below 1, got {self.warmup_ratio}")
             self.warmup_steps = self.warmup_ratio
         if self.enable_jit_checkpoint:
             # Hugging Face's counts the step that is broken off twice.
@@ -173,6 +180,8 @@ class RetrieverTrainingArguments(TrainingArguments):
             raise UsageError("--fp16 and --bf16 exclude each other: give one of them")
         if (size := self.per_device_train_batch_size) < 1:
             raise UsageError(f"--per_device_train_batch_size must be at least 1, got {size}")
+        if self.ddp_timeout < 1:
+            raise UsageError(f"--ddp_timeout is a number of seconds, at least 1, got {self.ddp_timeout}")
         # Without any accelerator say so to the Trainer: it refuses bf16 otherwise.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.fp16 and self.use_cpu:
@@ -182,16 +191,14 @@ class RetrieverTrainingArguments(TrainingArguments):
             logger.warning("--fp16 needs a GPU: going on in %s", "bf16" if self.bf16 else "fp32")
         elif self.bf16 and self.use_cpu and not cpu_has_bf16():
             logger.warning("--bf16: %s", NO_CPU_BF16)
+        check_launcher()
+        if self.use_cpu and world_size() > 1 and self.ddp_backend in (None, "gloo") and not dist.is_initialized():
+            # The Trainer would make the group without --ddp_timeout on a CPU.
+            dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
         if not self.use_cpu and self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # batches come page-locked: nothing waits for their copies
-        reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        if reporters:
-            # Imported here: it takes seconds, and the default is no reporter.
-            from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
-
-            for name in sorted(set(reporters) - set(KNOWN)):
-                raise UsageError(f"--report_to {name}: expected none, all or one of {', '.join(sorted(KNOWN))}")
+        refuse_reporters([self.report_to] if isinstance(self.report_to, str) else self.report_to or [])
 
     @property
     def sampling_seed(self) -> int:

@@ -5,10 +5,15 @@ What one group cannot hold is refused by its class.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from FlagEmbedding.finetune.arguments import Arguments
+from FlagEmbedding.finetune.arguments import Arguments, DataArguments
+from FlagEmbedding.finetune.hugging_face import try_out
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -18,7 +23,7 @@ logger = get_logger(__name__)
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ``UsageError`` naming the first contradiction; warn of what merely has no effect."""
-    for rules in (_trained_parts, _objective, _training, _refresh):
+    for rules in (_numbers, _places, _trained_parts, _objective, _training, _refresh):
         for complaint in rules(arguments):
             raise UsageError(complaint)
     if arguments.model.normalize_embeddings is False and arguments.objective.temperature != 1.0:
@@ -26,8 +31,31 @@ def check_arguments(arguments: Arguments) -> None:
     if arguments.objective.negatives_cross_device and world_size() == 1:
         logger.warning("--negatives_cross_device has no effect in a single process (start with torchrun)")
     training = arguments.training
+    if training.run_name and not training.report_to:
+        logger.warning("--run_name has no effect without --report_to")
+    if 0 < training.max_steps <= training.warmup_steps:
+        logger.warning(
+            "--warmup_steps %g of %d steps: the learning rate never gets to %g",
+            training.warmup_steps, training.max_steps, training.learning_rate,
+        )  # fmt: skip
+    try_out(training)
     if training.sharded and not training.sharded_by_layer and arguments.engine.engine == "packed":
         logger.warning("--deepspeed and FSDP version 1 run the padded engine; --fsdp with version 2 runs packed")
+
+
+def check_lengths(data: DataArguments, tokenizer: Any) -> None:
+    """Refuse lengths that special tokens and instruction fill: every text would be the same. Needs the tokenizer."""
+    special = len(tokenizer("")["input_ids"])
+    for role in ("query", "passage"):
+        most = getattr(data, f"{role}_max_len")
+        instruction = getattr(data, f"{role}_instruction_for_retrieval")
+        taken = len(tokenizer(instruction)["input_ids"]) if instruction else special
+        if most <= taken:
+            what = f"the instruction {instruction!r} and " if instruction else ""
+            raise UsageError(
+                f"--{role}_max_len {most}: {what}{special} special tokens take {taken}, nothing is left of the text: "
+                f"give more than {taken}"
+            )
 
 
 def check_router(arguments: Arguments, num_experts_per_tok: int | None) -> None:
@@ -47,6 +75,64 @@ def check_router(arguments: Arguments, num_experts_per_tok: int | None) -> None:
             "one expert per token and --router_gradient none: the router gets no gradient and routing stays random, as "
             "published (--router_gradient straight_through lets it learn)"
         )
+
+
+# The least that a number may be, where Hugging Face takes less without a word or with a traceback.
+_LEAST = {
+    "gradient_accumulation_steps": 1, "max_grad_norm": 0, "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1,
+    "save_total_limit": 1, "seed": 0, "data_seed": 0, "warmup_steps": 0, "weight_decay": 0, "ddp_bucket_cap_mb": 1,
+}  # fmt: skip
+
+
+def _numbers(a: Arguments) -> Iterator[str]:
+    for group in vars(a).values():
+        for each in fields(group):
+            value = getattr(group, each.name, None)
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"--{each.name} {value}: expected a finite number"
+    training = a.training
+    for name, least in _LEAST.items():
+        if (value := getattr(training, name)) is not None and value < least:
+            yield f"--{name} must be at least {least}, got {value}"
+    for name in ("seed", "data_seed"):
+        if (getattr(training, name) or 0) >= 2**32:
+            yield f"--{name} must be below 2^32 (numpy's limit), got {getattr(training, name)}"
+    for what in ("logging", "save"):
+        steps, strategy = getattr(training, f"{what}_steps"), getattr(training, f"{what}_strategy")
+        if strategy == "steps" and steps <= 0:
+            yield f"--{what}_steps must be above 0, got {steps:g} (--{what}_strategy no: never)"
+    if training.max_steps != -1 and training.max_steps < 1:
+        yield f"--max_steps must be at least 1, got {training.max_steps}; for whole epochs leave it out"
+    if training.max_steps == -1 and training.num_train_epochs <= 0:
+        yield f"--num_train_epochs must be above 0, got {training.num_train_epochs:g}: nothing would train"
+
+
+def _places(a: Arguments) -> Iterator[str]:
+    given = str(a.training.output_dir)
+    output = Path(given).resolve()
+    if not given.strip():
+        yield "--output_dir is empty: name the folder to write to"
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir():
+        yield f"--output_dir {given}: {there} is a file, not a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield f"--output_dir {given}: no permission to write to {there}"
+    base = Path(a.model.model_name_or_path).resolve()
+    if base.is_dir() and base == output:
+        yield f"--output_dir {given} is the folder of --model_name_or_path, which it would overwrite: name another"
+    if base.is_dir() and output in base.parents and base.name.startswith("checkpoint-"):
+        yield (
+            f"--output_dir {given} holds --model_name_or_path among its checkpoints, which this run writes and "
+            "removes: name another one, or go on with that run (--resume_from_checkpoint)"
+        )
+    places = {"output_dir": output} | ({"cache_path": Path(a.data.cache_path).resolve()} if a.data.cache_path else {})
+    for rows in map(Path, a.data.train_data):
+        folder = rows.resolve() if rows.is_dir() else rows.resolve().parent
+        for name, place in places.items():
+            if place == folder or (rows.is_dir() and folder in place.parents):
+                yield f"--{name} {place} lies in --train_data {rows}: what is written there would be read as rows"
+        if rows.exists() and output in rows.resolve().parents:
+            yield f"--train_data {rows} lies in --output_dir {given}, which this run writes: move one of them"
 
 
 def _trained_parts(a: Arguments) -> Iterator[str]:
@@ -82,22 +168,8 @@ def _objective(a: Arguments) -> Iterator[str]:
 def _training(a: Arguments) -> Iterator[str]:
     if a.engine.grad_cache and a.training.sharded:
         yield "--grad_cache does not work with --fsdp or --deepspeed: weights are gathered layer by layer"
-    if a.training.auto_find_batch_size:
-        yield (
-            "--auto_find_batch_size would change the batch, and with it the loss, in mid-run: leave it out; "
-            "--grad_cache True bounds memory at any batch size"
-        )
     if a.training.fsdp and a.training.use_cpu:
         yield "--fsdp divides a model over accelerators, and there is none: leave it out (DDP trains on CPUs)"
-    strategy = a.training.eval_strategy  # an enum that compares to its text
-    if strategy != "no":
-        named = getattr(strategy, "value", strategy)
-        yield (
-            f"--eval_strategy {named}: run.py does not evaluate while training; use evaluation/step0 to step2 on the "
-            "checkpoints"
-        )
-    if a.training.load_best_model_at_end:
-        yield "--load_best_model_at_end needs evaluation while training, which run.py does not do"
 
 
 def _refresh(a: Arguments) -> Iterator[str]:

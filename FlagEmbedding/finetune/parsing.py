@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.io import parse_json
 
 
 class _Parser(HfArgumentParser):
@@ -72,7 +73,7 @@ def parse_arguments(words: list[str]) -> Arguments:
     parser = build_parser()
     try:
         parts = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
-    except (ValueError, argparse.ArgumentTypeError) as error:  # TrainingArguments' own checks
+    except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:  # TrainingArguments' own checks
         raise UsageError(" ".join(str(error).split())) from error
     if parts[-1]:
         raise UsageError(f"unknown option {parts[-1][0]} (--help lists all options)")
@@ -87,13 +88,18 @@ def config_words(path: Path) -> list[str]:
         raise UsageError(f"{path}: no such configuration file")
     try:
         text = path.read_text(encoding="utf-8")
-        values: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        values: Any = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a mapping of option names to values, got {type(values).__name__}")
+        came = "nothing" if values is None else "a list" if isinstance(values, list) else f"the value {values!r}"
+        raise UsageError(f"{path}: expected a mapping of option names to values (learning_rate: 1e-5), found {came}")
     words: list[str] = []
     for key, value in values.items():
         items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += [] if value is None else [f"--{key}", *map(str, items)]
+        texts = list(map(str, items))
+        if len(texts) == 1 and texts[0].startswith("-"):
+            words.append(f"--{key}={texts[0]}")  # a text that would pass for an option
+        else:
+            words += [] if value is None else [f"--{key}", *texts]
     return words

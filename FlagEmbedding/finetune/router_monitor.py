@@ -18,6 +18,7 @@ from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.losses.router import routing_statistics
 from FlagEmbedding.modeling.moe import record_routing
 from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.utils.io import follow_umask
 
 PROBE_FILE = "router_probe.safetensors"
 PROBE_PASSAGES = 16
@@ -98,6 +99,7 @@ class RouterMonitor:
             **self.sums,
         }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / PROBE_FILE)
+        follow_umask(folder / PROBE_FILE)
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Read back what ``save`` wrote; a checkpoint without it starts a new probe."""

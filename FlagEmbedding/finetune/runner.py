@@ -16,19 +16,22 @@ from transformers import set_seed
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.checkpoints import begin, resumable, wants_to_resume
-from FlagEmbedding.finetune.checks import check_arguments, check_router
+from FlagEmbedding.finetune.checks import check_arguments, check_lengths, check_router
 from FlagEmbedding.finetune.collator import TrainCollator
 from FlagEmbedding.finetune.dataset import TrainDataset
 from FlagEmbedding.finetune.fingerprint import fingerprint
+from FlagEmbedding.finetune.hub_upload import check_upload, upload_saved
 from FlagEmbedding.finetune.interrupt import StopAtStep
 from FlagEmbedding.finetune.runs import foreign, refuse_foreign, writing
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.settings import settings
 from FlagEmbedding.finetune.summary import TrainingSummary
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.modeling.interchange import Instructions, choose
 from FlagEmbedding.modeling.options import Pooling
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.utils.distributed import is_main
+from FlagEmbedding.utils.heartbeat import watched
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.memory import keep_freed_memory
 from FlagEmbedding.utils.processes import on_main
@@ -37,6 +40,7 @@ from FlagEmbedding.utils.provenance import provenance
 logger = get_logger(__name__)
 
 
+@watched("The newest whole checkpoint goes on with --resume_from_checkpoint True")
 def run(arguments: Arguments) -> TrainingSummary:
     """Train as ``arguments`` say and save the checkpoint to ``output_dir``.
 
@@ -44,6 +48,7 @@ def run(arguments: Arguments) -> TrainingSummary:
         UserError: contradicting options, unusable data (before the model is loaded), a loss that cannot go on.
     """
     check_arguments(arguments)
+    check_upload(arguments.training)
     training = arguments.training
     output_dir, asked = Path(str(training.output_dir)), training.resume_from_checkpoint
     candidates = on_main(lambda: resumable(asked, output_dir, training.sharded))
@@ -57,6 +62,7 @@ def run(arguments: Arguments) -> TrainingSummary:
     trainer = build_trainer(arguments)
     trainer.run, resume = begin(candidates, trainer.fingerprint, training)
     trainer.train_arguments["run_id"], trainer.changed = trainer.run.id, training.resume_anyway
+    logger.info("%s", settings(trainer, arguments))
     stop, started = StopAtStep(), time.monotonic()
     trainer.add_callback(stop)
     with stop.listening():
@@ -66,7 +72,10 @@ def run(arguments: Arguments) -> TrainingSummary:
                 trainer.save_model()
                 trainer.save_state()
     seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
-    return TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step, by)
+    summary = TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step, by)
+    if not by:
+        upload_saved(summary)
+    return summary
 
 
 def one_device(training: RetrieverTrainingArguments) -> None:
@@ -138,6 +147,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     model.sharded = training.sharded
     check_router(arguments, model.num_experts_per_tok)
     arguments = as_the_model_says(arguments, model)
+    check_lengths(arguments.data, model.tokenizer)
     dataset.options = arguments.data
     trainer = BiEncoderTrainer(
         model=model,

@@ -69,9 +69,13 @@ class TrainingSummary:
             return f"{line}it cannot be gone on from, as --save_only_model leaves out the optimizer's state"
         return f"{line}the same command with --resume_from_checkpoint True goes on from there"
 
-    def usage(self) -> str:
-        """How to use the checkpoint, which says itself how its vectors are made and what stands before a text."""
-        folder = repr(str(self.arguments.training.output_dir))
+    def usage(self, place: str | None = None) -> str:
+        """How to use the checkpoint, which says itself how its vectors are made and what stands before a text.
+
+        Args:
+            place: where it is; None: in ``--output_dir``.
+        """
+        folder = repr(place or str(self.arguments.training.output_dir))
         instructions = "".join(
             f", {role}_instruction_for_retrieval={text!r}"
             for role, text in vars(self.model.instructions).items()

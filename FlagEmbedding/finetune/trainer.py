@@ -117,6 +117,7 @@ class BiEncoderTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             worker_init_fn=partial(_start_worker, num_workers=workers, rank=self.args.process_index),
         )
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
@@ -209,6 +210,11 @@ class BiEncoderTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._draft or super()._get_output_dir(trial))
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Nothing: ``hub_upload`` uploads what was saved at the end."""
+
+    init_hf_repo = _push_from_checkpoint = push_to_hub  # type: ignore[assignment]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside the others and move it into place when all processes are through.

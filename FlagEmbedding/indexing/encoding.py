@@ -24,7 +24,14 @@ from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
 from FlagEmbedding.retrieval.approximate import remove_approximate
 from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index
-from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_manifest, clear_disk_errors, read_manifest
+from FlagEmbedding.retrieval.shards import (
+    MANIFEST,
+    ShardStore,
+    check_manifest,
+    clear_disk_errors,
+    decisive,
+    read_manifest,
+)
 from FlagEmbedding.utils.background import BackgroundWriter
 from FlagEmbedding.utils.distributed import barrier, is_main, rank, world_size
 from FlagEmbedding.utils.errors import DataError, UsageError
@@ -99,7 +106,8 @@ def _prepare(
         found = _survey(files, lang, options)
     identity = {**identity, "corpus": fingerprints(files)}
     if begun is not None:
-        if options.overwrite and (differences(begun["identity"], identity) or _same_run(begun, done)):
+        differing = differences(decisive(begun["identity"]), decisive(identity))
+        if options.overwrite and (differing or _same_run(begun, done)):
             ShardStore(work, begun).remove()
             begun = None
         else:
@@ -181,20 +189,17 @@ def _encode_missing(
             texts = [prefix + passage_text(passage, options.with_title) for passage in found]
             yield texts, (shard, [passage.docid for passage in found])
 
-    # The shards on disk are the one count that all processes share; listing them takes longer the more there are.
-    bar: tqdm[Any] = progress(lang, total=store.rows, done=_rows_done(store))
+    # Every process has the same share: this one's tells of all. Listing the folder takes longer the more is in it.
+    done = min(store.rows, len(finished) * store.shard_size)
+    bar: tqdm[Any] = progress(lang, total=store.rows, done=done)
     with BackgroundWriter(store.write) as write, bar:
         for found, (shard, docids) in encoder.encode(windows(), max_length, DENSE, encoder.options.batch_size):
             assert found.dense is not None
             vectors = found.dense.float().cpu().numpy()
             _check_finite(vectors, docids)
             write(shard, vectors, docids)
-            if is_main() and time.time() - bar.last_print_t >= bar.mininterval:
-                bar.update(_rows_done(store) - bar.n)
-
-
-def _rows_done(store: ShardStore) -> int:
-    return min(store.rows, len(store.finished()) * store.shard_size)
+            if is_main():
+                bar.update(min(world_size() * len(docids), store.rows - bar.n))
 
 
 def _check_finite(vectors: np.ndarray, docids: list[str]) -> None:

@@ -34,7 +34,7 @@ from FlagEmbedding.modeling.reading import POOLER_KEY, read_model
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, expert_places
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import resolve_folder
-from FlagEmbedding.utils.io import PathLike, write_json_atomic
+from FlagEmbedding.utils.io import PathLike, follow_umask, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -262,11 +262,11 @@ def save_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
         draft = Path(temporary)
-        save_file(parts.weights, draft / "model.safetensors", metadata={"format": "pt"})
+        _save_tensors(parts.weights, draft / "model.safetensors")
         save_heads(draft, parts.heads)
         for number, state in enumerate(parts.projections, 2):
             (draft / f"{number}_Dense").mkdir()
-            save_file(state, draft / f"{number}_Dense" / "model.safetensors", metadata={"format": "pt"})
+            _save_tensors(state, draft / f"{number}_Dense" / "model.safetensors")
         if tokenizer is not None:
             _save_tokenizer(tokenizer, draft)
         described = interchange.sentence_transformers_files(
@@ -283,6 +283,11 @@ def save_checkpoint(
             shutil.copyfile(interchange.REMOTE_FILE, draft / interchange.REMOTE_FILE.name)
         write_json_atomic(draft / "config.json", _config_fields(backbone))
         _move_into_place(draft, target)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    follow_umask(path)
 
 
 class _Parts(NamedTuple):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,8 +29,12 @@ import numpy as np
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import check_identity
 from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
+_RECORD = re.compile(r"shard-(\d{6,})\.json")
 _SUFFIXES = ("json", "f32", "docid")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EROFS, errno.EPERM}
@@ -72,12 +77,24 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without what says how vectors were computed, not which: slabs change them by rounding alone."""
+    return {name: value for name, value in identity.items() if name != "slab_tokens"}
+
+
 def check_manifest(manifest: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
     """Refuse (``UsageError``) a manifest of other arguments, naming each difference."""
     hint = (
         "Give the same arguments as before, pass --overwrite True to encode again, or choose another --index_save_dir"
     )
-    check_identity(manifest["identity"], identity, path, hint)
+    check_identity(decisive(manifest["identity"]), decisive(identity), path, hint)
+    before, now = (each.get("slab_tokens") for each in (manifest["identity"], identity))
+    if before != now:
+        logger.info(
+            "%s: begun in slabs of %s tokens, goes on in slabs of %s (--batch_size, memory): the vectors agree up to "
+            "rounding",
+            path.parent, before, now,
+        )  # fmt: skip
 
 
 class ShardStore:
@@ -125,8 +142,8 @@ class ShardStore:
 
     def finished(self) -> set[int]:
         """Numbers of the shards that are on disk."""
-        names = set(os.listdir(self.folder))
-        return {shard for shard in range(len(self)) if self.path(shard, "json").name in names}
+        numbers = (_RECORD.fullmatch(name) for name in os.listdir(self.folder))
+        return {int(found[1]) for found in numbers if found and int(found[1]) < len(self)}
 
     def clean(self) -> None:
         """Remove what a killed run left half-written (call from one process, before others write)."""

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from FlagEmbedding.utils.errors import UsageError
+
 # torch 2.13 renamed it and warns about the older name.
 _all_gather: Callable[[Tensor, Tensor], Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -26,17 +28,37 @@ def is_initialized() -> bool:
 
 def rank() -> int:
     """This process's number; before the group exists, the launcher's word (RANK)."""
-    return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if is_initialized() else _said("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes; before the group exists, the launcher's word (WORLD_SIZE)."""
-    return dist.get_world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if is_initialized() else _said("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """This process's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _said("LOCAL_RANK", 0)
+
+
+def _said(name: str, otherwise: int) -> int:
+    """A number of the launcher's environment."""
+    value = os.environ.get(name, "").strip() or str(otherwise)
+    if not value.isdigit():
+        raise UsageError(f"{name}={value} in the environment: expected a number; start several processes with torchrun")
+    return int(value)
+
+
+def check_launcher() -> None:
+    """Refuse an environment that tells of several processes, and not where they meet or which this one is."""
+    world, absent = world_size(), [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and absent and not is_initialized():
+        raise UsageError(
+            f"the environment says WORLD_SIZE={world}, and nothing of {' or '.join(absent)}: start with torchrun, or "
+            "set these too; for a single process unset WORLD_SIZE"
+        )
+    if rank() >= world:
+        raise UsageError(f"the environment says RANK={rank()} of WORLD_SIZE={world}: ranks count from 0")
 
 
 def is_main() -> bool:

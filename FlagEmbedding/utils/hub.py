@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -60,6 +61,59 @@ def download(
     raise AssertionError("the last round returns or raises")
 
 
+def who_am_i(token: str | None = None) -> str:
+    """The name of the hub's user whose token is given or kept on this machine. Raises ``HubError``."""
+    from huggingface_hub import HfApi
+
+    with _clear_errors():
+        return str(HfApi().whoami(token=token)["name"])
+
+
+def make_repository(name: str, token: str | None, private: bool | None) -> str:
+    """A model repository of that name, made where it is not there: its name with its owner's. Raises ``HubError``."""
+    from huggingface_hub import HfApi
+
+    with _clear_errors():
+        return str(HfApi().create_repo(name, token=token, private=private, exist_ok=True).repo_id)
+
+
+def upload(folder: Path, repo: str, token: str | None, revision: str | None, ignore: Sequence[str]) -> str:
+    """Put a folder's files into a model repository, in one commit: its address.
+
+    Args:
+        revision: a branch, made where it is not there; None: the main one.
+        ignore: patterns of paths that stay behind.
+
+    Raises:
+        HubError: the hub did not take them.
+    """
+    from huggingface_hub import HfApi
+
+    with _clear_errors():
+        if revision is not None:
+            HfApi().create_branch(repo, branch=revision, token=token, exist_ok=True)
+        return str(
+            HfApi().upload_folder(
+                repo_id=repo, folder_path=folder, token=token, revision=revision, ignore_patterns=list(ignore),
+                commit_message="Upload the trained checkpoint",
+            )
+        )  # fmt: skip
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise HubError("HF_HUB_OFFLINE is set: unset it to upload") from error
+    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # type: ignore[misc]  # httpx's or requests'
+        if getattr(getattr(error, "response", None), "status_code", None) == 403:
+            raise HubError("the token may not write there (403): make one that may, or choose another name") from error
+        raise HubError(_reason(error)[0]) from error
+
+
 def _reason(error: BaseException) -> tuple[str, bool]:
     """What is wrong and what to do about it, and whether it may pass by itself."""
     from huggingface_hub import errors
@@ -69,6 +123,8 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return "it is not in the cache, and HF_HUB_OFFLINE is set", False
+        if isinstance(cause, errors.LocalTokenNotFoundError):
+            return "nobody is logged in: `hf auth login`, HF_TOKEN or --hub_token", False
         if isinstance(cause, errors.RevisionNotFoundError):
             return "the repository has no such revision", False
         if isinstance(cause, errors.GatedRepoError) or status == 403:

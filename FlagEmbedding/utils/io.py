@@ -91,18 +91,26 @@ def atomic_open(path: PathLike, mode: str = "w") -> Iterator[IO[Any]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        follow_umask(temporary)
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
+def follow_umask(path: PathLike) -> None:
+    """Give a file the mode of any new one: libraries that write beside and rename leave it to its owner alone."""
+    os.chmod(path, 0o666 & ~_umask())
+
+
 def _umask() -> int:
-    # mkstemp makes files readable by their owner alone; a result file should follow the user's umask.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return int(status.partition("\nUmask:")[2].split()[0], 8)
+    except (OSError, IndexError):  # not Linux: it can be asked for only by setting it
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask
 
 
 def write_json_atomic(path: PathLike, value: Any) -> None:

@@ -14,11 +14,11 @@ def get_logger(name: str) -> logging.Logger:
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send log lines to stderr: ``level`` and above on rank 0, errors alone on other ranks, which would repeat it."""
-    rank = int(os.environ.get("RANK", "0"))
+    first = os.environ.get("RANK", "0").strip() in ("", "0")  # what is no number is refused where it is needed
     logging.basicConfig(
         level=logging.WARNING,
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    logging.getLogger("FlagEmbedding").setLevel(level if rank == 0 else logging.ERROR)
+    logging.getLogger("FlagEmbedding").setLevel(level if first else logging.ERROR)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+STRUCK = "***"
+_SECRET = re.compile(r"^--?[\w-]*(token|key|password|secret)$", re.IGNORECASE)
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "faiss-cpu", "faiss-gpu", "ir_measures", "numpy")
 
 
@@ -40,6 +44,16 @@ def _git(folder: Path, *words: str) -> str:
     return answer.stdout.strip()
 
 
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command line whose tokens and keys (``--hub_token X``, ``--api_key=X``) are struck out."""
+    return [
+        f"{name}={STRUCK}" if equals and _SECRET.search(name) else STRUCK if before and _SECRET.search(before) else word
+        for before, word, (name, equals, _) in zip(
+            ["", *words], words, (word.partition("=") for word in words), strict=False
+        )
+    ]
+
+
 def provenance() -> dict[str, Any]:
     """What a result file carries: commit, package and library versions, platform, command line, time (UTC)."""
     from FlagEmbedding import __version__
@@ -50,6 +64,6 @@ def provenance() -> dict[str, Any]:
         "versions": package_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "argv": list(sys.argv),
+        "argv": without_secrets(sys.argv),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

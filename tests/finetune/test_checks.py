@@ -45,7 +45,7 @@ REFUSED = [
     ("--fp16 --bf16", "--fp16 and --bf16 exclude each other"),
     ("--warmup_ratio 0.1 --warmup_steps 5", "--warmup_ratio and --warmup_steps"),
     ("--eval_strategy steps --eval_steps 5", "run.py does not evaluate while training"),
-    ("--load_best_model_at_end --save_strategy no", "run.py does not do"),
+    ("--load_best_model_at_end --save_strategy no", "run.py does not evaluate while training"),
     ("--grad_cache --fsdp full_shard", "--grad_cache does not work with --fsdp"),
     ("--report_to nobody", "--report_to nobody: expected none, all or one of"),
     ("--fsdp full_shard", "--fsdp divides a model over accelerators, and there is none"),

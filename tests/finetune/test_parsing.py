@@ -47,7 +47,11 @@ def test_a_recipe_is_its_command_line(tmp_path: Path, name: str) -> None:
     [
         ("r.json", "{", "r.json: not valid json: "),
         ("r.yaml", "a: [", "r.yaml: not valid yaml: "),
-        ("r.yaml", "- a", "r.yaml: expected a mapping of option names to values, got list"),
+        ("r.yaml", "- a", "r.yaml: expected a mapping of option names to values (learning_rate: 1e-5), found a list"),
+        ("r.yaml", "", "found nothing"),
+        ("r.json", "null", "found nothing"),
+        ("r.yaml", "learning_rate", "found the value 'learning_rate'"),
+        ("r.json", "[" * 100_000, "r.json: not valid json: nested too deeply"),
         ("r.yaml", "learning_rat: 1", "unknown option --learning_rat "),
     ],
 )
@@ -58,6 +62,13 @@ def test_a_faulty_recipe_is_one_line(tmp_path: Path, name: str, text: str, messa
         parse_arguments(words)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_looks_like_an_option_is_a_value(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "query_instruction_for_retrieval": "-q ", "passage_instruction_for_retrieval": "--passage "}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    data = parse_arguments([str(tmp_path / "r.yaml")]).data
+    assert (data.query_instruction_for_retrieval, data.passage_instruction_for_retrieval) == ("-q ", "--passage ")
 
 
 def test_flags_are_not_abbreviated() -> None:

@@ -14,6 +14,7 @@ What only copies rows needs no journal: :func:`write_rows` starts over after a k
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -67,7 +68,7 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]], overwrite: bool) ->
     count = 0
     with clear_disk_errors(f"writing {output}"), exclusive(output.with_name(f".{output.name}.lock"), output):
         check_output(output, overwrite)
-        remove_leftovers(output.parent, output.name)
+        remove_leftovers(output.parent, glob.escape(output.name))
         with atomic_open(output) as stream:
             for row in progress(output.name, rows):
                 stream.write(json_line(row))
