@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from FlagEmbedding.finetune.dev_arguments import EvaluationArguments, before
 from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
 from FlagEmbedding.utils.cli import choice, option, switch
@@ -167,7 +168,11 @@ class RetrieverTrainingArguments(TrainingArguments):
             logger.warning("--fp16 needs a GPU: going on in %s", "bf16" if self.bf16 else "fp32")
         elif self.bf16 and self.use_cpu and not cpu_has_bf16():
             logger.warning("--bf16: %s", NO_CPU_BF16)
+        before(self)
+        # Hugging Face wants saving and evaluating to match for the best model; here each new best is saved by itself.
+        best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.load_best_model_at_end = best
         if not self.use_cpu and self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # batches come page-locked: nothing waits for their copies
         reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
@@ -210,6 +215,7 @@ class Arguments:
     objective: ObjectiveArguments
     engine: EngineConfig
     refresh: RefreshArguments
+    evaluation: EvaluationArguments
     training: RetrieverTrainingArguments
 
     def record(self) -> dict[str, Any]:

@@ -89,15 +89,6 @@ def _training(a: Arguments) -> Iterator[str]:
         )
     if a.training.fsdp and a.training.use_cpu:
         yield "--fsdp divides a model over accelerators, and there is none: leave it out (DDP trains on CPUs)"
-    strategy = a.training.eval_strategy  # an enum that compares to its text
-    if strategy != "no":
-        named = getattr(strategy, "value", strategy)
-        yield (
-            f"--eval_strategy {named}: run.py does not evaluate while training; use evaluation/step0 to step2 on the "
-            "checkpoints"
-        )
-    if a.training.load_best_model_at_end:
-        yield "--load_best_model_at_end needs evaluation while training, which run.py does not do"
 
 
 def _refresh(a: Arguments) -> Iterator[str]:

@@ -52,7 +52,13 @@ def run(arguments: Arguments) -> TrainingSummary:
     trainer.save_model()
     trainer.save_state()
     seconds, state = time.monotonic() - started, trainer.state
-    return TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step)
+    summary = TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step)
+    if arguments.evaluation.report and is_main():
+        # Imported last: it brings Jinja2, and matplotlib where that is installed.
+        from FlagEmbedding.finetune.report import write_report
+
+        write_report(summary, getattr(trainer, "dev", None), state.best_global_step)
+    return summary
 
 
 def one_device(training: RetrieverTrainingArguments) -> None:
@@ -102,6 +108,14 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     # Process 0 prepares the rows, the others then open what it wrote.
     with training.main_process_first(desc="reading the training data"):
         dataset = TrainDataset(arguments.data, training.sampling_seed)
+    evaluates: dict[str, Any] = {}
+    trainer_class: type[BiEncoderTrainer] = BiEncoderTrainer
+    if arguments.evaluation.on:
+        # Imported only where it is on: it brings evaluation and inference with it.
+        from FlagEmbedding.finetune.dev_evaluation import dev_evaluation
+        from FlagEmbedding.finetune.dev_trainer import DevTrainer
+
+        trainer_class, evaluates = DevTrainer, {"dev": dev_evaluation(arguments, dataset)}
     sampler = TaskBatchSampler(
         dataset, batch_size=training.per_device_train_batch_size, seed=training.sampling_seed,
         num_processes=training.world_size, drop_last=training.dataloader_drop_last,
@@ -114,7 +128,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     check_router(arguments, model.num_experts_per_tok)
     arguments = as_the_model_says(arguments, model)
     dataset.options = arguments.data
-    trainer = BiEncoderTrainer(
+    trainer = trainer_class(
         model=model,
         args=training,
         train_dataset=dataset,
@@ -122,6 +136,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
         processing_class=model.tokenizer,
         batch_sampler=sampler,
         train_arguments={**arguments.record(), "provenance": provenance()},
+        **evaluates,
     )
     if arguments.refresh.refresh_negatives_every_n_epochs:
         # Imported only where it is on: it brings mining and inference with it.
