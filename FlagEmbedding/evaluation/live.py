@@ -96,7 +96,7 @@ class DevCollection:
         most = encoder.max_length(lengths.query), encoder.max_length(lengths.passage)
         prefixes = [encoder.instruction(role, None) or "" for role in ROLES]
         texts = [prefixes[0] + query for query in self.topics.values()]
-        self._queries = _tokenized(
+        self.query_tokens = _tokenized(
             encoder, most[0], len(texts), lambda spans: (texts[start:end] for start, end in spans)
         )
 
@@ -104,7 +104,7 @@ class DevCollection:
             for part in stream(files.corpus, found.passages, spans):
                 yield [prefixes[1] + passage_text(passage, lengths.with_title) for passage in part]
 
-        self._corpus = _tokenized(encoder, most[1], found.total, passages)
+        self.passage_tokens = _tokenized(encoder, most[1], found.total, passages)
 
     def _survey(self) -> Survey:
         def keep(passage: Passage) -> None:
@@ -124,7 +124,7 @@ class DevCollection:
 
         It gives the best passages of every query.
         """
-        queries, vectors = self._queries.vectors(encoder), self._corpus.vectors(encoder)
+        queries, vectors = self.query_tokens.vectors(encoder), self.passage_tokens.vectors(encoder)
 
         def found() -> dict[str, list[Hit]]:
             assert queries is not None and vectors is not None

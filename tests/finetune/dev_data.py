@@ -15,7 +15,7 @@ from FlagEmbedding.collections.files import write_collection
 MEASURES = ["ndcg@10", "recall@20", "mrr@10"]
 
 
-def write_dev(root: Path, lang: str, passages: int, queries: int = 20, seed: int = 0) -> Path:
+def write_dev(root: Path, lang: str, passages: int, queries: int = 20, seed: int = 0, split: str = "dev") -> Path:
     """``passages`` passages, of which every query has one or two relevant ones; some queries are not judged."""
     generator = np.random.default_rng(seed)
     records = rows(72)
@@ -29,7 +29,7 @@ def write_dev(root: Path, lang: str, passages: int, queries: int = 20, seed: int
     for qid in qrels:
         if not any(qrels[qid].values()):
             qrels[qid] = {"0#0": 1}
-    write_collection(root, lang, texts, topics, qrels)
+    write_collection(root, lang, texts, topics, qrels, split)
     return root
 
 
