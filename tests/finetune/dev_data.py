@@ -20,15 +20,14 @@ def write_dev(root: Path, lang: str, passages: int, queries: int = 20, seed: int
     generator = np.random.default_rng(seed)
     records = rows(72)
     texts = [(f"{i}#0", f"title {i}", records[i % 72]["pos"][0] + f" Number {i}.") for i in range(passages)]
-    topics = {f"q{i}": records[(7 * i + seed) % 72]["query"] for i in range(queries)}
-    qrels = {}
-    for i, qid in enumerate(list(topics)[:-2]):
-        relevant = [(7 * i + seed) % 72 % passages, int(generator.integers(passages))]
-        qrels[qid] = {f"{docid}#0": 1 for docid in relevant}
-        qrels[qid][f"{int(generator.integers(passages))}#0"] = 0
-    for qid in qrels:
-        if not any(qrels[qid].values()):
-            qrels[qid] = {"0#0": 1}
+    topics, qrels = {}, {}
+    for i in range(queries):
+        # The end of a passage, so that an encoder which knows nothing finds some of them.
+        asked, other, wrong = (int(number) for number in generator.integers(passages, size=3))
+        topics[f"q{i}"] = texts[asked][2][40:]
+        qrels[f"q{i}"] = {texts[wrong][0]: 0, texts[other][0]: 1, texts[asked][0]: 2}
+    for i in range(min(2, queries - 1)):
+        del qrels[f"q{i}"]
     write_collection(root, lang, texts, topics, qrels, split)
     return root
 

@@ -13,7 +13,7 @@ from finetune.helpers import TORCHRUN, rows, run_training, train_words, write_ro
 OPTIONS: dict[str, Any] = {
     "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "save_total_limit": None,
     "query_instruction_for_retrieval": "find: ", "passage_instruction_for_retrieval": "text: ",
-    "same_task_within_batch": False, "logging_steps": 1,
+    "same_task_within_batch": False, "logging_steps": 1, "sentence_pooling_method": "mean",
 }  # fmt: skip
 LISTS = ["--eval_languages", "ko", "fa", "--eval_metrics", *MEASURES]
 
@@ -56,9 +56,12 @@ def test_the_figures_are_those_of_the_steps(evaluated: Path, tiny_dropout_dir: P
         checkpoint = evaluated / f"checkpoint-{line['step']}"
         if not line["step"]:  # the untouched base, which knows nothing of the run's instructions
             checkpoint = shutil.copytree(tiny_dropout_dir, tmp_path / "base")
-            shutil.copy(evaluated / "config_sentence_transformers.json", checkpoint)
+            for name in ("config_sentence_transformers.json", "modules.json"):
+                shutil.copy(evaluated / name, checkpoint)
+            shutil.copytree(evaluated / "1_Pooling", checkpoint / "1_Pooling")
         assert by_the_steps(checkpoint, dev, ["ko", "fa"], tmp_path / "steps") == figures(line)
     assert len({line["eval_ndcg@10"] for line in lines}) == 3
+    assert all(0.05 < line[f"eval_{lang}_ndcg@10"] < 0.95 for line in lines for lang in ("ko", "fa"))
 
 
 def test_losses_are_those_of_a_run_without(evaluated: Path, tiny_dropout_dir: Path, data: Path, tmp_path: Path) -> None:
