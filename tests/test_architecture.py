@@ -47,6 +47,7 @@ FILE_MAY_IMPORT = {
     "finetune/held_out.py": {"collections"},
     # The report draws and writes figures as evaluation does; imported when a run ends.
     "finetune/report.py": {"evaluation"},
+    "finetune/dev_page.py": {"evaluation"},
     "finetune/report_plots.py": {"evaluation"},
     "mining/__main__.py": {"finetune"},  # the page of all data commands names check_data
 }

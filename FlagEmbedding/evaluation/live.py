@@ -40,6 +40,8 @@ logger = get_logger(__name__)
 _Read = Callable[[Sequence[tuple[int, int]]], Iterator[list[str]]]
 ROLES: tuple[Literal["query", "passage"], ...] = ("query", "passage")
 HITS = 1_000  # passages per query, as step 1 takes by default
+SHOWN = 10  # of them are kept for a reader
+FirstHits = dict[str, list[str]]  # qid -> docids, best first
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,15 @@ class DevCollection:
 
         return found
 
-    def score(self, encoder: LiveEncoder, measures: Sequence[Measure]) -> LanguageScores:
-        """``measures`` of every judged query, the same on all processes, which call it together."""
+    def score(self, encoder: LiveEncoder, measures: Sequence[Measure]) -> tuple[LanguageScores, FirstHits]:
+        """``measures`` and first hits of every judged query, the same on all processes, which call it together."""
         found = self.search(encoder)
 
-        def scores() -> LanguageScores:
-            run: Run = {qid: {hit.docid: hit.score for hit in hits} for qid, hits in found().items()}
-            return score_run(self.qrels, run, measures)
+        def scores() -> tuple[LanguageScores, FirstHits]:
+            hits = found()
+            run: Run = {qid: {hit.docid: hit.score for hit in own} for qid, own in hits.items()}
+            first = {qid: [hit.docid for hit in hits[qid][:SHOWN]] for qid in self.qrels if qid in hits}
+            return score_run(self.qrels, run, measures), first
 
         return on_main(scores)
 
@@ -155,11 +159,21 @@ class DevCollection:
         return {p.docid: p.text for path in self.files.corpus for p in read_file(path) if p.docid in wanted}
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """A model on all collections: its scores, and by collection each query's first hits."""
+
+    system: System
+    hits: dict[str, FirstHits]
+
+
 def score_model(
     name: str, encoder: LiveEncoder, collections: Sequence[DevCollection], measures: Sequence[Measure]
-) -> System:
+) -> Evaluated:
     """``encoder`` as the system ``name``, the same on every process, which call it together."""
-    return System(name, {each.name: each.score(encoder, measures) for each in collections})
+    found = {each.name: each.score(encoder, measures) for each in collections}
+    system = System(name, {lang: scores for lang, (scores, _) in found.items()})
+    return Evaluated(system, {lang: hits for lang, (_, hits) in found.items()})
 
 
 def _tokenized(encoder: LiveEncoder, max_length: int, count: int, read: _Read) -> _Texts:

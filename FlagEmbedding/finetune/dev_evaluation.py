@@ -15,7 +15,7 @@ import torch
 
 from FlagEmbedding.collections.files import CollectionFiles, find_collection
 from FlagEmbedding.collections.miracl import check_languages
-from FlagEmbedding.evaluation.live import DevCollection, TextLengths, score_model
+from FlagEmbedding.evaluation.live import DevCollection, Evaluated, TextLengths, score_model
 from FlagEmbedding.evaluation.pool import PoolSize, pooled
 from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
 from FlagEmbedding.evaluation.tables import points, signed_points
@@ -69,7 +69,7 @@ class DevEvaluation:
         where, split = self.options.eval_data_dir, self.options.eval_split
         self.files = [held] if held else on_main(lambda: [find_collection(n, split, where) for n in languages])
         self.collections: list[DevCollection] = []
-        self.base: System | None = None
+        self.base: Evaluated | None = None
         self._seconds = 0.0
 
     @property
@@ -82,8 +82,12 @@ class DevEvaluation:
         """Log key of the measure that decides what is best."""
         return f"eval_{self.best}"
 
-    def prepare(self, model: BiEncoder) -> None:
-        """Read and tokenize the collections, and measure ``model``, the untouched base. Called by all processes."""
+    def prepare(self, model: BiEncoder, fresh: bool = True) -> None:
+        """Read and tokenize the collections, and measure ``model``, the untouched base. Called by all processes.
+
+        Args:
+            fresh: the run begins now: nothing that an older one kept stays.
+        """
         with untouched_randomness():
             encoder = self._encoder(model)
             lengths = TextLengths(
@@ -97,6 +101,10 @@ class DevEvaluation:
             started = time.monotonic()
             self.base = score_model(BASE, encoder, self.collections, self.measures)
             self._seconds = time.monotonic() - started
+        if is_main():
+            for old in self.folder.glob("step-*.json") if fresh else ():
+                old.unlink()
+            self._keep(self.base, 0)
         passages, queries = (sum(getattr(each, n) for each in self.collections) for n in ("passages", "queries"))
         said = "evaluation while training: %d queries over %s%d passages, %.1f s each time"
         logger.info(said, queries, "a pool of " if self.options.pool else "", passages, self._seconds)
@@ -104,17 +112,18 @@ class DevEvaluation:
     def measure(self, model: BiEncoder, step: int) -> dict[str, float]:
         """Measure ``model`` at ``step`` (0: the base, which :meth:`prepare` has measured): figures by log key."""
         assert self.base is not None
-        if step == 0:
-            system = self.base
-        else:
+        evaluated = self.base
+        if step:
             started = time.monotonic()
             with untouched_randomness():
-                system = score_model(f"step {step}", self._encoder(model), self.collections, self.measures)
+                evaluated = score_model(f"step {step}", self._encoder(model), self.collections, self.measures)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._seconds = time.monotonic() - started
+        system = evaluated.system
         if is_main():
-            self._keep(system, step)
+            if step:
+                self._keep(evaluated, step)
             logger.info("%s", self._line(system, step))
         prefix = f"eval_{self.options.prefix}"
         figures = {f"{prefix}{m.key}": system.mean(AVERAGE, m) for m in self.measures}
@@ -138,25 +147,29 @@ class DevEvaluation:
         for measure in self.measures:
             said = f"{'pooled ' * self.options.pool}{measure.label} {points(system.mean(AVERAGE, measure))}"
             if step:
-                said += f" ({signed_points(system.mean(AVERAGE, measure) - self.base.mean(AVERAGE, measure))})"
+                said += f" ({signed_points(system.mean(AVERAGE, measure) - self.base.system.mean(AVERAGE, measure))})"
             if len(system.languages) > 1:
                 said += f" [{', '.join(f'{lang} {points(system.mean(lang, measure))}' for lang in system.languages)}]"
             parts.append(said)
         what = f"step {step}, against the base" if step else "step 0, the untouched base"
         return f"{what}: {'; '.join(parts)}; {self._seconds:.1f} s"
 
-    def _keep(self, system: System, step: int) -> None:
+    def _keep(self, evaluated: Evaluated, step: int) -> None:
         path = self.folder / f"step-{step}.json"
+        languages = evaluated.system.languages
+        value = {lang: {**asdict(scores), "hits": evaluated.hits[lang]} for lang, scores in languages.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, {lang: asdict(scores) for lang, scores in system.languages.items()})
+            write_json_atomic(path, value)
         except OSError as error:
             raise DataError(f"{path}: the figures cannot be kept there: {error.strerror}") from error
 
-    def system_at(self, step: int) -> System | None:
-        """The scores of an evaluation that was made at ``step``, out of its file."""
+    def kept(self, step: int) -> Evaluated | None:
+        """What was measured at ``step``, out of its file; None where nothing was."""
         path = self.folder / f"step-{step}.json"
         if not path.is_file():
             return None
         stored: dict[str, Any] = read_json(path)
-        return System(f"step {step}", {lang: LanguageScores(**scores) for lang, scores in stored.items()})
+        hits = {lang: own.pop("hits") for lang, own in stored.items()}
+        scores = {lang: LanguageScores(**own) for lang, own in stored.items()}
+        return Evaluated(System(f"step {step}", scores), hits)

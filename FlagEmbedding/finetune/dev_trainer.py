@@ -44,7 +44,7 @@ class DevTrainer(BiEncoderTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; the base is measured first, and kept where it may turn out best."""
-        self.dev.prepare(self.bare_model)
+        self.dev.prepare(self.bare_model, fresh=resume_from_checkpoint is None)
         if self.args.load_best_model_at_end:
             if is_main():
                 self.bare_model.save(str(self.dev.base_folder))

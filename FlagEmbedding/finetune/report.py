@@ -47,7 +47,7 @@ def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step:
         "pooled": dev is not None and dev.options.pool,
         "best_step": best_step,
         "kept": kept,
-        "changes": _changes(dev, kept),
+        "changes": _changes(dev, kept or summary.steps),  # of a run that helped nothing: what it did
         "routers": _routers(summary.history),
         "usage": summary.usage(),
     }
@@ -58,6 +58,10 @@ def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step:
     except OSError as error:
         raise DataError(f"{folder / PAGE}: the report cannot be written there: {error.strerror}") from error
     logger.info("report: %s", folder / PAGE)
+    if dev is not None:
+        from FlagEmbedding.finetune.dev_page import write_page
+
+        write_page(folder, dev, kept or summary.steps)
     return folder / PAGE
 
 
@@ -114,14 +118,14 @@ def _evaluations(history: list[dict[str, Any]], dev: DevEvaluation | None) -> st
 
 def _changes(dev: DevEvaluation | None, step: int) -> list[dict[str, Any]]:
     """The queries that gained and lost most between the base and what the run left."""
-    pair = None if dev is None else (dev.system_at(0), dev.system_at(step))
-    if dev is None or pair is None or pair[0] is None or pair[1] is None or step == 0:
+    base, tuned = (None, None) if dev is None else (dev.kept(0), dev.kept(step))
+    if dev is None or base is None or tuned is None:
         return []
     from FlagEmbedding.evaluation.report import most_changed
 
     qrels = {each.name: each.qrels for each in dev.collections}
     found = {
-        title: most_changed((pair[0], pair[1]), dev.measures[0], qrels, sign)
+        title: most_changed((base.system, tuned.system), dev.measures[0], qrels, sign)
         for title, sign in (("gained", 1), ("lost", -1))
     }
     wanted = {
