@@ -43,7 +43,7 @@ def by_the_steps(
     scores += ["--qrels_dir", place]
     for step, words in (
         (0, [*common, *index, *more]),
-        (1, [*common, *index, *found]),
+        (1, [*common, *index, *found, *(more if set(more) & {"--dtype", "--normalize_embeddings"} else [])]),
         (2, [*common, *scores, "--metrics", *metrics]),
     ):
         answer = run_script(STEPS[step], words)

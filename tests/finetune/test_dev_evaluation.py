@@ -90,3 +90,22 @@ def test_two_processes_share_the_corpus_and_agree(
     assert figures(base) == figures(dev_lines(evaluated)[0])
     checkpoint = tmp_path / "two" / "checkpoint-2"
     assert by_the_steps(checkpoint, dev, ["ko", "fa"], tmp_path / "steps") == figures(after)
+
+
+@pytest.mark.parametrize(
+    ("options", "step0"),
+    [
+        ({"normlized": False}, ["--normalize_embeddings", "False"]),
+        ({"bf16": True}, ["--dtype", "bf16"]),
+        ({"eval_with_title": True, "eval_passage_length": 20}, ["--with_title", "--max_passage_length", 20]),
+    ],
+)
+def test_the_figures_of_other_vectors(
+    options: dict[str, Any], step0: list[object], tiny_dropout_dir: Path, data: Path, dev: Path, tmp_path: Path
+) -> None:
+    settings = {**OPTIONS, "max_steps": 1, "save_steps": 1, **options}
+    words = train_words(tiny_dropout_dir, data, tmp_path / "out", **settings, eval_data_dir=dev, eval_steps=1)
+    run_training([*words, "--eval_languages", "fa", "--eval_metrics", *MEASURES])
+    found = by_the_steps(tmp_path / "out/checkpoint-1", dev, ["fa"], tmp_path / "steps", MEASURES, *step0)
+    line = dev_lines(tmp_path / "out")[-1]
+    assert found["fa"] == {key: line[f"eval_fa_{key}"] for key in MEASURES}
