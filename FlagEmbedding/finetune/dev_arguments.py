@@ -6,19 +6,21 @@ measures: :func:`before` and :func:`settle` say the one to the other. Evaluation
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from FlagEmbedding.utils.cli import choice, option, switch
-from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from FlagEmbedding.evaluation.metrics import Measure
 
+T = TypeVar("T")
 Split = Literal["train", "dev", "testA", "testB"]
 CorpusKind = Literal["pool", "whole"]
 POOLED = "pooled_"  # begins the names of figures over a pool
@@ -95,12 +97,20 @@ class EvaluationArguments:
         """What ``--eval_metrics`` names. Raises ``UsageError``."""
         from FlagEmbedding.evaluation.metrics import parse_measures
 
-        return parse_measures(self.eval_metrics)
+        return under_our_names(lambda: parse_measures(self.eval_metrics))
 
     @property
     def prefix(self) -> str:
         """What the names of figures begin with, after ``eval_``."""
         return POOLED if self.pool else ""
+
+
+def under_our_names(call: Callable[[], T]) -> T:
+    """``call``, whose errors name the flags of steps 0 to 2; here they begin with ``--eval_``."""
+    try:
+        return call()
+    except UserError as error:
+        raise type(error)(re.sub(r"--(languages|metrics|data_dir)\b", r"--eval_\1", str(error))) from error
 
 
 def before(training: TrainingArguments) -> None:

@@ -22,12 +22,14 @@ from FlagEmbedding.evaluation.tables import points, signed_points
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.dev_arguments import under_our_names
 from FlagEmbedding.finetune.held_out import hold_out
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.live_encoder import LiveEncoder
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.identity import digest
+from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.identity import digest, model_fingerprint
 from FlagEmbedding.utils.io import read_json, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
@@ -63,14 +65,17 @@ class DevEvaluation:
     def __init__(self, arguments: Arguments, held: CollectionFiles | None) -> None:
         self.options, self.dtype = arguments.evaluation, arguments.training.dtype_name
         self.seed, self.source = arguments.training.sampling_seed, arguments.model.model_name_or_path
+        self.cache_dir = arguments.model.cache_dir
         self.folder = Path(str(arguments.training.output_dir)) / FOLDER
         self.measures, self.best = self.options.measures, str(arguments.training.metric_for_best_model)
-        languages = check_languages(self.options.eval_languages) if held is None else []
-        where, split = self.options.eval_data_dir, self.options.eval_split
-        self.files = [held] if held else on_main(lambda: [find_collection(n, split, where) for n in languages])
+        self.files = [held] if held else on_main(lambda: under_our_names(self._find))
         self.collections: list[DevCollection] = []
         self.base: Evaluated | None = None
         self._seconds = 0.0
+
+    def _find(self) -> list[CollectionFiles]:
+        names, split = check_languages(self.options.eval_languages), self.options.eval_split
+        return [find_collection(name, split, self.options.eval_data_dir) for name in names]
 
     @property
     def base_folder(self) -> Path:
@@ -95,7 +100,7 @@ class DevEvaluation:
             )
             if self.options.eval_corpus == "pool" and self.options.eval_data_dir:
                 size = PoolSize(self.options.eval_pool_mined, self.options.eval_pool_random, self.seed)
-                base = digest(self.source, self.dtype, model.pooling, asdict(model.instructions))
+                base = digest(self._base_weights(), self.dtype, model.pooling, asdict(model.instructions))
                 self.files = [pooled(files, encoder, lengths, size, self.folder / "pool", base) for files in self.files]
             self.collections = [DevCollection(files, encoder, lengths) for files in self.files]
             started = time.monotonic()
@@ -108,6 +113,10 @@ class DevEvaluation:
         passages, queries = (sum(getattr(each, n) for each in self.collections) for n in ("passages", "queries"))
         said = "evaluation while training: %d queries over %s%d passages, %.1f s each time"
         logger.info(said, queries, "a pool of " if self.options.pool else "", passages, self._seconds)
+
+    def _base_weights(self) -> str:
+        folder = resolve_folder(self.source, cache_dir=self.cache_dir)
+        return on_main(lambda: model_fingerprint(str(folder)))
 
     def measure(self, model: BiEncoder, step: int) -> dict[str, float]:
         """Measure ``model`` at ``step`` (0: the base, which :meth:`prepare` has measured): figures by log key."""

@@ -36,13 +36,14 @@ def hold_out(dataset: TrainDataset, options: EvaluationArguments, folder: Path) 
     Raises:
         DataError: nothing would be left to train on.
     """
-    every = np.concatenate([task.rows for task in dataset.tasks])
+    every = np.sort(np.concatenate([task.rows for task in dataset.tasks]))
     asked = options.eval_rows or 0
     count = max(1, round(asked * len(every))) if asked < 1 else int(asked)
-    rows = sorted({int(row) for row in every})
+    rows = every.tolist()
+    asks = [query for stored in dataset.files for query in stored.table.data.column("query").to_pylist()]  # by row
     drawn = random.Random(f"{dataset.seed}/held out").sample(rows, min(count, len(rows)))
-    queries = {dataset.record(row)[1].query for row in drawn}
-    held = {row for row in rows if dataset.record(row)[1].query in queries}
+    queries = {asks[row] for row in drawn}
+    held = {row for row in rows if asks[row] in queries}
     tasks = [replace(task, rows=task.rows[~np.isin(task.rows, sorted(held))]) for task in dataset.tasks]
     dataset.tasks = [task for task in tasks if len(task.rows)]
     if not dataset.tasks:

@@ -60,7 +60,7 @@ REFUSED = [
     ("--eval_data_dir d --eval_languages ko --eval_pool_random 3", "no effect without --eval_corpus pool"),
     ("--eval_rows 5 --eval_with_title", "--eval_with_title has no effect without --eval_data_dir"),
     ("--eval_rows 5 --eval_query_length 2", "--eval_query_length 2 leaves no room for text"),
-    ("--eval_rows 5 --eval_metrics bleu", "expected nDCG@k, Recall@k"),
+    ("--eval_rows 5 --eval_metrics bleu", "--eval_metrics bleu: expected nDCG@k, Recall@k"),
     ("--eval_rows 5 --metric_for_best_model mrr@10", "--metric_for_best_model mrr@10: not evaluated"),
     ("--eval_rows 5 --metric_for_best_model ndcg@10 --greater_is_better False", "better when it is greater"),
     ("--grad_cache --fsdp full_shard", "--grad_cache does not work with --fsdp"),

@@ -20,7 +20,7 @@ from FlagEmbedding.collections.trec import read_qrels, read_topics
 
 MOE: dict[str, Any] = {
     "moe": "intermediate", "num_experts": 2, "num_experts_per_tok": 1, "max_steps": 4, "learning_rate": 5e-3,
-    "eval_steps": 2,
+    "eval_steps": 2, "report": None,
 }  # fmt: skip
 HOSTILE = "<script>alert(1)</script> | ![x](http://evil/x.png) `code` When do people visit?"
 
@@ -127,7 +127,9 @@ console.log(JSON.stringify({ every, found, opened: texts(listed()[0]) }));
 def test_the_page_searches_and_opens_queries(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     """The page's own script, in node with the few calls of a document that it makes."""
     dev = write_dev(tmp_path / "dev", "ko", 72)
-    words = train_words(tiny_model_dir, data, tmp_path / "out", max_steps=2, eval_data_dir=dev, eval_steps=2)
+    words = train_words(
+        tiny_model_dir, data, tmp_path / "out", max_steps=2, eval_data_dir=dev, eval_steps=2, report=True
+    )
     run_training([*words, "--eval_languages", "ko"])
     topics = read_topics(written_files(dev, "ko").topics)
     query = topics["q5"]
@@ -138,7 +140,7 @@ def test_the_page_searches_and_opens_queries(tiny_model_dir: Path, data: Path, t
 
 
 def test_a_plain_run_has_one_too_and_it_can_be_left_out(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    words = train_words(tiny_model_dir, data, tmp_path / "out", max_steps=2)
+    words = train_words(tiny_model_dir, data, tmp_path / "out", max_steps=2, report=None)
     run_training(words)
     page = (tmp_path / "out/report.md").read_text()
     assert "Losses" in page and "Dev queries" not in page and (tmp_path / "out/report.png").is_file()
@@ -150,7 +152,7 @@ def test_without_matplotlib_there_is_no_picture(
     tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    answer = run_training(train_words(tiny_model_dir, data, tmp_path / "out", max_steps=2))
+    answer = run_training(train_words(tiny_model_dir, data, tmp_path / "out", max_steps=2, report=None))
     assert "the report has no picture: charts need matplotlib" in answer.stderr
     page = (tmp_path / "out/report.md").read_text()
     assert "report.png" not in page and not (tmp_path / "out/report.png").exists()
