@@ -72,9 +72,7 @@ class DevTrainer(BiEncoderTrainer):
         if new:
             self.state.best_global_step = self.state.global_step
             if self.args.load_best_model_at_end:
-                self.control.should_save = (
-                    True  # whatever the interval of saving: what is best must be there at the end
-                )
+                self.control.should_save = True  # whatever the interval: the best must be there at the end
         return new
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
