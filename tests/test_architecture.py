@@ -40,6 +40,15 @@ MINING_MAY_IMPORT = {
 # One file's leave to import from a room that is closed to the rest of its own.
 FILE_MAY_IMPORT = {
     "finetune/refresh.py": {"mining"},  # negatives mined again between epochs
+    # Evaluation while training goes by the measures of steps 0 to 2; evaluation itself knows no training.
+    "finetune/dev_arguments.py": {"evaluation"},  # to read the names of measures
+    "finetune/dev_evaluation.py": {"evaluation", "inference", "collections"},
+    "finetune/dev_trainer.py": {"evaluation"},
+    "finetune/held_out.py": {"collections"},
+    # The report draws and writes figures as evaluation does; imported when a run ends.
+    "finetune/report.py": {"evaluation"},
+    "finetune/dev_page.py": {"evaluation"},
+    "finetune/report_plots.py": {"evaluation"},
     "mining/__main__.py": {"finetune"},  # the page of all data commands names check_data
 }
 # Libraries that one room alone may touch.
@@ -191,14 +200,15 @@ def test_options_are_light() -> None:
     assert not there & {"torch", "transformers", "datasets", "faiss"}
 
 
-def test_training_without_refresh_imports_nothing_of_mining() -> None:
-    """What ``run.py`` loads, and the check of its options; mining comes with ``finetune.refresh`` alone."""
+def test_plain_training_imports_nothing_of_mining_or_evaluation() -> None:
+    """What ``run.py`` loads, and the check of its options; mining comes with ``finetune.refresh``, evaluation with
+    ``finetune.dev_evaluation`` alone."""
     there = loaded(
         "from FlagEmbedding.finetune import __main__, checks, parsing, runner\n"
         "words = '--model_name_or_path m --train_data d --output_dir /nowhere --report_to none'.split()\n"
         "checks.check_arguments(parsing.parse_arguments(words))"
     )
     assert "FlagEmbedding.finetune.trainer" in there and "FlagEmbedding.finetune.refresh" not in there
-    for room in ("mining", "inference", "retrieval", "indexing"):
+    for room in ("mining", "inference", "retrieval", "indexing", "evaluation", "collections"):
         assert not [name for name in there if name.startswith(f"FlagEmbedding.{room}")]
     assert "FlagEmbedding.mining.hard_negatives.refresh" in loaded("import FlagEmbedding.finetune.refresh")

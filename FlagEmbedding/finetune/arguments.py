@@ -17,6 +17,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from FlagEmbedding.finetune.dev_arguments import EvaluationArguments, before
 from FlagEmbedding.finetune.global_batch import divide
 from FlagEmbedding.finetune.hugging_face import refuse_reporters, refuse_unserved
 from FlagEmbedding.losses.objective import ObjectiveArguments
@@ -195,7 +196,11 @@ class RetrieverTrainingArguments(TrainingArguments):
         if self.use_cpu and world_size() > 1 and self.ddp_backend in (None, "gloo") and not dist.is_initialized():
             # The Trainer would make the group without --ddp_timeout on a CPU.
             dist.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
+        before(self)
+        # Hugging Face wants saving and evaluating to match for the best model; here each new best is saved by itself.
+        best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.load_best_model_at_end = best
         if not self.use_cpu and self.dataloader_pin_memory and isinstance(self.accelerator_config, AcceleratorConfig):
             self.accelerator_config.non_blocking = True  # batches come page-locked: nothing waits for their copies
         refuse_reporters([self.report_to] if isinstance(self.report_to, str) else self.report_to or [])
@@ -240,6 +245,7 @@ class Arguments:
     objective: ObjectiveArguments
     engine: EngineConfig
     refresh: RefreshArguments
+    evaluation: EvaluationArguments
     training: RetrieverTrainingArguments
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ _HARMLESS = {
     "skip_memory_metrics", "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "include_num_input_tokens_seen", "include_for_metrics", "prediction_loss_only", "batch_eval_metrics",
     "label_names", "length_column_name", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size",
-    "bf16_full_eval", "fp16_full_eval",
+    "bf16_full_eval", "fp16_full_eval", "early_stopping_patience", "report",
     # how the same numbers are computed: beyond rounding no result depends on these
     "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
@@ -51,8 +51,8 @@ _HARMLESS = {
     "full_determinism",
 }  # fmt: skip
 _HARMLESS_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "ddp_", "dataloader_")
-# Of those prefixes: which batches there are, and in what order they come.
-_DECISIVE = {"dataloader_drop_last", "dataloader_in_order"}
+# Of those prefixes: which rows and batches there are, and in what order they come.
+_DECISIVE = {"dataloader_drop_last", "dataloader_in_order", "eval_rows"}
 # Schedules whose rate at a step does not depend on how many steps follow.
 _OPEN_ENDED = {"constant", "constant_with_warmup", "inverse_sqrt"}
 

@@ -21,7 +21,7 @@ from FlagEmbedding.utils.distributed import local_rank, world_size
 from FlagEmbedding.utils.errors import UsageError
 
 # What a flag is refused for when it says anything but its default.
-_EVALUATION = "run.py does not evaluate while training; use evaluation/step0 to step2 on the checkpoints"
+_EVALUATION = "dev queries are measured as steps 0 to 2 do it: --eval_data_dir or --eval_rows, and --eval_steps"
 _DRAWING = "batches are drawn and divided among the processes by this program, repeatably"
 _DENSE = "there is no such code for encoders"
 _LOSS = "the objective is a contrastive loss, without labels"
@@ -29,10 +29,9 @@ _WITHOUT_PUSH = "has no effect without --push_to_hub True"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
-            "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
-            "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object",
-            "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval",
-            "metric_for_best_model", "greater_is_better", "load_best_model_at_end", "label_names",
+            "do_eval", "do_predict", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
+            "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+            "bf16_full_eval", "fp16_full_eval", "label_names",
         ),
         _EVALUATION,
     ),
@@ -60,11 +59,6 @@ REFUSED: dict[str, str] = {
     ),
 }  # fmt: skip
 _HUB = ("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision")
-_CHOICES = {
-    "save_strategy": ("best", _EVALUATION),
-    "lr_scheduler_type": ("reduce_lr_on_plateau", _EVALUATION),
-    "lr_scheduler_type ": ("greedy", _EVALUATION),
-}
 _INSTALL = {
     "azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit", "neptune": "neptune", "mlflow": "mlflow",
 }  # fmt: skip
@@ -144,9 +138,6 @@ def _refused(given: TrainingArguments) -> Iterator[str]:
             continue
         if value != defaults[name] and not isinstance(value, AcceleratorConfig):
             yield f"--{name} {_text(value)}: {reason}"
-    for name, (value, reason) in _CHOICES.items():
-        if _text(getattr(given, name.strip())) == value:
-            yield f"--{name.strip()} {value}: {reason}"
     if not given.push_to_hub:
         for name in _HUB:
             if getattr(given, name) != defaults[name]:

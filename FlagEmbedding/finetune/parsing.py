@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from FlagEmbedding.finetune.arguments import Arguments
+from FlagEmbedding.finetune.dev_arguments import settle
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import parse_json
 
@@ -77,7 +78,9 @@ def parse_arguments(words: list[str]) -> Arguments:
         raise UsageError(" ".join(str(error).split())) from error
     if parts[-1]:
         raise UsageError(f"unknown option {parts[-1][0]} (--help lists all options)")
-    return Arguments(*parts[:-1])
+    arguments = Arguments(*parts[:-1])
+    settle(arguments.training, arguments.evaluation)
+    return arguments
 
 
 def config_words(path: Path) -> list[str]:

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,6 +25,7 @@ from FlagEmbedding.mining.hard_negatives.refresh import RefreshSettings, check_p
 from FlagEmbedding.utils.distributed import barrier, is_main
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.randomness import untouched_randomness
 
 logger = get_logger(__name__)
 
@@ -107,13 +104,3 @@ class RefreshNegatives(TrainerCallback):
 def digest_of(record: dict[str, Any]) -> str:
     """One SHA-256 for all files of a refresh."""
     return hashlib.sha256(json.dumps(record["sha256"]).encode()).hexdigest()
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Leave every random stream that training draws from as it was."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

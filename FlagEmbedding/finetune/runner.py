@@ -73,8 +73,14 @@ def run(arguments: Arguments) -> TrainingSummary:
                 trainer.save_state()
     seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
     summary = TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step, by)
-    if not by:
-        upload_saved(summary)
+    if by:
+        return summary
+    if arguments.evaluation.report and is_main():
+        # Imported last: it brings Jinja2, and matplotlib where that is installed.
+        from FlagEmbedding.finetune.report import write_report
+
+        write_report(summary, getattr(trainer, "dev", None), state.best_global_step)
+    upload_saved(summary)
     return summary
 
 
@@ -139,6 +145,14 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     # Process 0 prepares the rows, the others then open what it wrote.
     with training.main_process_first(desc="reading the training data"):
         dataset = TrainDataset(arguments.data, training.sampling_seed)
+    evaluates: dict[str, Any] = {}
+    trainer_class: type[BiEncoderTrainer] = BiEncoderTrainer
+    if arguments.evaluation.on:
+        # Imported only where it is on: it brings evaluation and inference with it.
+        from FlagEmbedding.finetune.dev_evaluation import dev_evaluation
+        from FlagEmbedding.finetune.dev_trainer import DevTrainer
+
+        trainer_class, evaluates = DevTrainer, {"dev": dev_evaluation(arguments, dataset)}
     sampler = make_sampler(arguments, dataset)
     if training.sharded and not training.sharded_by_layer:
         # FSDP1 and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
@@ -149,7 +163,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     arguments = as_the_model_says(arguments, model)
     check_lengths(arguments.data, model.tokenizer)
     dataset.options = arguments.data
-    trainer = BiEncoderTrainer(
+    trainer = trainer_class(
         model=model,
         args=training,
         train_dataset=dataset,
@@ -158,6 +172,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
         batch_sampler=sampler,
         train_arguments={**arguments.record(), "provenance": provenance()},
         fingerprint=fingerprint(arguments, dataset, sampler, model),
+        **evaluates,
     )
     if arguments.refresh.refresh_negatives_every_n_epochs:
         # Imported only where it is on: it brings mining and inference with it.

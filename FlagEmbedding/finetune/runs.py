@@ -169,14 +169,19 @@ def publish(draft: Path, target: Path) -> None:
         draft.parent.rmdir()
 
 
-def keep_newest(output_dir: Path, run_id: str, number: int | None) -> None:
-    """Remove a run's own oldest checkpoints, so that ``number`` stay (``--save_total_limit``); None: all stay."""
+def keep_newest(output_dir: Path, run_id: str, number: int | None, best: str | None = None) -> None:
+    """Remove a run's own oldest checkpoints, so that ``number`` stay (``--save_total_limit``); None: all stay.
+
+    The ``best`` one stays whatever its age.
+    """
     if number is None or number <= 0:
         return
     own = [folder for folder in checkpoints(output_dir) if run_of(folder) == run_id]
     # By the time of writing: a run that goes on from an older checkpoint writes small numbers after greater ones.
     own.sort(key=lambda folder: ((folder / RECORD_FILE).stat().st_mtime_ns, step_of(folder)))
     for folder in own[:-number]:
+        if str(folder) == best:
+            continue
         remove_checkpoint(folder)
 
 

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 
-_TERMS = {
+TERMS = {
     "loss": "loss (what is minimized)",
     "contrastive_loss": "contrastive loss",
     "penalty": "penalty: mean 1 − cos(negative, its own query)",
@@ -21,6 +21,12 @@ _TERMS = {
 }
 _NOT_TERMS = {"epoch", "step", "grad_norm", "learning_rate"}
 _NOT_TERMS |= {"router_load_min", "router_load_max", "router_entropy", "router_changed"}
+
+
+def term_names(line: dict[str, Any]) -> list[str]:
+    """The loss terms of a log line, the known ones first."""
+    names = [name for name in TERMS if name in line]
+    return names + [n for n, v in line.items() if n not in TERMS and n not in _NOT_TERMS and not isinstance(v, list)]
 
 
 @dataclass
@@ -94,11 +100,9 @@ class TrainingSummary:
 
 
 def _loss_table(first: dict[str, Any], last: dict[str, Any]) -> str:
-    names = [name for name in _TERMS if name in last]
-    names += [n for n, v in last.items() if n not in _TERMS and n not in _NOT_TERMS and not isinstance(v, list)]
     rows = [
-        [_TERMS.get(n, n.replace("_", " ")), *(f"{line[n]:.4f}" if n in line else "" for line in (first, last))]
-        for n in names
+        [TERMS.get(n, n.replace("_", " ")), *(f"{line[n]:.4f}" if n in line else "" for line in (first, last))]
+        for n in term_names(last)
     ]
     return _table("Losses", ["term", f"step {first['step']}", f"step {last['step']}"], rows)
 

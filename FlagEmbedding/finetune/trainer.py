@@ -30,7 +30,7 @@ from FlagEmbedding.finetune.fingerprint import Fingerprint
 from FlagEmbedding.finetune.interrupt import outlive_signals
 from FlagEmbedding.finetune.loss_window import LossWindow
 from FlagEmbedding.finetune.router_monitor import RouterMonitor
-from FlagEmbedding.finetune.runs import Run, keep_newest, new_id, publish, writing
+from FlagEmbedding.finetune.runs import STATE_FILE, Run, keep_newest, new_id, publish, writing
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
@@ -237,6 +237,10 @@ class BiEncoderTrainer(Trainer):
                     self.window.save(folder, totals, forwards=self.bare_model.step, **state)
                     self.router.save(folder)
                 super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(folder):  # the Trainer names the draft
+                    self.state.best_model_checkpoint = str(output_dir / name)
+                    if self.args.should_save:
+                        self.state.save_to_json(str(folder / STATE_FILE))
             with self._together(output_dir / name):
                 if self.args.should_save:
                     self.run.describe(folder)
@@ -247,7 +251,7 @@ class BiEncoderTrainer(Trainer):
         finally:
             self._draft = None
         if self.args.should_save:
-            keep_newest(output_dir, self.run.id, self.args.save_total_limit)
+            keep_newest(output_dir, self.run.id, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     @contextmanager
     def _together(self, folder: Path) -> Iterator[None]:

@@ -12,14 +12,14 @@ The block scores are one matrix product, on CPU or GPU alike; no faiss-gpu is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from FlagEmbedding.retrieval.index import DocIds, FlatIndex
+from FlagEmbedding.retrieval.memory import VectorTable
 from FlagEmbedding.utils.background import prefetch
 from FlagEmbedding.utils.errors import DataError, UsageError
 
@@ -51,7 +51,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def search(
-    index: FlatIndex,
+    index: VectorTable,
     queries: np.ndarray,
     top_k: int,
     *,
@@ -86,7 +86,7 @@ def search(
     return [top.hits(index.docids) for top in running]
 
 
-def check_queries(index: FlatIndex, queries: np.ndarray, top_k: int) -> None:
+def check_queries(index: VectorTable, queries: np.ndarray, top_k: int) -> None:
     """Refuse queries that cannot be searched for."""
     if top_k < 1:
         raise UsageError(f"--hits must be at least 1, got {top_k}")
@@ -134,14 +134,14 @@ class _TopK:
             scores, rows = scores[keep], rows[keep]
         self.scores, self.rows = scores, rows
 
-    def hits(self, docids: DocIds) -> list[Hit]:
+    def hits(self, docids: Sequence[str]) -> list[Hit]:
         micros = np.rint(self.scores * _MICRO).astype(np.int64)
         found = [(int(micro), docids[int(row)], int(row)) for micro, row in zip(micros, self.rows, strict=True)]
         found.sort(reverse=True)
         return [Hit(docid, micro / _MICRO, row) for micro, docid, row in found[: self.size]]
 
 
-def _score_again(index: FlatIndex, queries: np.ndarray, running: list[_TopK]) -> None:
+def _score_again(index: VectorTable, queries: np.ndarray, running: list[_TopK]) -> None:
     """Replace the kept scores by inner products in double precision; rows are read in the order they lie on disk."""
     query_of = np.concatenate([np.full(len(top.rows), query) for query, top in enumerate(running)])
     rows = np.concatenate([top.rows for top in running])
@@ -156,7 +156,7 @@ def _score_again(index: FlatIndex, queries: np.ndarray, running: list[_TopK]) ->
         top.scores = own
 
 
-def rank(docids: DocIds, scores: np.ndarray, rows: np.ndarray, top_k: int) -> list[Hit]:
+def rank(docids: Sequence[str], scores: np.ndarray, rows: np.ndarray, top_k: int) -> list[Hit]:
     """Hits in the order above out of candidates found by other means; a row of −1 is an empty place (faiss)."""
     top = _TopK(top_k)
     real = rows >= 0

@@ -71,7 +71,8 @@ def train_words(model: Path, data: Path, output: Path, **options: Any) -> list[s
     settings: dict[str, Any] = {
         "model_name_or_path": model, "train_data": data, "output_dir": output, "learning_rate": 1e-3, "max_steps": 4,
         "per_device_train_batch_size": 2, "train_group_size": 3, "query_max_len": 24, "passage_max_len": 48,
-        "logging_steps": 1, "same_task_within_batch": True, "save_strategy": "no", "disable_tqdm": True, **options,
+        "logging_steps": 1, "same_task_within_batch": True, "save_strategy": "no", "disable_tqdm": True,
+        "report": False, **options,
     }  # fmt: skip
     words = []
     for name, value in settings.items():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny
+from finetune.dev_data import write_dev
 from finetune.helpers import rows, write_rows
 from options_walk import Case, assert_acts, assert_complete
 from transformers import TrainingArguments, set_seed
@@ -25,6 +26,7 @@ from FlagEmbedding.finetune.arguments import (
     RetrieverTrainingArguments,
 )
 from FlagEmbedding.finetune.checks import check_arguments
+from FlagEmbedding.finetune.dev_arguments import EvaluationArguments
 from FlagEmbedding.finetune.fingerprint import compare, kind_of
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.refresh import RefreshNegatives
@@ -32,10 +34,14 @@ from FlagEmbedding.finetune.runner import build_trainer
 from FlagEmbedding.modeling import encoder as engine_module
 from FlagEmbedding.modeling.backbone import load_trained_state
 
-GROUPS = (ModelArguments, MoEConfig, DataArguments, ObjectiveArguments, EngineConfig, RefreshArguments)
+GROUPS = (
+    ModelArguments, MoEConfig, DataArguments, ObjectiveArguments, EngineConfig, RefreshArguments, EvaluationArguments,
+)  # fmt: skip
 UNIFIED, MOE = "--unified_finetuning True", "--moe intermediate --num_experts 2"
 SELF = f"{UNIFIED} --use_self_distill True"
 REFRESH = "--refresh_negatives_every_n_epochs 1 --num_train_epochs 3"
+DEV = "--eval_data_dir {dev} --eval_languages ko"
+POOL = f"{DEV} --eval_corpus pool --eval_pool_mined 2 --eval_pool_random 3"
 LOSS, ROWS, FIRST = ("loss",), ("drawn",), ("tokens",)
 
 CASES = {
@@ -105,6 +111,19 @@ CASES = {
     "refresh_corpus": Case("--refresh_corpus {corpus}", given=REFRESH, only=("refresh",)),
     "refresh_range_for_sampling": Case("--refresh_range_for_sampling 2-30", given=REFRESH, only=("refresh",)),
     "refresh_relative_margin": Case("--refresh_relative_margin 0.05", given=REFRESH, only=("refresh",)),
+    # evaluation
+    "eval_data_dir": Case("--eval_data_dir {dev_b}", given=DEV, only=("dev",)),
+    "eval_languages": Case("--eval_languages ko fa", given=DEV, only=("dev",)),
+    "eval_split": Case("--eval_split train", given=DEV, only=("dev",)),
+    "eval_rows": Case("--eval_rows 6", given="--eval_rows 0.5", only=("dev", "batches")),
+    "eval_corpus": Case("--eval_corpus pool", given=DEV, only=("dev", "args")),
+    "eval_pool_mined": Case("--eval_pool_mined 9", given=POOL, only=("dev",)),
+    "eval_pool_random": Case("--eval_pool_random 9", given=POOL, only=("dev",)),
+    "eval_metrics": Case("--eval_metrics mrr@5 recall@1", given=DEV, only=("dev", "args")),
+    "eval_query_length": Case("--eval_query_length 4", given=DEV, only=("dev",)),
+    "eval_passage_length": Case("--eval_passage_length 4", given=DEV, only=("dev",)),
+    "eval_with_title": Case("--eval_with_title", given=DEV, only=("dev",)),
+    "early_stopping_patience": Case("--early_stopping_patience 2", given=DEV, only=("callbacks",)),
 }
 
 # Groups that are read by two rooms: each must hear of them.
@@ -178,6 +197,10 @@ def places(
     found["by_length"] = write_rows(base / "split/x_len-0-500.jsonl", rows(16)).parent
     found["corpus"] = base / "corpus.jsonl"
     found["corpus"].write_text(json.dumps({"docid": "1", "text": "Alone."}) + "\n")
+    for name, seed in (("dev", 0), ("dev_b", 5)):
+        found[name] = write_dev(base / name, "ko", 40, seed=seed)
+        write_dev(base / name, "ko", 40, seed=seed, split="train", queries=9)
+        write_dev(base / name, "fa", 30, seed=seed)
     found["other_cache"] = base / "other_cache"
     return found
 
@@ -230,6 +253,14 @@ def observe(
         terms.append(sorted(output.terms))
         optimizer.step()
         optimizer.zero_grad()
+    dev = None
+    if arguments.evaluation.on:
+        trainer.dev.prepare(model.eval())
+        dev = [trainer.dev.measure(model, 0).keys()]
+        for each in trainer.dev.collections:
+            parts = each.query_tokens, each.passage_tokens
+            tokens = [(part.max_length, [window.ids.tolist() for window in part.own.values()]) for part in parts]
+            dev.append((each.docids, each.qrels, tokens))
     refreshers = [c for c in trainer.callback_handler.callbacks if isinstance(c, RefreshNegatives)]
     return {
         "drawn": [dataset[key] for batch in batches[:2] for key in batch],
@@ -243,6 +274,8 @@ def observe(
         "terms": terms,
         "calls": (calls["packed"], padded),
         "refresh": [(c.every, c.settings) for c in refreshers],
+        "dev": dev,
+        "callbacks": [type(c).__name__ for c in trainer.callback_handler.callbacks],
         "warnings": [r.getMessage() for r in caplog.records if r.levelname == "WARNING"],
         "loader": (loader.num_workers, loader.prefetch_factor, loader.persistent_workers),
         "args": {**vars(trainer.args), "logging_dir": None},
@@ -258,7 +291,7 @@ def take(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 
 
 def test_no_field_is_left_out() -> None:
-    assert_complete(GROUPS, CASES, {})
+    assert_complete(GROUPS, CASES, {"report": "what is written when a run ends: test_report.py"})
     ours = {f for f in RetrieverTrainingArguments.__annotations__ if f not in TRAINING}
     # Three are Hugging Face's with another default.
     assert ours == {
@@ -341,6 +374,16 @@ def test_a_run_goes_by_the_trainers_arguments_as_parsed(places: dict[str, Path])
     assert trainer.args is arguments.training
     recorded = trainer.train_arguments
     assert recorded["data"]["train_data"] == [str(places["rows"])]
-    assert {"model", "experts", "data", "objective", "engine", "refresh", "training", "provenance"} == set(recorded)
+    assert {
+        "model",
+        "experts",
+        "data",
+        "objective",
+        "engine",
+        "refresh",
+        "evaluation",
+        "training",
+        "provenance",
+    } == set(recorded)
     json.dumps(recorded)
     load_trained_state(trainer.bare_model, places["model"])

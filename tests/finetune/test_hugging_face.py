@@ -27,21 +27,23 @@ from FlagEmbedding.utils.errors import UsageError
 BASE = "--model_name_or_path /nowhere/model --train_data /nowhere/rows --output_dir /nowhere/out"
 SAVED = "--save_strategy steps --save_steps 1"
 PUSH = "has no effect without --push_to_hub True"
-NO_EVALUATION = "run.py does not evaluate while training"
+NO_EVALUATION = "dev queries are measured as steps 0 to 2 do it"
+NEEDS = "needs an evaluation: name the dev queries"
 
 # name → what is said, and what the refusal says
 REFUSED = {
     **{name: (f"--{name} True", NO_EVALUATION) for name in (
-        "do_eval", "do_predict", "prediction_loss_only", "eval_on_start", "eval_use_gather_object",
-        "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "greater_is_better", "load_best_model_at_end",
+        "do_eval", "do_predict", "prediction_loss_only", "eval_use_gather_object", "batch_eval_metrics",
+        "bf16_full_eval", "fp16_full_eval",
     )},
-    **{name: (f"--{name} 3", NO_EVALUATION) for name in (
-        "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps",
-    )},
-    "eval_strategy": ("--eval_strategy epoch", NO_EVALUATION),
+    **{name: (f"--{name} 3", NO_EVALUATION) for name in ("per_device_eval_batch_size", "eval_accumulation_steps")},
+    # test_checks.py has what evaluation while training does with these.
+    **{name: (f"--{name} True", NEEDS) for name in ("eval_on_start", "greater_is_better", "load_best_model_at_end")},
+    **{name: (f"--{name} 3", NEEDS) for name in ("eval_steps", "eval_delay")},
+    "eval_strategy": ("--eval_strategy epoch", NEEDS),
     "eval_do_concat_batches": ("--eval_do_concat_batches False", NO_EVALUATION),
     "include_for_metrics": ("--include_for_metrics inputs", NO_EVALUATION),
-    "metric_for_best_model": ("--metric_for_best_model loss", NO_EVALUATION),
+    "metric_for_best_model": ("--metric_for_best_model loss", NEEDS),
     "label_names": ("--label_names x", NO_EVALUATION),
     "label_smoothing_factor": ("--label_smoothing_factor 0.1", "contrastive loss, without labels"),
     "average_tokens_across_devices": ("--average_tokens_across_devices False", "weigh the same"),
@@ -80,9 +82,9 @@ REFUSED = {
 
 # Beyond one value of each flag.
 ALSO_REFUSED = [
-    ("--save_strategy best", NO_EVALUATION),
-    ("--lr_scheduler_type reduce_lr_on_plateau", NO_EVALUATION),
-    ("--lr_scheduler_type greedy", NO_EVALUATION),
+    ("--save_strategy best", NEEDS),
+    ("--lr_scheduler_type reduce_lr_on_plateau", "requires an eval strategy"),
+    ("--lr_scheduler_type greedy", NEEDS),
     ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: "),
     ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
     ("""--lr_scheduler_kwargs '{"cycles": 2}'""", "unexpected keyword argument 'cycles'"),

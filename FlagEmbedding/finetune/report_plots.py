@@ -1,0 +1,96 @@
+"""The report's picture: losses, learning rate, gradient norm, dev curve against the base, router load per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from FlagEmbedding.evaluation.plots import COLORS, GRAY, INK, pyplot, save, tidy
+from FlagEmbedding.finetune.summary import term_names
+
+_WIDE, _HIGH, _COLUMNS = 4.6, 3.3, 3
+
+
+def plot_run(path: Path, history: list[dict[str, Any]], main_key: str, best_step: int | None) -> bool:
+    """Draw one panel for each thing that the log tells; False where it tells nothing.
+
+    Args:
+        main_key: log key of the dev measure that decides; empty without dev queries.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    panels = _panels(history, main_key, best_step)
+    if not panels:
+        return False
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (_WIDE * columns, _HIGH * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, draw in zip(axes.flat, panels, strict=False):
+        draw(figure, axis)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    save(figure, path)
+    plt.close(figure)
+    return True
+
+
+def _panels(history: list[dict[str, Any]], main_key: str, best_step: int | None) -> list[Callable[[Any, Any], None]]:
+    lines = [line for line in history if "loss" in line]
+    panels: list[Callable[[Any, Any], None]] = []
+    dev = [line for line in history if main_key and main_key in line]
+    if dev:
+        panels.append(partial(_dev_curve, dev, main_key, best_step))
+    if lines:
+        names = dict.fromkeys(name for line in lines for name in term_names(line))
+        panels += [partial(_curve, lines, name) for name in [*names, "learning_rate", "grad_norm"]]
+    loads = [line for line in lines if "router_load" in line]
+    if loads:
+        panels.append(partial(_loads, loads[-1]))
+    return panels
+
+
+def _curve(lines: list[dict[str, Any]], name: str, figure: Any, axis: Any) -> None:
+    chosen = [line for line in lines if name in line]
+    mark = "o" if len(chosen) == 1 else ""
+    axis.plot([line["step"] for line in chosen], [line[name] for line in chosen], marker=mark, color=COLORS[3])
+    _finish(axis, name.replace("_", " "))
+
+
+def _dev_curve(lines: list[dict[str, Any]], key: str, best_step: int | None, figure: Any, axis: Any) -> None:
+    measure = key.rpartition("_")[2]
+    steps = [line["step"] for line in lines]
+    others = [name for name in lines[0] if name.endswith(f"_{measure}") and name != key]
+    for name, color in zip(others, [*COLORS[:3], *COLORS[4:]] * len(others), strict=False):
+        language = name.removesuffix(f"_{measure}").rpartition("_")[2]
+        values = [100 * line.get(name, np.nan) for line in lines]
+        axis.plot(steps, values, color=color, linewidth=1, label="all" if language in ("eval", "pooled") else language)
+    values = [100 * line[key] for line in lines]
+    axis.plot(steps, values, "o-", color=COLORS[3], linewidth=2, markersize=4, label="decides" if others else None)
+    axis.axhline(values[0], color=GRAY, linestyle="--", label="base")
+    if best_step in steps:
+        axis.plot(best_step, values[steps.index(best_step)], "o", markersize=9, mfc="none", mec=COLORS[4], label="best")
+    axis.legend(frameon=False, fontsize=8)
+    _finish(axis, f"{key.removeprefix('eval_').replace('_', ' ')} of the dev queries (× 100)")
+
+
+def _loads(line: dict[str, Any], figure: Any, axis: Any) -> None:
+    """Layers down, experts across, the share of the choices as color."""
+    loads = np.array(line["router_load"])
+    image = axis.imshow(100 * loads, aspect="auto", cmap="viridis", vmin=0, vmax=100 * max(loads.max(), 1e-9))
+    axis.set(xlabel="expert", ylabel="layer", xticks=range(loads.shape[1]), yticks=range(loads.shape[0]))
+    axis.set_title(f"router load at step {line['step']} (% of the choices)", fontsize=10, color=INK)
+    figure.colorbar(image, ax=axis)
+
+
+def _finish(axis: Any, title: str) -> None:
+    tidy(axis, "y")
+    axis.set_title(title, fontsize=10, color=INK)
+    axis.set_xlabel("step", fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
