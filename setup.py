@@ -121,6 +121,7 @@ setup(
             "flagembedding-search = FlagEmbedding.evaluation.__main__:search",
             "flagembedding-score = FlagEmbedding.evaluation.__main__:score",
             "flagembedding-compare = FlagEmbedding.evaluation.__main__:compare",
+            "flagembedding-merge = FlagEmbedding.merge.__main__:main",
             "flagembedding-mining = FlagEmbedding.mining.__main__:main",
         ]
     },

@@ -107,6 +107,30 @@ class CompareArguments:
 
 
 @dataclass(frozen=True)
+class DevArguments:
+    """Dev collection.
+
+    What a command measures a model on (:mod:`evaluation.on_dev`); without ``eval_data_dir`` it measures nothing.
+    """
+
+    eval_data_dir: str | None = option(None, "folder in MIRACL's layout; nDCG@10 is measured on its dev queries")
+    eval_languages: list[str] = option([], "languages of it, such as ko fa hi")
+    eval_split: Split = choice(Split, "dev", "which of its queries")
+    eval_query_length: int = option(512, "tokens per query")
+    eval_passage_length: int = option(512, "tokens per passage")
+    query_instruction_for_retrieval: str | None = option(
+        None, "text put before every query; default: what the checkpoint says", metavar="TEXT"
+    )
+    passage_instruction_for_retrieval: str | None = option(
+        None, "text put before every passage; default: what the checkpoint says", metavar="TEXT"
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.eval_data_dir) != bool(self.eval_languages):
+            raise UsageError("--eval_data_dir and --eval_languages belong together: give both or neither")
+
+
+@dataclass(frozen=True)
 class EmbedOptions:
     """Step 0."""
 
