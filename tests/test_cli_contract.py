@@ -182,7 +182,7 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
     (EncoderArguments, CollectionArguments, SearchArguments): ("--encoder m --languages ko", {
         **_ENCODER, **_COLLECTION, "result_save_dir": "./search_results", "max_query_length": 512,
         "add_instruction": None, "query_instruction_for_retrieval": None, "threads": 1, "hits": 1000,
-        "index_type": "Flat", "n_probe": 32, "ef_search": 128, "overwrite": True,
+        "index_type": "Flat", "rescore": None, "n_probe": 32, "ef_search": 128, "overwrite": True,
     }),
     (ScoreArguments,): ("--encoder m --languages ko", {
         "encoder": ["m"], "languages": ["ko"], "split": "dev", "search_result_save_dir": "./search_results",

@@ -39,7 +39,12 @@ class SearchArguments:
     )
     threads: int = option(1, "CPU threads of the search")
     hits: int = option(1000, "passages per query")
-    index_type: str = option("Flat", "Flat: exact; else a faiss index_factory string such as HNSW32, SQ8")
+    index_type: str = option(
+        "Flat", "Flat: exact; fp16, int8, binary: smaller vectors; else a faiss index_factory string such as HNSW32"
+    )
+    rescore: int | None = option(
+        None, "candidates for each hit, scored again by the float vectors; default: 4 with fp16, int8, binary, else 0"
+    )
     n_probe: int = option(32, "lists that an IVF index looks into")
     ef_search: int = option(128, "candidates that an HNSW index keeps (at least --hits)")
     overwrite: bool = switch(True, "False: keep a run file that is there")
@@ -47,6 +52,8 @@ class SearchArguments:
     def __post_init__(self) -> None:
         if self.hits < 1 or self.threads < 1:
             raise UsageError(f"--hits {self.hits} --threads {self.threads}: both must be at least 1")
+        if self.rescore is not None and self.rescore < 0:
+            raise UsageError(f"--rescore must be 0 (none) or more, got {self.rescore}")
         if self.add_instruction is False and self.query_instruction_for_retrieval is not None:
             raise UsageError("--add_instruction False and --query_instruction_for_retrieval contradict each other")
 

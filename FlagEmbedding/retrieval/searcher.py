@@ -12,7 +12,7 @@ The block scores are one matrix product, on CPU or GPU alike; no faiss-gpu is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -154,6 +154,22 @@ def _score_again(index: FlatIndex, queries: np.ndarray, running: list[_TopK]) ->
     ends = np.cumsum([len(top.rows) for top in running])
     for top, own in zip(running, np.split(scores, ends[:-1]), strict=True):
         top.scores = own
+
+
+def score_candidates(
+    index: FlatIndex, queries: np.ndarray, candidates: Sequence[np.ndarray], top_k: int
+) -> list[list[Hit]]:
+    """The ``top_k`` best of each query's candidate rows, found by other means, by the vectors of ``index``.
+
+    Args:
+        queries: ``[Q, dimension]`` float32.
+        candidates: Q arrays of distinct rows.
+    """
+    running = [_TopK(top_k) for _ in candidates]
+    for top, rows in zip(running, candidates, strict=True):
+        top.rows = rows
+    _score_again(index, queries, running)
+    return [top.hits(index.docids) for top in running]
 
 
 def rank(docids: DocIds, scores: np.ndarray, rows: np.ndarray, top_k: int) -> list[Hit]:

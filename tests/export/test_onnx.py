@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +34,6 @@ def run(folder: Path, texts: list[str], file: str = "model.onnx") -> tuple[dict[
     inputs = {name: features[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, inputs), strict=True)), inputs["attention_mask"]
-
-
-@pytest.fixture(scope="session")
-def tiny_m3_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny XLM-R with random heads."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-m3"
-    shutil.copytree(tiny_model_dir, folder)
-    torch.manual_seed(5)
-    torch.save(torch.nn.Linear(32, 16).state_dict(), folder / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
-    return folder
 
 
 def test_three_outputs_of_one_graph(tiny_m3_dir: Path, tmp_path: Path) -> None:
@@ -98,7 +86,7 @@ def test_the_real_base_in_eight_bits(
 ) -> None:
     out = export(
         demo_base_dir, tmp_path / "out", "--int8", "--pooling_method", "mean", "--samples", "40",
-        "--eval_data_dir", sample_dir, "--eval_languages", "ko",
+        "--eval_passage_length", "64", "--eval_data_dir", sample_dir, "--eval_languages", "ko",
         "--query_instruction_for_retrieval", "query: ", "--passage_instruction_for_retrieval", "passage: ",
     )  # fmt: skip
     header, _, *lines = cells(capsys.readouterr().out)
