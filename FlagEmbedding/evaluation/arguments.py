@@ -39,7 +39,12 @@ class SearchArguments:
     )
     threads: int = option(1, "CPU threads of the search")
     hits: int = option(1000, "passages per query")
-    index_type: str = option("Flat", "Flat: exact; else a faiss index_factory string such as HNSW32, SQ8")
+    index_type: str = option(
+        "Flat", "Flat: exact; fp16, int8, binary: smaller vectors; else a faiss index_factory string such as HNSW32"
+    )
+    rescore: int | None = option(
+        None, "candidates for each hit, scored again by the float vectors; default: 4 with fp16, int8, binary, else 0"
+    )
     n_probe: int = option(32, "lists that an IVF index looks into")
     ef_search: int = option(128, "candidates that an HNSW index keeps (at least --hits)")
     overwrite: bool = switch(True, "False: keep a run file that is there")
@@ -47,6 +52,8 @@ class SearchArguments:
     def __post_init__(self) -> None:
         if self.hits < 1 or self.threads < 1:
             raise UsageError(f"--hits {self.hits} --threads {self.threads}: both must be at least 1")
+        if self.rescore is not None and self.rescore < 0:
+            raise UsageError(f"--rescore must be 0 (none) or more, got {self.rescore}")
         if self.add_instruction is False and self.query_instruction_for_retrieval is not None:
             raise UsageError("--add_instruction False and --query_instruction_for_retrieval contradict each other")
 
@@ -104,6 +111,30 @@ class CompareArguments:
     output_dir: str = option("./comparison", "tables, per-query file and chart go here")
     resamples: int = option(RESAMPLES, "of the randomization test and of the bootstrap")
     seed: int = option(0, "of the same")
+
+
+@dataclass(frozen=True)
+class DevArguments:
+    """Dev collection.
+
+    What a command measures a model on (:mod:`evaluation.on_dev`); without ``eval_data_dir`` it measures nothing.
+    """
+
+    eval_data_dir: str | None = option(None, "folder in MIRACL's layout; nDCG@10 is measured on its dev queries")
+    eval_languages: list[str] = option([], "languages of it, such as ko fa hi")
+    eval_split: Split = choice(Split, "dev", "which of its queries")
+    eval_query_length: int = option(512, "tokens per query")
+    eval_passage_length: int = option(512, "tokens per passage")
+    query_instruction_for_retrieval: str | None = option(
+        None, "text put before every query; default: what the checkpoint says", metavar="TEXT"
+    )
+    passage_instruction_for_retrieval: str | None = option(
+        None, "text put before every passage; default: what the checkpoint says", metavar="TEXT"
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.eval_data_dir) != bool(self.eval_languages):
+            raise UsageError("--eval_data_dir and --eval_languages belong together: give both or neither")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _search_language(
     if kind.lower() == "flat":
         logger.info("%s: exact search of %d vectors took %.2f s", lang, index.rows, exact_seconds)
         return exact
-    effort = SearchEffort(chosen.n_probe, chosen.ef_search)
+    effort = SearchEffort(chosen.n_probe, chosen.ef_search, chosen.rescore)
     found, seconds = search_approximate(index, vectors, chosen.hits, kind, threads=chosen.threads, effort=effort)
     said, share = "%s: %s finds %.2f %% of the exact top %d in %.3f s (exact: %.3f s)", 100 * recall(found, exact)
     logger.info(said, lang, kind, share, chosen.hits, seconds, exact_seconds)

@@ -165,6 +165,11 @@ class RoutingTape:
         """The function that one layer calls with its routing."""
         return lambda routing, mask: self._calls[layer].append((routing, mask))
 
+    def clear(self) -> None:
+        """Forget what was recorded until now."""
+        for calls in self._calls:
+            calls.clear()
+
     @property
     def layers(self) -> list[list[Routing]]:
         # Padding is taken out here and not while recording: under activation checkpointing an extra operation in the

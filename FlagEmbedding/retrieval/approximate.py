@@ -1,4 +1,7 @@
-"""Approximate search by any faiss ``index_factory`` string (HNSW32, IVF1024,Flat, IVF256,PQ16, SQ8 …).
+"""Approximate search by smaller vectors (fp16, int8, binary) or any faiss ``index_factory`` string (HNSW32, SQ8 …).
+
+``fp16`` and ``int8`` keep a number of each dimension in 2 bytes or 1, ``binary`` its sign alone, in a bit. Their search
+gives candidates, a few times as many as hits are asked for, which are then scored by the float vectors on disk.
 
 Built from the flat index block by block, kept beside it as ``index.{type}`` with the flat file's checksum, and
 built again when that changes. Training vectors are a seeded sample, so building repeats. Such an index lives in
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from FlagEmbedding.retrieval.index import FlatIndex
-from FlagEmbedding.retrieval.searcher import Hit, check_queries, rank
+from FlagEmbedding.retrieval.searcher import Hit, check_queries, rank, score_candidates
 from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.identity import made_by
@@ -23,16 +26,29 @@ from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
+# Vector types and faiss's name of them; ``binary`` is a class of its own there.
+VECTOR_TYPES = {"fp16": "SQfp16", "int8": "SQ8", "binary": ""}
+RESCORED = 4  # candidates for each hit that a search by these types takes
 _TRAIN_ROWS = 262_144
 _BLOCK_ROWS = 65_536
 
 
 @dataclass(frozen=True)
 class SearchEffort:
-    """How hard to look: ``n_probe`` lists of an IVF index, ``ef_search`` candidates of an HNSW one."""
+    """How hard to look: ``n_probe`` lists of an IVF index, ``ef_search`` candidates of an HNSW one.
+
+    ``rescore``: so many candidates for each hit are scored again by the float vectors; 0: none; None: ``RESCORED`` for
+    the vector types, none for an ``index_factory`` string.
+    """
 
     n_probe: int = 32
     ef_search: int = 128
+    rescore: int | None = None
+
+    def candidates(self, index_type: str, top_k: int) -> int:
+        """How many candidates to take for ``top_k`` hits and score again; 0: the index's own scores stand."""
+        rescore = RESCORED * (index_type in VECTOR_TYPES) if self.rescore is None else self.rescore
+        return rescore * top_k
 
 
 def search_approximate(
@@ -55,13 +71,27 @@ def search_approximate(
     check_queries(index, queries, top_k)
     faiss.omp_set_num_threads(max(1, threads))
     approximate = load_or_build(index, index_type)
-    _set_effort(approximate, effort or SearchEffort(), top_k)
-    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
+    effort = effort or SearchEffort()
+    candidates = effort.candidates(index_type, top_k)
+    _set_effort(approximate, effort, max(top_k, candidates))
+    if index_type != "binary" and hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
         approximate = faiss.index_cpu_to_all_gpus(approximate)
     started = time.perf_counter()
-    scores, rows = approximate.search(np.ascontiguousarray(queries, dtype=np.float32), min(top_k, index.rows))
-    hits = [rank(index.docids, s, r, top_k) for s, r in zip(scores, rows, strict=True)]
+    asked = np.ascontiguousarray(queries, dtype=np.float32)
+    scores, rows = approximate.search(
+        _signs(asked) if index_type == "binary" else asked, min(max(top_k, candidates), index.rows)
+    )
+    if candidates:
+        hits = score_candidates(index, asked, [own[own >= 0] for own in rows], top_k)
+    else:
+        scores = -scores.astype(np.float64) if index_type == "binary" else scores  # of bits that differ
+        hits = [rank(index.docids, s, r, top_k) for s, r in zip(scores, rows, strict=True)]
     return hits, time.perf_counter() - started
+
+
+def _signs(vectors: np.ndarray) -> np.ndarray:
+    """A bit for each dimension, ``[N, D / 8]`` uint8: 1 where it is above 0."""
+    return np.packbits(vectors > 0, axis=1)
 
 
 def load_or_build(index: FlatIndex, index_type: str) -> Any:
@@ -74,8 +104,9 @@ def load_or_build(index: FlatIndex, index_type: str) -> Any:
 
     path = index.folder / f"index.{index_type.replace('/', '_')}"
     record, identity = path.with_name(f"{path.name}.json"), {"index_type": index_type, "index_sha256": index.checksum()}
+    binary = index_type == "binary"
     if path.exists() and made_by(record, identity):
-        return faiss.read_index(str(path))
+        return faiss.read_index_binary(str(path)) if binary else faiss.read_index(str(path))
     for there in (path, record):
         if there.exists() and not _is_ours(record):
             raise UsageError(f"{there} was not written by this program: move it away, or leave --index_type out")
@@ -83,8 +114,12 @@ def load_or_build(index: FlatIndex, index_type: str) -> Any:
     with clear_disk_errors(f"writing {path}"):
         write_json_atomic(record, {**identity, "index_sha256": None})  # ours, and not finished
         with atomic_open(path, "wb") as stream:
-            faiss.write_index(approximate, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
+            write = faiss.write_index_binary if binary else faiss.write_index
+            write(approximate, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
         write_json_atomic(record, identity)
+    logger.info(
+        "%s takes %.1f MB, the float vectors %.1f MB", path, path.stat().st_size / 1e6, index.path.stat().st_size / 1e6
+    )
     return approximate
 
 
@@ -101,7 +136,10 @@ def build(index: FlatIndex, index_type: str) -> Any:
     import faiss
 
     try:
-        approximate = faiss.index_factory(index.dimension, index_type, faiss.METRIC_INNER_PRODUCT)
+        if index_type == "binary":
+            return _build_binary(index)
+        factory = VECTOR_TYPES.get(index_type, index_type)
+        approximate = faiss.index_factory(index.dimension, factory, faiss.METRIC_INNER_PRODUCT)
         if not approximate.is_trained:
             rows = np.arange(index.rows)
             if index.rows > _TRAIN_ROWS:
@@ -118,9 +156,22 @@ def build(index: FlatIndex, index_type: str) -> Any:
     return approximate
 
 
+def _build_binary(index: FlatIndex) -> Any:
+    import faiss
+
+    if index.dimension % 8:
+        raise RuntimeError("8 signs make a byte, so the dimension must be a multiple of 8")
+    binary = faiss.IndexBinaryFlat(index.dimension)
+    for _, block in index.blocks(_BLOCK_ROWS):
+        binary.add(_signs(block))
+    return binary
+
+
 def _set_effort(approximate: Any, effort: SearchEffort, top_k: int) -> None:
     import faiss
 
+    if isinstance(approximate, faiss.IndexBinary):
+        return
     parameters = faiss.ParameterSpace()
     for name, value in (("nprobe", effort.n_probe), ("efSearch", max(effort.ef_search, top_k))):
         try:

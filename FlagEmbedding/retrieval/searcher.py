@@ -156,6 +156,22 @@ def _score_again(index: VectorTable, queries: np.ndarray, running: list[_TopK]) 
         top.scores = own
 
 
+def score_candidates(
+    index: FlatIndex, queries: np.ndarray, candidates: Sequence[np.ndarray], top_k: int
+) -> list[list[Hit]]:
+    """The ``top_k`` best of each query's candidate rows, found by other means, by the vectors of ``index``.
+
+    Args:
+        queries: ``[Q, dimension]`` float32.
+        candidates: Q arrays of distinct rows.
+    """
+    running = [_TopK(top_k) for _ in candidates]
+    for top, rows in zip(running, candidates, strict=True):
+        top.rows = rows
+    _score_again(index, queries, running)
+    return [top.hits(index.docids) for top in running]
+
+
 def rank(docids: Sequence[str], scores: np.ndarray, rows: np.ndarray, top_k: int) -> list[Hit]:
     """Hits in the order above out of candidates found by other means; a row of −1 is an empty place (faiss)."""
     top = _TopK(top_k)

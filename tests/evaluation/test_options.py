@@ -148,6 +148,7 @@ SEARCH_CASES = {
     "index_type": Case("--index_type IVF8,Flat", given="--n_probe 1", only=("runs",)),
     "n_probe": Case("--n_probe 1", given="--index_type IVF8,Flat", only=("runs",)),
     "ef_search": Case("--ef_search 1", given="--index_type HNSW2 --hits 1", only=("runs",)),
+    "rescore": Case("--rescore 0", given="--index_type binary --hits 3", only=("runs",)),
     "overwrite": Case("--overwrite n", given="--result_save_dir kept", only=("runs",)),
 }
 SEARCH_EXEMPT = {**ENCODER_EXEMPT, "threads": WHERE, "engine": "the same vectors by another path"}

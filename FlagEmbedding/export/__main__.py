@@ -1,0 +1,61 @@
+"""``python -m FlagEmbedding.export COMMAND MODEL --output_dir OUT``: a checkpoint as other servers take it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from FlagEmbedding.export.arguments import FoldOptions, OnnxOptions
+from FlagEmbedding.utils.cli import entry_point, parse_whole
+from FlagEmbedding.utils.errors import UsageError
+
+HELP = """usage: python -m FlagEmbedding.export COMMAND MODEL --output_dir OUT [options]
+
+  fold    experts → one dense layer each: a plain encoder, with what that costs
+  onnx    dense, sparse and colbert in one ONNX graph, also with 8-bit weights (--int8)
+
+python -m FlagEmbedding.export COMMAND --help lists a command's options."""
+
+
+@entry_point
+def fold(argv: Sequence[str] | None = None) -> int:
+    """A checkpoint with experts as a dense one."""
+    what = "Fold the experts of a checkpoint into dense layers, so that every library serves it."
+    options = parse_whole(FoldOptions, argv, what)
+
+    from FlagEmbedding.export.fold import fold as write
+    from FlagEmbedding.export.measure import page
+
+    print(f"{page(write(options))}\n\n{options.source.output_dir}")
+    return 0
+
+
+@entry_point
+def onnx(argv: Sequence[str] | None = None) -> int:
+    """A checkpoint as an ONNX graph."""
+    what = "Write a checkpoint as an ONNX graph, compared with the checkpoint before it is put in place."
+    options = parse_whole(OnnxOptions, argv, what)
+
+    from FlagEmbedding.export.measure import page
+    from FlagEmbedding.export.onnx import export
+
+    print(f"{page(export(options))}\n\n{options.source.output_dir}")
+    return 0
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the page, or run a command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    known = {"fold": fold, "onnx": onnx}
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if words[0] not in known:
+        raise UsageError(f"no command {words[0]!r}: choose from {' '.join(known)}")
+    sys.argv[0] = f"{sys.argv[0]} {words[0]}"
+    return known[words[0]](words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
