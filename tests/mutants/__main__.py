@@ -109,6 +109,13 @@ class Runner:
         lines = [line for line in printed if line.startswith(("FAILED", "ERROR"))]
         return code, (lines or printed or [""])[-1][:200]
 
+    def all_pass(self, lists: list[tuple[str, ...]]) -> bool:
+        """Whether every test of ``lists`` runs and passes before any fault: one pytest instead of one for each list."""
+        tests = tuple(dict.fromkeys(test for each in lists for test in each))
+        with self.copy() as folder:
+            code, last = self.pytest(folder, tests) if tests else (1, "")
+        return code == 0 and "skipped" not in last
+
     def unmodified(self, tests: tuple[str, ...]) -> tuple[str, str]:
         """What is wrong with ``tests`` before any fault: a status and a detail, both empty when they pass."""
         with self.copy() as folder:
@@ -206,7 +213,7 @@ def cannot_plant(root: Path, fault: Fault) -> str:
 
 
 def run(root: Path, faults: list[Fault], runner: Runner, jobs: int) -> Iterator[Outcome]:
-    """First the tests as they are, each distinct list once; then one fault at a time per worker."""
+    """First the tests as they are, all together, or each list by itself if not all pass; then one fault at a time."""
     to_plant = []
     for fault in faults:
         problem = cannot_plant(root, fault)
@@ -216,7 +223,9 @@ def run(root: Path, faults: list[Fault], runner: Runner, jobs: int) -> Iterator[
             to_plant.append(fault)
     with ThreadPoolExecutor(jobs) as pool:
         lists = list(dict.fromkeys(fault.tests for fault in to_plant))
-        before = dict(zip(lists, pool.map(runner.unmodified, lists), strict=True))
+        before = dict.fromkeys(lists, ("", ""))
+        if not runner.all_pass(lists):
+            before = dict(zip(lists, pool.map(runner.unmodified, lists), strict=True))
         yield from (Outcome(fault, *before[fault.tests]) for fault in to_plant if before[fault.tests][0])
         yield from pool.map(runner.plant, (fault for fault in to_plant if not before[fault.tests][0]))
 
