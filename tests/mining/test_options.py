@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mining.chat_server import ChatServer, failing
-from mining.corpora import TEXTS, write_collection, write_rows
+from mining.corpora import TEXTS, write_collections, write_rows
 from options_walk import Case, assert_acts, assert_complete, flag_fields
 
 from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, SearchArguments
@@ -90,15 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_m
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("walk")
-    for root in ("data", "other"):
-        for lang in ("ko", "fa"):
-            write_collection(folder / root, lang)
-    for root, lang, keep in (("data", "fa", 3), ("other", "ko", 5)):
-        topics = next((folder / root / f"miracl-v1.0-{lang}").rglob("topics*.tsv"))
-        topics.write_text("".join(topics.open().readlines()[:keep]))
-    for path in list((folder / "data/miracl-v1.0-ko").rglob("*-train.tsv")):
-        lines = path.read_text().splitlines(keepends=True)
-        path.with_name(path.name.replace("-train", "-dev")).write_text("".join(lines[:4]))
+    write_collections(folder)
     write_rows(folder / "rows.jsonl", [{"query": f"How old is {i}?", "pos": [TEXTS[i]]} for i in range(40)])
     write_rows(folder / "corpus.jsonl", [{"docid": f"d{i}", "text": f"{text} Indeed."} for i, text in enumerate(TEXTS)])
     shutil.copytree(tiny_model_dir, folder / "model")
