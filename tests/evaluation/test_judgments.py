@@ -66,3 +66,14 @@ def test_judgments_of_another_corpus_are_refused(work: Path, capsys: pytest.Capt
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {folder}: none of the 12 passages judged relevant (0-0#right …) is in the index")
     assert not (work / "eval_results").exists()
+
+
+def test_the_index_that_the_command_names_goes_before_the_recorded_one(work: Path) -> None:
+    index_of(work, [f"{qid}#right" for qid in QUERIES])
+    moved = work / "moved"
+    moved.mkdir()
+    (moved / "docid").write_text("7#0\n")  # what lies now where step 1 found its index
+    record = {**RECORD, "index": {**RECORD["index"], "folder": str(moved)}}
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(record))
+    assert step2() == 2
+    assert step2("--index_save_dir", "corpus-index") == 0

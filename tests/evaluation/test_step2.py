@@ -55,6 +55,22 @@ def test_what_step1_recorded_goes_into_the_result(work: Path) -> None:
     assert (run["query_instruction"], run["hits"]) == ("query: ", 20)
 
 
+def test_every_model_has_its_own_scores_settings_and_origin(work: Path) -> None:
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(RECORD))
+    other = {"model": "xyz", "pooling": "mean", "normalize_embeddings": False, "dtype": "bf16"}
+    arguments = {**RECORD["arguments"], "index_type": "HNSW32"}
+    (work / "search_results/base/ko.json").write_text(json.dumps({**RECORD, "encoder": other, "arguments": arguments}))
+    words = PUBLISHED.replace("--pooling_method cls --normalize_embeddings True", "").split()
+    assert entry_point(eval_dense)([*words, "--encoder", NAME, "base"]) == 0
+    for name, rank, encoder, kind in ((NAME, 1, RECORD["encoder"], "Flat"), ("base", 4, other, "HNSW32")):
+        result = json.loads((work / f"eval_results/{name}.json").read_text())
+        assert result["results"]["ko"]["ndcg@10"] == pytest.approx(ndcg(rank, 10))
+        for key, recorded in (("pooling_method", "pooling"), ("normalize_embeddings", "normalize_embeddings")):
+            assert result[key] == encoder[recorded]
+        origin = result["runs"]["ko"]
+        assert (origin["model_sha256"], origin["index_type"]) == (encoder["model"], kind)
+
+
 def test_without_a_record_the_index_manifest_says_it(work: Path) -> None:
     folder = work / f"corpus-index/{NAME}/ko"
     folder.mkdir(parents=True)
@@ -208,6 +224,21 @@ def test_different_conditions_are_pointed_out(
     assert lines == [f"ko: base was made with {said.format(NAME)}: the comparison is not of the models alone"]
 
 
+def test_conditions_are_compared_for_every_language_and_model(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for lang in ("ko", "fa"):
+        write_run(work / f"search_results/third/{lang}.txt", 2)
+        for name in ("base", NAME, "third"):
+            (work / f"search_results/{name}/{lang}.json").write_text(json.dumps(RECORD))
+    (work / "search_results/third/fa.json").write_text(
+        json.dumps({**RECORD, "arguments": {**RECORD["arguments"], "hits": 5}})
+    )
+    (work / f"search_results/{NAME}/ko.json").unlink()  # another tool's run: nothing is known of it
+    words = ["--encoder", "base", NAME, "third", "--languages", "ko", "fa", "--compare", "--resamples", "100"]
+    assert step2(*words) == 0
+    lines = [record.getMessage() for record in caplog.records if "not of the models alone" in record.getMessage()]
+    assert lines == ["fa: base was made with hits 20, third with 5: the comparison is not of the models alone"]
+
+
 def test_what_the_result_says_without_a_record(work: Path) -> None:
     words = PUBLISHED.replace("--pooling_method cls --normalize_embeddings True", "").split()
     assert entry_point(eval_dense)(words) == 0
@@ -265,6 +296,14 @@ def test_more_hits_are_asked_for_only_where_there_are_more(
     assert step2("--metrics", "ndcg@10", "ndcg@5") == 0
     assert ("nDCG@10 on a run that is 5 deep; give step 1 more --hits" in caplog.text) == said
     assert "nDCG@5 on a run" not in caplog.text
+
+
+def test_a_query_with_few_hits_makes_no_run_shallow(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = work / f"search_results/{NAME}/ko.txt"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[18:]))  # two of the first query's twenty
+    assert step2("--metrics", "ndcg@10") == 0
+    assert "give step 1 more --hits" not in caplog.text
 
 
 def test_a_run_without_any_relevant_passage_is_pointed_out(work: Path, caplog: pytest.LogCaptureFixture) -> None:
