@@ -63,9 +63,10 @@ def test_the_newest_is_the_highest_number(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / f"checkpoint-{number}")
     write_checkpoint(tmp_path / "checkpoint-11-old")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert resolve_resume("yes", str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    for yes in (True, "y", "yes", "1", "TRUE"):
+        assert resolve_resume(yes, str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert resolve_resume(str(tmp_path / "checkpoint-2"), str(tmp_path)) == str(tmp_path / "checkpoint-2")
-    for no in (None, False, "False", "no"):
+    for no in (None, False, "False", "n", "no", "0"):
         assert resolve_resume(no, str(tmp_path)) is None
     with pytest.raises(UsageError, match=r"checkpoint-3: not a whole checkpoint \(no such folder\)"):
         resolve_resume(str(tmp_path / "checkpoint-3"), str(tmp_path))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny
+from hub_cache import keep
 
 LOUD = """
 from transformers import PreTrainedTokenizerFast
@@ -40,12 +41,7 @@ def places(
     found = {"model": tiny_model_dir, "heads": tiny_heads_dir, "moe": tiny_moe_dir}
     found["other"] = write_tiny(root / "other", "xlmr", initializer_range=0.3)
     for hub, source in (("hub_a", tiny_heads_dir), ("hub_b", found["other"])):
-        repository = root / hub / "models--org--tiny"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs/main").write_text("0" * 40)
-        (repository / "snapshots").mkdir()
-        (repository / "snapshots" / ("0" * 40)).symlink_to(source)
-        found[hub] = root / hub
+        found[hub] = keep(root / hub, "org/tiny", source)
     found["loud"] = Path(shutil.copytree(tiny_heads_dir, root / "loud"))
     (found["loud"] / "tokenization_loud.py").write_text(LOUD)
     settings = json.loads((found["loud"] / "tokenizer_config.json").read_text())
