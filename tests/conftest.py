@@ -7,6 +7,7 @@ any script can be encoded. The demo base is real (pretrained, four layers) and c
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -153,3 +155,31 @@ def demo_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files += sorted((SAMPLE / "miracl-v1.0-ko/topics").glob("*.tsv"))
     folder = tmp_path_factory.mktemp("demo") / "demo-base"
     return Path(build_base_model(folder, layers=4, vocab_from=files))
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Every number of threads that torch is told to use while a test runs."""
+    told: set[int] = set()
+    tell = torch.set_num_threads
+
+    def listen(count: int) -> None:
+        told.add(count)
+        tell(count)
+
+    monkeypatch.setattr(torch, "set_num_threads", listen)
+    return told
+
+
+@pytest.fixture
+def forwards() -> Iterator[list[str]]:
+    """The class of each model of transformers that is called while a test runs (by the padded engine), in order."""
+    called: list[str] = []
+
+    def note(module: torch.nn.Module, _: object) -> None:
+        if isinstance(module, PreTrainedModel):
+            called.append(type(module).__name__)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    yield called
+    handle.remove()

@@ -157,7 +157,7 @@ def _score_again(index: VectorTable, queries: np.ndarray, running: list[_TopK]) 
 
 
 def score_candidates(
-    index: FlatIndex, queries: np.ndarray, candidates: Sequence[np.ndarray], top_k: int
+    index: VectorTable, queries: np.ndarray, candidates: Sequence[np.ndarray], top_k: int
 ) -> list[list[Hit]]:
     """The ``top_k`` best of each query's candidate rows, found by other means, by the vectors of ``index``.
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from tests.evaluation import runs
+
 WORDS = [
     *("river", "Seoul", "한강", "서울", "رود", "ایران", "गंगा"),
     *("नदी", "fermentation", "kimchi", "sea", "mountain", "long", "short"),
@@ -78,3 +80,11 @@ def reference_vectors() -> Callable[..., np.ndarray]:
         return np.stack(rows)
 
     return encode
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with runs of two models and the judgments under their published name; the working directory."""
+    runs.write_runs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

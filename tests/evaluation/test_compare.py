@@ -141,6 +141,19 @@ def test_three_systems_are_compared_in_all_pairs_or_in_those_asked_for() -> None
     assert pairs == [("c", "a")]
 
 
+def test_holm_is_over_the_pairs_of_several_systems_too() -> None:
+    ranks = {"a": 3, "b": 2, "c": 1}
+    systems = [system(name, {"ko": {f"q{i}": rank for i in range(12)}}) for name, rank in ranks.items()]
+    for found in compare_runs(systems, MEASURES[:1]):
+        assert (found.p_value, found.p_holm) == (pytest.approx(2 / 2**12), pytest.approx(3 * 2 / 2**12))
+
+
+def test_the_first_hit_is_that_of_the_measures() -> None:
+    """Of equal scores the higher docid comes first, as trec_eval ranks them, wherever the run has it."""
+    found = score_run({"q": {"b": 1}}, {"q": {"a": 1.0, "c": 0.5, "b": 1.0}}, MEASURES)
+    assert (found.top, found.first_relevant) == ({"q": "b"}, {"q": 1})
+
+
 def test_points_of_the_chart_are_filled_by_the_corrected_p(tmp_path: Path) -> None:
     systems = [system(name, {"ko": {f"q{i}": rank for i in range(6)}}) for name, rank in (("base", 2), ("tuned", 1))]
     tests = compare_runs(systems, MEASURES[:1], resamples=100)
@@ -223,5 +236,7 @@ def test_run_files_of_any_system_from_the_command_line(tmp_path: Path, capsys: p
         "comparison.png",
         "per_query.tsv",
     }
+    assert main([words[1], words[0], *words[2:], "--output_dir", str(out)]) == 0  # the first named is the baseline
+    assert ["all", "nDCG@5", "6", "100.0", "63.1"] in [row[:5] for row in cells(capsys.readouterr().out)]
     assert main([*words[:1], *words[2:]]) == 2
     assert capsys.readouterr().err == "error: give two or more runs, and as many different --names\n"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import faiss
 import pytest
 from options_walk import Case, assert_acts, assert_complete
 
@@ -18,10 +19,10 @@ from FlagEmbedding.inference.arguments import EncoderArguments
 from tests.evaluation.conftest import QUERIES, make_passages, write_collection
 
 WHERE = "where the work is done, not what comes out"
-HUB = "only for checkpoints and files that come from the hub or with code"
+HUB = "only for checkpoints that come with code"
 HALF = "on a processor without bfloat16 this is float32"
 ENCODER_EXEMPT = {
-    "fp16": HALF, "workers": WHERE, "batch_size": WHERE, "cache_dir": HUB, "trust_remote_code": HUB,
+    "fp16": HALF, "workers": WHERE, "cache_dir": "test_hub_cache", "trust_remote_code": HUB,
 }  # fmt: skip
 
 
@@ -99,6 +100,7 @@ EMBED_CASES = {
     "passage_instruction_for_retrieval": Case("--passage_instruction_for_retrieval 'a: '", only=("index", "identity")),
     "allow_empty": Case("--allow_empty", given="--data_dir empty", only=("code", "index")),
     "shard_size": Case("--shard_size 7", only=("identity",)),
+    "batch_size": Case("--batch_size 1", given="--engine padded", only=("identity", "forwards")),
 }
 EMBED_EXEMPT = {
     **ENCODER_EXEMPT, "split": "the corpus has no splits",
@@ -112,9 +114,10 @@ def test_no_field_of_step_0_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", EMBED_CASES)
-def test_every_option_of_step_0_acts(name: str, place: Path, tmp_path: Path) -> None:
+def test_every_option_of_step_0_acts(name: str, place: Path, tmp_path: Path, forwards: list[str]) -> None:
     def observe(words: list[str]) -> dict[str, Any]:
         run = fresh(tmp_path)
+        forwards.clear()
         given = ["--encoder", "dense", "--languages", "ko", "--data_dir", "data", "--index_save_dir", "new"]
         code = embed(resolve(place, run, [*given, *words]))
         files = written(run)
@@ -123,6 +126,7 @@ def test_every_option_of_step_0_acts(name: str, place: Path, tmp_path: Path) -> 
             "names": sorted(files),
             "index": [content for path, content in files.items() if path.endswith(("index", "docid"))],
             "identity": [json.loads(files[path])["identity"] for path in files if path.endswith("manifest.json")],
+            "forwards": len(forwards),
         }
 
     assert_acts(EMBED_CASES[name], observe)
@@ -150,19 +154,26 @@ SEARCH_CASES = {
     "ef_search": Case("--ef_search 1", given="--index_type HNSW2 --hits 1", only=("runs",)),
     "rescore": Case("--rescore 0", given="--index_type binary --hits 3", only=("runs",)),
     "overwrite": Case("--overwrite n", given="--result_save_dir kept", only=("runs",)),
+    "batch_size": Case("--batch_size 1", given="--engine padded", only=("forwards",)),
+    "threads": Case("--threads 3", only=("threads",)),
+    "threads of faiss": Case("--threads 3", given="--index_type SQ8", only=("threads of faiss",)),
 }
-SEARCH_EXEMPT = {**ENCODER_EXEMPT, "threads": WHERE, "engine": "the same vectors by another path"}
+SEARCH_EXEMPT = {**ENCODER_EXEMPT, "engine": "the same vectors by another path"}
 
 
 def test_no_field_of_step_1_is_left_out() -> None:
     groups = (EncoderArguments, arguments.CollectionArguments, arguments.SearchArguments)
-    assert_complete(groups, SEARCH_CASES, SEARCH_EXEMPT)
+    assert_complete(groups, {name for name in SEARCH_CASES if " " not in name}, SEARCH_EXEMPT)
 
 
 @pytest.mark.parametrize("name", SEARCH_CASES)
-def test_every_option_of_step_1_acts(name: str, place: Path, tmp_path: Path) -> None:
+def test_every_option_of_step_1_acts(
+    name: str, place: Path, tmp_path: Path, threads: set[int], forwards: list[str]
+) -> None:
     def observe(words: list[str]) -> dict[str, Any]:
         run = fresh(tmp_path)
+        threads.clear()
+        forwards.clear()
         words = ["newkept" if word == "kept" else word for word in words]
         if "newkept" in words:
             (run / "newkept/dense").mkdir(parents=True)
@@ -171,7 +182,9 @@ def test_every_option_of_step_1_acts(name: str, place: Path, tmp_path: Path) -> 
         code = search(resolve(place, run, [*given, "--result_save_dir", "new", "--hits", "20", *words]))
         files = written(run)
         runs = {Path(path).name: content for path, content in files.items() if path.endswith(".txt")}
-        return {"code": code, "names": sorted(files), "runs": runs}
+        used: dict[str, Any] = {"threads": set(threads), "threads of faiss": faiss.omp_get_max_threads()}
+        used["forwards"] = len(forwards)
+        return {"code": code, "names": sorted(files), "runs": runs, **used}
 
     assert_acts(SEARCH_CASES[name], observe)
 
@@ -196,7 +209,7 @@ SCORE_CASES = {
     "resamples": Case("--resamples 150", given=COMPARED, only=("tests",)),
     "seed": Case("--seed 3", given=COMPARED, only=("tests",)),
 }
-SCORE_EXEMPT = {"moe": "accepted from older scripts, does nothing", "cache_dir": HUB}
+SCORE_EXEMPT = {"moe": "accepted from older scripts, does nothing", "cache_dir": "test_hub_cache"}
 
 
 def test_no_field_of_step_2_is_left_out() -> None:

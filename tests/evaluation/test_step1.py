@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -144,6 +145,24 @@ def test_a_run_may_be_kept(tiny_model_dir: Path, collection: Path, indexes: Path
     assert path.stat().st_mtime_ns == before
     step1(tiny_model_dir, collection, indexes, tmp_path)
     assert path.stat().st_mtime_ns != before
+    before = path.stat().st_mtime_ns
+    step1(tiny_model_dir, collection, indexes, tmp_path, "--overwrite", "False", languages="ko fa")
+    assert path.stat().st_mtime_ns == before and path.with_name("fa.txt").is_file()
+
+
+def test_a_run_never_stands_beside_the_record_of_an_older_one(
+    tiny_model_dir: Path, collection: Path, indexes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = step1(tiny_model_dir, collection, indexes, tmp_path, "--hits", "3") / "ko.txt"
+    older = path.read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("FlagEmbedding.evaluation.step1.write_json_atomic", full)
+    with pytest.raises(DataError, match=r"disk full while writing .*ko.txt"):
+        step1(tiny_model_dir, collection, indexes, tmp_path, "--hits", "4")
+    assert path.read_text() != older and not path.with_suffix(".json").exists()
 
 
 def test_an_index_of_another_encoder_is_refused(
@@ -154,6 +173,13 @@ def test_an_index_of_another_encoder_is_refused(
     shutil.copytree(tiny_moe_dir, retrained := tmp_path / tiny_model_dir.name)
     with pytest.raises(UsageError, match=r"made by another encoder .model: "):
         step1(retrained, collection, indexes, tmp_path)
+    # One index of several: nothing is searched before all of them are known to fit.
+    shutil.copytree(indexes, tmp_path / "indexes")
+    manifest = tmp_path / "indexes" / tiny_model_dir.name / "fa/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"pooling": "cls"', '"pooling": "mean"'))
+    with pytest.raises(UsageError, match=r"fa was made by another encoder .pooling: mean there, cls here"):
+        step1(tiny_model_dir, collection, tmp_path / "indexes", tmp_path / "runs", languages="ko fa")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_missing_is_said_before_any_work(

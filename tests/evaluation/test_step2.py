@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
@@ -18,55 +15,7 @@ import pytest
 from FlagEmbedding.evaluation.__main__ import eval_dense
 from FlagEmbedding.utils.cli import entry_point
 from tests.evaluation.conftest import cells
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PUBLISHED = (
-    "--encoder CreaLabs/bge-m3-fa-CLPL-outputMoE --languages ko --search_result_save_dir ./search_results --qrels_dir "
-    "./qrels --eval_result_save_dir ./eval_results --metrics ndcg@5 ndcg@10 --pooling_method cls "
-    "--normalize_embeddings True"
-)
-NAME = "bge-m3-fa-CLPL-outputMoE"
-QUERIES = {f"{i}-0": f"질문 {i} | 한강" for i in range(12)}
-
-
-def write_run(path: Path, rank: int, queries: Sequence[str] = tuple(QUERIES), depth: int = 20) -> None:
-    """A run with the relevant passage of query i at ``rank`` + i % 3."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, qid in enumerate(queries):
-        for place in range(1, depth + 1):
-            docid = f"{qid}#right" if place == rank + number % 3 else f"{place}#0"
-            lines.append(f"{qid} Q0 {docid} {place} {1 - place / 100:.6f} Faiss\n")
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with runs of two models and the judgments under their published name; the working directory."""
-    for lang in ("ko", "fa"):
-        write_run(tmp_path / f"search_results/{NAME}/{lang}.txt", 1)
-        write_run(tmp_path / f"search_results/base/{lang}.txt", 4)
-        path = tmp_path / f"qrels/miracl-v1.0-{lang}_qrels_qrels.miracl-v1.0-{lang}-dev.tsv"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(f"{qid}\tQ0\t{qid}#right\t1\n{qid}\tQ0\t7#0\t0\n" for qid in QUERIES))
-        topics = tmp_path / f"data/miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-dev.tsv"
-        topics.parent.mkdir(parents=True)
-        topics.write_text("".join(f"{qid}\t{text}\n" for qid, text in QUERIES.items()), encoding="utf-8")
-        corpus = tmp_path / f"data/miracl-corpus-v1.0-{lang}/docs-0.jsonl"
-        corpus.parent.mkdir()
-        texts = {**{f"{qid}#right": f"답 {qid}" for qid in QUERIES}, **{f"{i}#0": f"passage {i}" for i in range(1, 21)}}
-        corpus.write_text("".join(json.dumps({"docid": d, "title": "", "text": t}) + "\n" for d, t in texts.items()))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def step2(*words: str) -> int:
-    return entry_point(eval_dense)([*PUBLISHED.split(), *words])
-
-
-def ndcg(rank: int, cutoff: int) -> float:
-    values = [1 / np.log2(1 + rank + i % 3) if rank + i % 3 <= cutoff else 0.0 for i in range(len(QUERIES))]
-    return float(np.mean(values))
+from tests.evaluation.runs import NAME, PUBLISHED, QUERIES, RECORD, REPOSITORY, ndcg, step2, write_run
 
 
 def test_the_published_command_as_a_process(work: Path) -> None:
@@ -98,44 +47,28 @@ def test_average_is_the_mean_over_languages_and_missing_queries_count(
     assert "Recall@50 on a run that is 20 deep" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "name", ["qrels.miracl-v1.0-ko-dev.tsv", "miracl-v1.0-ko/qrels/qrels.miracl-v1.0-ko-dev.tsv", "ko.txt"]
-)
-def test_other_names_of_the_judgments(work: Path, name: str) -> None:
-    assert step2() == 0
-    expected = json.loads((work / f"eval_results/{NAME}.json").read_text())["results"]
-    target = work / "elsewhere" / name
-    target.parent.mkdir(parents=True)
-    shutil.move(work / "qrels/miracl-v1.0-ko_qrels_qrels.miracl-v1.0-ko-dev.tsv", target)
-    assert step2("--qrels_dir", "elsewhere") == 0
-    assert json.loads((work / f"eval_results/{NAME}.json").read_text())["results"] == expected
-    assert step2("--qrels_dir", str(target)) == 0  # the file itself
-
-
-def test_judgments_in_qrels_dir_come_before_those_of_data_dir(work: Path) -> None:
-    folder = work / "data/miracl-v1.0-ko/qrels"
-    folder.mkdir()
-    (folder / "qrels.miracl-v1.0-ko-dev.tsv").write_text("0-0\tQ0\t7#0\t1\n")
-    assert step2("--data_dir", "data") == 0
-    assert json.loads((work / f"eval_results/{NAME}.json").read_text())["queries"] == {"ko": 12}
-    assert step2("--data_dir", "data", "--qrels_dir", "empty") == 0
-    assert json.loads((work / f"eval_results/{NAME}.json").read_text())["queries"] == {"ko": 1}
-
-
-RECORD = {
-    "arguments": {"split": "dev", "hits": 20, "index_type": "Flat", "data_dir": "data"},
-    "encoder": {"model": "abc", "pooling": "cls", "normalize_embeddings": True, "dtype": "fp32"},
-    "index": {"rows": 1000, "with_title": False, "passage_instruction": None, "max_passage_length": 512},
-    "query_instruction": "query: ",
-}
-
-
 def test_what_step1_recorded_goes_into_the_result(work: Path) -> None:
     (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(RECORD))
     assert step2() == 0
     run = json.loads((work / f"eval_results/{NAME}.json").read_text())["runs"]["ko"]
     assert (run["model_sha256"], run["corpus_passages"], run["with_title"]) == ("abc", 1000, False)
     assert (run["query_instruction"], run["hits"]) == ("query: ", 20)
+
+
+def test_every_model_has_its_own_scores_settings_and_origin(work: Path) -> None:
+    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(RECORD))
+    other = {"model": "xyz", "pooling": "mean", "normalize_embeddings": False, "dtype": "bf16"}
+    arguments = {**RECORD["arguments"], "index_type": "HNSW32"}
+    (work / "search_results/base/ko.json").write_text(json.dumps({**RECORD, "encoder": other, "arguments": arguments}))
+    words = PUBLISHED.replace("--pooling_method cls --normalize_embeddings True", "").split()
+    assert entry_point(eval_dense)([*words, "--encoder", NAME, "base"]) == 0
+    for name, rank, encoder, kind in ((NAME, 1, RECORD["encoder"], "Flat"), ("base", 4, other, "HNSW32")):
+        result = json.loads((work / f"eval_results/{name}.json").read_text())
+        assert result["results"]["ko"]["ndcg@10"] == pytest.approx(ndcg(rank, 10))
+        for key, recorded in (("pooling_method", "pooling"), ("normalize_embeddings", "normalize_embeddings")):
+            assert result[key] == encoder[recorded]
+        origin = result["runs"]["ko"]
+        assert (origin["model_sha256"], origin["index_type"]) == (encoder["model"], kind)
 
 
 def test_without_a_record_the_index_manifest_says_it(work: Path) -> None:
@@ -291,6 +224,21 @@ def test_different_conditions_are_pointed_out(
     assert lines == [f"ko: base was made with {said.format(NAME)}: the comparison is not of the models alone"]
 
 
+def test_conditions_are_compared_for_every_language_and_model(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for lang in ("ko", "fa"):
+        write_run(work / f"search_results/third/{lang}.txt", 2)
+        for name in ("base", NAME, "third"):
+            (work / f"search_results/{name}/{lang}.json").write_text(json.dumps(RECORD))
+    (work / "search_results/third/fa.json").write_text(
+        json.dumps({**RECORD, "arguments": {**RECORD["arguments"], "hits": 5}})
+    )
+    (work / f"search_results/{NAME}/ko.json").unlink()  # another tool's run: nothing is known of it
+    words = ["--encoder", "base", NAME, "third", "--languages", "ko", "fa", "--compare", "--resamples", "100"]
+    assert step2(*words) == 0
+    lines = [record.getMessage() for record in caplog.records if "not of the models alone" in record.getMessage()]
+    assert lines == ["fa: base was made with hits 20, third with 5: the comparison is not of the models alone"]
+
+
 def test_what_the_result_says_without_a_record(work: Path) -> None:
     words = PUBLISHED.replace("--pooling_method cls --normalize_embeddings True", "").split()
     assert entry_point(eval_dense)(words) == 0
@@ -337,48 +285,6 @@ def test_the_passages_that_are_shown_are_those_of_the_language(work: Path) -> No
         assert (f"{number}-0", docid, passage) == (qid, qid, f"{lang} {qid}")
 
 
-def index_of(work: Path, docids: Sequence[str]) -> Path:
-    folder = work / f"corpus-index/{NAME}/ko"
-    folder.mkdir(parents=True)
-    (folder / "docid").write_text("".join(f"{docid}\n" for docid in docids))
-    (folder / "manifest.json").write_text(json.dumps({"identity": RECORD["encoder"], "rows": len(docids)}))
-    return folder
-
-
-def test_judged_passages_that_the_index_does_not_have(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    right = [f"{qid}#right" for qid in QUERIES]
-    folder = index_of(work, [*right[2:], "7#0"])
-    assert step2("--index_save_dir", "corpus-index") == 0
-    lines = [record.getMessage() for record in caplog.records if "not in the index" in record.getMessage()]
-    said = f"2 of 12 passages judged relevant ({right[0]} …) are not in the index"
-    assert len(lines) == 1
-    assert said in lines[0]
-    caplog.clear()
-    (folder / "docid").write_text("".join(f"{docid}\r\n" for docid in right))  # whole, as another tool may write it
-    assert step2("--index_save_dir", "corpus-index") == 0
-    assert "not in the index" not in caplog.text
-
-
-def test_judgments_of_another_corpus_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = index_of(work, ["7#0", "8#0"])
-    record = {**RECORD, "index": {**RECORD["index"], "folder": str(folder)}}
-    (work / f"search_results/{NAME}/ko.json").write_text(json.dumps(record))  # the index that step 1 names
-    assert step2() == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {folder}: none of the 12 passages judged relevant (0-0#right …) is in the index")
-    assert not (work / "eval_results").exists()
-
-
-def test_a_run_without_any_relevant_passage_is_pointed_out(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_run(work / f"search_results/{NAME}/ko.txt", 30)
-    assert step2() == 0
-    assert "no relevant passage of any query is in it" in caplog.text
-    caplog.clear()
-    write_run(work / f"search_results/{NAME}/ko.txt", 20)  # one in three has it at the last place
-    assert step2() == 0
-    assert "no relevant passage" not in caplog.text
-
-
 @pytest.mark.parametrize(("passages", "said"), [(5, False), (6, True), (1000, True), (None, True)])
 def test_more_hits_are_asked_for_only_where_there_are_more(
     work: Path, caplog: pytest.LogCaptureFixture, passages: int | None, said: bool
@@ -392,18 +298,19 @@ def test_more_hits_are_asked_for_only_where_there_are_more(
     assert "nDCG@5 on a run" not in caplog.text
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_without_the_characters_loses_nothing(work: Path, encoding: str) -> None:
-    script = REPOSITORY / "evaluation" / "step2-eval_dense_mldr.py"
-    words = [*PUBLISHED.split(), "--encoder", "base", NAME, "--compare", "--data_dir", "data", "--resamples", "100"]
-    answer = subprocess.run(
-        [sys.executable, str(script), *words], cwd=work, capture_output=True, check=False,
-        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"},
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
-    printed = answer.stdout.decode(encoding)
-    assert ("scores \\xd7 100" if encoding == "ascii" else "scores × 100") in printed
-    assert "\\uc9c8\\ubb38 0" in printed  # 질문 0
-    page = (work / f"eval_results/base_vs_{NAME}/comparison.md").read_text(encoding="utf-8")
-    assert "Scores × 100" in page
-    assert "질문 0" in page
+def test_a_query_with_few_hits_makes_no_run_shallow(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = work / f"search_results/{NAME}/ko.txt"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[18:]))  # two of the first query's twenty
+    assert step2("--metrics", "ndcg@10") == 0
+    assert "give step 1 more --hits" not in caplog.text
+
+
+def test_a_run_without_any_relevant_passage_is_pointed_out(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(work / f"search_results/{NAME}/ko.txt", 30)
+    assert step2() == 0
+    assert "no relevant passage of any query is in it" in caplog.text
+    caplog.clear()
+    write_run(work / f"search_results/{NAME}/ko.txt", 20)  # one in three has it at the last place
+    assert step2() == 0
+    assert "no relevant passage" not in caplog.text

@@ -60,9 +60,11 @@ def test_the_newest_is_the_highest_number(tmp_path: Path) -> None:
     for number in (2, 9, 10):
         write_checkpoint(tmp_path / f"checkpoint-{number}")
     write_checkpoint(tmp_path / "checkpoint-11-old")
-    assert resumable("yes", tmp_path) == [tmp_path / f"checkpoint-{number}" for number in (10, 9, 2)]
+    newest_first = [tmp_path / f"checkpoint-{number}" for number in (10, 9, 2)]
+    for yes in (True, "y", "yes", "1", "TRUE"):
+        assert resumable(yes, tmp_path) == newest_first
     assert resumable(str(tmp_path / "checkpoint-2"), tmp_path) == [tmp_path / "checkpoint-2"]
-    for no in (None, False, "False", "no"):
+    for no in (None, False, "False", "n", "no", "0"):
         assert resumable(no, tmp_path) == []
     with pytest.raises(UsageError, match=r"checkpoint-3: not a whole checkpoint \(no such folder\)"):
         resumable(str(tmp_path / "checkpoint-3"), tmp_path)

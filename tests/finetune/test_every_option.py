@@ -13,6 +13,7 @@ import torch
 from conftest import write_tiny
 from finetune.dev_data import write_dev
 from finetune.helpers import rows, write_rows
+from hub_cache import keep
 from options_walk import Case, assert_acts, assert_complete
 from transformers import TrainingArguments, set_seed
 
@@ -181,12 +182,7 @@ def places(
     found = {"model": tiny_model_dir, "bert": tiny_bert_dir, "moe": tiny_moe_dir, "base": base}
     found["other"] = write_tiny(base / "other", "xlmr", hidden_dropout_prob=0.5, initializer_range=0.3)
     for hub, source in (("hub_a", tiny_model_dir), ("hub_b", found["other"])):
-        repository = base / hub / "models--org--tiny"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs/main").write_text("0" * 40)
-        (repository / "snapshots").mkdir()
-        (repository / "snapshots" / ("0" * 40)).symlink_to(source)
-        found[hub] = base / hub
+        found[hub] = keep(base / hub, "org/tiny", source)
     write_rows(base / "rows/a.jsonl", rows(16))
     found["rows"] = write_rows(base / "rows/b.jsonl", rows(10)).parent
     found["other_rows"] = write_rows(base / "others/a.jsonl", rows(16)[::-1]).parent

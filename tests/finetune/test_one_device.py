@@ -10,6 +10,7 @@ import pytest
 import torch
 from finetune.helpers import log_lines, rows, run_training, train_words, write_rows
 
+from FlagEmbedding.finetune import runner
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.runner import build_trainer, one_device
@@ -28,6 +29,27 @@ def test_one_process_trains_on_one_of_several_devices(
     trainer = build_trainer(arguments)
     assert not isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
     assert arguments.training.train_batch_size == arguments.training.per_device_train_batch_size
+
+
+@pytest.mark.parametrize(
+    ("divided_by", "engine"),
+    [
+        ({}, "packed"), ({"fsdp": ["full_shard"]}, "packed"), ({"deepspeed": "zero3.json"}, "padded"),
+        ({"fsdp": ["full_shard"], "fsdp_config": {"version": 1}}, "padded"),
+    ],
+    ids=["nothing", "FSDP2", "DeepSpeed", "FSDP1"],
+)  # fmt: skip
+def test_the_engine_fits_what_divides_the_model(
+    divided_by: dict[str, Any], engine: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an accelerator nothing can be divided here: the model is looked at as the Trainer would get it."""
+    data = write_rows(tmp_path / "data" / "rows.jsonl", rows(8)).parent
+    arguments = parse_arguments(train_words(tiny_model_dir, data, tmp_path / "out"))
+    for name, value in divided_by.items():
+        setattr(arguments.training, name, value)
+    monkeypatch.setattr(runner, "BiEncoderTrainer", lambda **given: given["model"])
+    model: Any = build_trainer(arguments)
+    assert (model.engine.engine, model.sharded) == (engine, bool(divided_by))
 
 
 def out_of_memory_above(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:

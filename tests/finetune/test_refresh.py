@@ -75,7 +75,7 @@ def test_rows_stay_and_negatives_change(whole: Path, data: Path) -> None:
             *((p, row["query"]) for p in row["pos"]),
         ]:
             answered[text] |= {query} - {""}
-    fates: set[str] = set()
+    outcomes: set[str] = set()
     for epoch in ("epoch-1", "epoch-2"):
         folder = whole / "refresh" / epoch
         assert sorted(p.name for p in folder.iterdir()) == ["000-a.jsonl", "001-b.jsonl", "refresh.json"]
@@ -93,8 +93,8 @@ def test_rows_stay_and_negatives_change(whole: Path, data: Path) -> None:
                     others = answered[negative] - {b["query"]}
                     # One that stays keeps its query; where it had none, or is new, the files may know one.
                     assert query == own[negative] if own.get(negative) else query in (others or {""})
-                    fates |= {"stays"} if own.get(negative) else {"known" if query else "missing"}
-    assert fates == {"stays", "known", "missing"}
+                    outcomes |= {"stays"} if own.get(negative) else {"known" if query else "missing"}
+    assert outcomes == {"stays", "known", "missing"}
 
 
 def test_the_negatives_are_those_that_the_checkpoint_finds_hard(whole: Path, data: Path) -> None:

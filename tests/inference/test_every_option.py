@@ -1,4 +1,4 @@
-"""Every option of encoding acts: EncoderArguments' flags, the published constructors' keywords, the verbs' keywords.
+"""Every keyword of the published constructors and their verbs acts.
 
 With another value something must differ that a user can see: vectors, dtypes, products in a slab, processes, threads,
 the warning, which of the devices worked, or the refusal of what contradicts the checkpoint.
@@ -7,82 +7,21 @@ the warning, which of the devices worked, or the refusal of what contradicts the
 from __future__ import annotations
 
 import inspect
-import json
 import multiprocessing
-import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny
-from options_walk import Case, assert_acts, assert_complete
+from inference.watch import TEXTS, Watch
 from transformers import AutoTokenizer
 
 from FlagEmbedding import BGEM3FlagModel, BGEM3ForInference, FlagModel
 from FlagEmbedding.inference import base
-from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.base import Embedder, upstream_dtype
-from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
-from FlagEmbedding.utils.cli import parse
 from FlagEmbedding.utils.errors import UsageError
-
-TEXTS = ["강", "The Han river runs through Seoul and reaches the Yellow Sea.", "", "one TWO three", "river " * 9]
-LOUD = """
-from transformers import PreTrainedTokenizerFast
-class LoudTokenizer(PreTrainedTokenizerFast):
-    def __call__(self, text, **settings):
-        return super().__call__([each.upper() for each in text], **settings)
-"""
-
-
-@pytest.fixture(scope="module")
-def places(
-    tiny_model_dir: Path, tiny_heads_dir: Path, tiny_moe_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    """Checkpoints and hubs that the cases name; ``loud`` has a tokenizer of its own code, in upper case."""
-    root = tmp_path_factory.mktemp("options")
-    found = {"model": tiny_model_dir, "heads": tiny_heads_dir, "moe": tiny_moe_dir}
-    found["other"] = write_tiny(root / "other", "xlmr", initializer_range=0.3)
-    for hub, source in (("hub_a", tiny_heads_dir), ("hub_b", found["other"])):
-        repository = root / hub / "models--org--tiny"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs/main").write_text("0" * 40)
-        (repository / "snapshots").mkdir()
-        (repository / "snapshots" / ("0" * 40)).symlink_to(source)
-        found[hub] = root / hub
-    found["loud"] = Path(shutil.copytree(tiny_heads_dir, root / "loud"))
-    (found["loud"] / "tokenization_loud.py").write_text(LOUD)
-    settings = json.loads((found["loud"] / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_loud.LoudTokenizer"]}
-    (found["loud"] / "tokenizer_config.json").write_text(json.dumps(settings))
-    return found
-
-
-class Watch:
-    """What models did since: tokens of each slab, which of the models worked, forwards of the padded engine."""
-
-    def __init__(self, *encoders: torch.nn.Module) -> None:
-        self.slabs: list[int] = []
-        self.workers: set[int] = set()
-        self.padded = 0
-        for number, encoder in enumerate(encoders):
-            encoder.model.embeddings.word_embeddings.register_forward_hook(partial(self._slab, number))
-            encoder.model.register_forward_pre_hook(self._whole)
-
-    def _slab(self, number: int, _: Any, ids: Any, __: Any) -> None:
-        self.slabs.append(ids[0].numel())
-        self.workers.add(number)
-
-    def _whole(self, *_: Any) -> None:
-        self.padded += 1
-
-    def seen(self) -> dict[str, Any]:
-        children = [child.name.partition("-")[0] for child in multiprocessing.active_children()]
-        return {"slabs": sorted(self.slabs), "workers": self.workers, "padded": self.padded, "processes": len(children)}
 
 
 def plain(value: Any) -> Any:
@@ -92,102 +31,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list) else value
-
-
-# ---- flags ----
-
-VECTORS = ("vectors",)
-FLAGS = {
-    "encoder": Case("--encoder {other}", only=("vectors", "described")),
-    "pooling_method": Case("--pooling_method mean", only=("vectors", "described")),
-    "normalize_embeddings": Case("--normalize_embeddings False", only=("vectors", "described")),
-    "fp16": Case("--fp16", only=("log",)),
-    "dtype": Case("--dtype bf16", only=("vectors", "described")),
-    "moe": Case("--moe intermediate", only=("refused",)),
-    "engine": Case("--engine padded", only=("padded", "described")),
-    "batch_size": Case("--batch_size 1", only=("slabs",)),
-    "workers": Case("--workers 1", only=("processes",)),
-    "cache_dir": Case("--cache_dir {hub_b}", given="--encoder org/tiny --cache_dir {hub_a}", only=VECTORS),
-    "trust_remote_code": Case("--trust_remote_code", given="--encoder {loud}", only=VECTORS),
-    "trust_remote_code in a worker": Case(
-        "--trust_remote_code", given="--encoder {loud} --workers 1", only=("vectors", "slabs")
-    ),
-}
-
-
-@pytest.fixture
-def close() -> Iterator[list[Any]]:
-    """Worker processes to be stopped after the test."""
-    encoders: list[Any] = []
-    yield encoders
-    for encoder in encoders:
-        encoder.pool.close()
-
-
-def observe_flags(
-    words: list[str], places: dict[str, Path], close: list[Any], caplog: pytest.LogCaptureFixture
-) -> dict[str, Any]:
-    caplog.clear()
-    parts = {"vectors": None, "described": None, "refused": False, "slabs": [], "workers": set(), "padded": 0}
-    parts |= {"processes": 0, "log": ""}
-    (options,) = parse([EncoderArguments], ["--encoder", str(places["model"]), *fill(words, places)], "test")
-    try:
-        encoder = TextEncoder(options)
-    except UsageError:
-        return parts | {"refused": True}
-    close.append(encoder)
-    watch = Watch(encoder.encoder)
-    parts["vectors"] = encode_texts(encoder, TEXTS, 20).tolist()
-    parts |= watch.seen() | {"described": encoder.describe(), "log": caplog.text}
-    encoder.pool.close()
-    for child in multiprocessing.active_children():
-        child.join(20)
-    return parts
-
-
-def fill(words: list[str], places: dict[str, Path]) -> list[str]:
-    return [word.format(**places) for word in words]
-
-
-def test_no_flag_is_left_out() -> None:
-    assert_complete([EncoderArguments], {name for name in FLAGS if " " not in name}, {})
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_every_flag_acts(
-    name: str, places: dict[str, Path], close: list[Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert_acts(FLAGS[name], partial(observe_flags, places=places, close=close, caplog=caplog))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--fp16 --dtype bf16", "--fp16 and --dtype say the same thing"),
-        ("--batch_size 0", "--batch_size must be at least 1, got 0"),
-        ("--dtype int8", "invalid choice: 'int8'"),
-        ("--pooling_method max", "invalid choice: 'max'"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(words: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        parse([EncoderArguments], ["--encoder", "x", *words.split()], "test")
-
-
-def test_texts_for_an_index_follow_their_instruction(tiny_model_dir: Path) -> None:
-    encoder = TextEncoder(EncoderArguments(encoder=str(tiny_model_dir)))
-    expected = encode_texts(encoder, [f"find: {text}" for text in TEXTS], 20)
-    np.testing.assert_array_equal(encode_texts(encoder, TEXTS, 20, "find: "), expected)
-    assert np.abs(encode_texts(encoder, TEXTS, 20) - expected).max() > 1e-3
-
-
-def test_lengths_and_sizes_that_leave_nothing_are_refused(tiny_model_dir: Path) -> None:
-    model = FlagModel(str(tiny_model_dir))
-    assert len(model.encode(["a b c"] * 3, max_length=3, batch_size=1)) == 3
-    with pytest.raises(UsageError, match="a maximum length of 2 tokens leaves no room for text"):
-        model.encode("a", max_length=2)
-    with pytest.raises(UsageError, match="a batch size of -1"):
-        model.encode("a", batch_size=-1)
 
 
 # ---- constructors ----

@@ -41,6 +41,18 @@ def write_collection(root: Path, lang: str = "ko") -> Path:
     return root
 
 
+def write_collections(folder: Path) -> None:
+    """Below ``data`` and ``other`` the collection as ko and fa, each of other queries; one has a dev split."""
+    for root in ("data", "other"):
+        for lang in ("ko", "fa"):
+            write_collection(folder / root, lang)
+    for root, lang, keep in (("data", "fa", 3), ("other", "ko", 5)):
+        topics = next((folder / root / f"miracl-v1.0-{lang}").rglob("topics*.tsv"))
+        topics.write_text("".join(topics.open().readlines()[:keep]))
+    for path in list((folder / "data/miracl-v1.0-ko").rglob("*-train.tsv")):
+        path.with_name(path.name.replace("-train", "-dev")).write_text("".join(path.open().readlines()[:4]))
+
+
 def positives(qid: str) -> list[str]:
     return [TEXTS[int(docid[1:])] for docid, grade in QRELS[qid].items() if grade > 0]
 

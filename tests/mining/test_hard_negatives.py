@@ -111,21 +111,6 @@ def sentence_transformer(tiny_model_dir: Path) -> Any:
     return models.SentenceTransformer(modules=[transformer, pooling, parts.Normalize()], device="cpu")
 
 
-@pytest.fixture(scope="module")
-def cross_encoder_dir(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT reranker of one label, its head wide enough that scores differ."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("reranker") / "tiny-reranker"
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=1)
-    torch.nn.init.normal_(model.classifier.weight, std=0.6)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_bert_dir).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("limits", "reranked"),
     [

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mining.corpora import TEXTS, brute_force, read_rows, write_rows
+from safetensors.torch import load_file, save_file
 
 from FlagEmbedding.mining.__main__ import main as page_main
-from FlagEmbedding.mining.common.jobs import journal_path
+from FlagEmbedding.mining.common.jobs import Job, journal_path
 from FlagEmbedding.mining.hard_negatives.command import main
 from FlagEmbedding.mining.hard_negatives.filters import ScoreFilters
 
@@ -56,6 +59,43 @@ def test_whatever_decides_the_negatives_is_in_the_jobs_identity(
     ):  # fmt: skip
         assert f"{key}: null there" in error, key
     assert journal.exists() and not output.exists()
+
+
+def test_another_reranker_does_not_go_on_with_a_journal(
+    mine: Mine, cross_encoder_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another name, or other weights under the same name: what was scored until then is of another kind."""
+    reranker, output = tmp_path / "reranker", tmp_path / "o.jsonl"
+    shutil.copytree(cross_encoder_dir, reranker)
+    words = ["--cross_encoder", str(reranker), "--with_scores"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "finish", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mine(output, *words)
+    kept = journal_path(output).read_bytes()
+    assert mine(output, "--cross_encoder", str(cross_encoder_dir), "--with_scores") == 2
+    assert "cross_encoder: " in capsys.readouterr().err
+    weights = load_file(reranker / "model.safetensors")
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, reranker / "model.safetensors")
+    assert mine(output, *words) == 2
+    assert "cross_encoder: " in capsys.readouterr().err
+    assert journal_path(output).read_bytes() == kept
+
+
+@pytest.mark.parametrize("fill", ["random", "next"])
+def test_every_score_is_the_rerankers(mine: Mine, cross_encoder_dir: Path, tmp_path: Path, fill: str) -> None:
+    """Also those of positives, and of negatives that were filled up."""
+    words = ["--cross_encoder", str(cross_encoder_dir), "--with_scores", "--range_for_sampling", "0-6", "--fill", fill]
+    words += ["--max_score", "0.025"]  # leaves out a third of the window
+    assert mine(tmp_path / "o.jsonl", *words) == 0
+    from sentence_transformers import CrossEncoder
+
+    reranker = CrossEncoder(str(cross_encoder_dir), device="cpu", max_length=512)
+    for row in read_rows(tmp_path / "o.jsonl"):
+        texts = row["pos"] + row["neg"]
+        expected = reranker.predict([(row["query"], text) for text in texts], activation_fn=torch.nn.Sigmoid())
+        np.testing.assert_allclose(row["pos_scores"] + row["neg_scores"], expected, atol=2e-6)
+    assert json.loads((tmp_path / "reports/o.json").read_text())["result"]["filled"] > 0
 
 
 def test_an_output_that_is_there_is_refused_before_any_work(

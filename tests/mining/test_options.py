@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mining.chat_server import ChatServer, failing
-from mining.corpora import TEXTS, write_collection, write_rows
+from mining.corpora import TEXTS, write_collections, write_rows
 from options_walk import Case, assert_acts, assert_complete, flag_fields
 
 from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, SearchArguments
@@ -22,7 +22,7 @@ from FlagEmbedding.mining.query_generation import arguments as queries
 from FlagEmbedding.mining.query_generation.command import main as queries_main
 
 WHERE = "where the work is done, not what comes out"
-HUB = "only for checkpoints that come from the hub or with code"
+HUB = "only for checkpoints that come with code"
 HALF = "on a processor without bfloat16 this is float32"
 MINING_CASES = {
     "input_file": Case("--input_file rows.jsonl"),
@@ -37,7 +37,7 @@ MINING_CASES = {
     "normalize_embeddings": Case("--normalize_embeddings n", given="--with_scores", only=("rows",)),
     "moe": Case("--moe output", only=("code",)),
     "engine": Case("--engine padded"),
-    "batch_size": Case("--batch_size 1"),
+    "batch_size": Case("--batch_size 1", given="--engine padded", only=("forwards",)),
     "query_max_length": Case("--query_max_length 4", only=("rows",)),
     "passage_max_length": Case("--passage_max_length 4", only=("rows",)),
     "query_instruction_for_retrieval": Case(
@@ -50,6 +50,7 @@ MINING_CASES = {
     "index_dir": Case("--index_dir another", only=("files",)),
     "index_save_dir": Case("--index_save_dir another", only=("files",)),
     "search_batch_size": Case("--search_batch_size 3", only=("identity",)),
+    "threads": Case("--threads 3", only=("threads",)),
     "range_for_sampling": Case("--range_for_sampling 5-30", only=("rows",)),
     "negative_number": Case("--negative_number 4", only=("rows",)),
     "sampling_strategy": Case("--sampling_strategy top", only=("rows",)),
@@ -70,8 +71,8 @@ MINING_CASES = {
 }
 MINING_EXEMPT = {
     "output_file": "every run writes its own", "overwrite": "test_other_arguments_do_not_go_on_with_a_journal",
-    "fp16": HALF, "dtype": HALF, "workers": WHERE, "threads": WHERE, "use_gpu_for_searching": "accepted as published",
-    "cache_dir": HUB, "trust_remote_code": HUB,
+    "fp16": HALF, "dtype": HALF, "workers": WHERE, "use_gpu_for_searching": "accepted as published",
+    "cache_dir": "test_hub_cache", "trust_remote_code": HUB,
 }  # fmt: skip
 
 
@@ -84,30 +85,17 @@ def test_no_field_of_hard_negatives_is_left_out() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_moe_dir: Path, tiny_bert_dir: Path):
+def place(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_moe_dir: Path, cross_encoder_dir: Path
+) -> Path:
     """Collections in two languages, two splits and two folders, rows, a corpus, models."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     folder = tmp_path_factory.mktemp("walk")
-    for root in ("data", "other"):
-        for lang in ("ko", "fa"):
-            write_collection(folder / root, lang)
-    for root, lang, keep in (("data", "fa", 3), ("other", "ko", 5)):
-        topics = next((folder / root / f"miracl-v1.0-{lang}").rglob("topics*.tsv"))
-        topics.write_text("".join(topics.open().readlines()[:keep]))
-    for path in list((folder / "data/miracl-v1.0-ko").rglob("*-train.tsv")):
-        lines = path.read_text().splitlines(keepends=True)
-        path.with_name(path.name.replace("-train", "-dev")).write_text("".join(lines[:4]))
+    write_collections(folder)
     write_rows(folder / "rows.jsonl", [{"query": f"How old is {i}?", "pos": [TEXTS[i]]} for i in range(40)])
     write_rows(folder / "corpus.jsonl", [{"docid": f"d{i}", "text": f"{text} Indeed."} for i, text in enumerate(TEXTS)])
     shutil.copytree(tiny_model_dir, folder / "model")
     shutil.copytree(tiny_moe_dir, folder / "moe")
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=1)
-    torch.nn.init.normal_(model.classifier.weight, std=0.6)
-    model.save_pretrained(folder / "reranker")
-    AutoTokenizer.from_pretrained(tiny_bert_dir).save_pretrained(folder / "reranker")
+    shutil.copytree(cross_encoder_dir, folder / "reranker")
     return folder
 
 
@@ -144,10 +132,15 @@ def observe_mining(place: Path, folder: Path, words: list[str]) -> dict[str, Any
 
 
 @pytest.mark.parametrize("name", MINING_CASES)
-def test_every_option_of_hard_negatives_acts(name: str, place: Path, observed: dict, tmp_path: Path) -> None:
+def test_every_option_of_hard_negatives_acts(
+    name: str, place: Path, observed: dict, tmp_path: Path, threads: set[int], forwards: list[str]
+) -> None:
     def observe(words: list[str]) -> dict[str, Any]:
         if tuple(words) not in observed:
-            observed[tuple(words)] = observe_mining(place, tmp_path, words)
+            threads.clear()
+            forwards.clear()
+            found = observe_mining(place, tmp_path, words)
+            observed[tuple(words)] = found | {"threads": set(threads), "forwards": len(forwards)}
         return observed[tuple(words)]
 
     assert_acts(MINING_CASES[name], observe)
@@ -192,7 +185,7 @@ SAME = "the same group and the same code as in hard_negatives"
 QUERY_EXEMPT = {
     "output_file": "every run writes its own", "overwrite": "test_query_generation", "local_model": TESTED,
     "generation_batch_size": WHERE, "local_dtype": HALF, "language": "test_prompts_of_ones_own",
-    "backoff": "how long is waited: test_llm", "cache_dir": HUB, "trust_remote_code": HUB,
+    "backoff": "how long is waited: test_llm", "cache_dir": "test_hub_cache", "trust_remote_code": HUB,
     **{name: SAME for name in flag_fields([MiningEncoder, SearchArguments])
        if name not in ("encoder", "query_instruction_for_retrieval", "cache_dir", "trust_remote_code")},
 }  # fmt: skip
@@ -274,10 +267,11 @@ DOCTOR_CASES = {
     "tokenizer": Case("--tokenizer model", only=("lengths",)),
     "pooling_method": Case("--pooling_method mean", given="--model model", only=("scores",)),
     "moe": Case("--moe output", given="--model model", only=("code",)),
+    "batch_size": Case("--batch_size 1", given="--model model --engine padded", only=("forwards",)),
 }
 DOCTOR_EXEMPT = {
-    "fp16": HALF, "dtype": HALF, "workers": WHERE, "batch_size": WHERE, "engine": "the same vectors by another path",
-    "cache_dir": HUB, "trust_remote_code": HUB,
+    "fp16": HALF, "dtype": HALF, "workers": WHERE, "engine": "the same vectors by another path",
+    "cache_dir": "test_hub_cache", "trust_remote_code": HUB,
 }  # fmt: skip
 
 
@@ -286,8 +280,9 @@ def test_no_field_of_the_doctor_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", DOCTOR_CASES)
-def test_every_option_of_the_doctor_acts(name: str, place: Path, tmp_path: Path) -> None:
+def test_every_option_of_the_doctor_acts(name: str, place: Path, tmp_path: Path, forwards: list[str]) -> None:
     def observe(words: list[str]) -> dict[str, Any]:
+        forwards.clear()
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         run.mkdir()
         rows = [{**row, "neg": [f"{i} {text}" for i in range(n + 1) for text in row["neg"]], "neg_q": None}
@@ -301,6 +296,6 @@ def test_every_option_of_the_doctor_acts(name: str, place: Path, tmp_path: Path)
         files = sorted(str(p.relative_to(run)) for p in run.rglob("*"))
         parts = ("findings", "lengths", "scores", "files")
         found = {part: str(record.get(part)).replace(str(run), "") for part in parts}
-        return {"code": code, "read": found.pop("files"), **found, "files": files}
+        return {"code": code, "read": found.pop("files"), **found, "files": files, "forwards": len(forwards)}
 
     assert_acts(DOCTOR_CASES[name], observe)

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from mining.corpora import TEXTS, write_collection, write_rows
+from mining.corpora import TEXTS, write_collections, write_rows
 from options_walk import Case, assert_acts, assert_complete
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -59,14 +59,7 @@ SPLIT_CASES = {
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     """MIRACL collections in two languages, two splits and two folders, a BEIR folder, rows, tokenizers."""
     folder = tmp_path_factory.mktemp("tools")
-    for root in ("data", "other"):
-        for lang in ("ko", "fa"):
-            write_collection(folder / root, lang)
-    for root, lang, keep in (("data", "fa", 3), ("other", "ko", 5)):
-        topics = next((folder / root / f"miracl-v1.0-{lang}").rglob("topics*.tsv"))
-        topics.write_text("".join(topics.open().readlines()[:keep]))
-    for path in list((folder / "data/miracl-v1.0-ko").rglob("*-train.tsv")):
-        path.with_name(path.name.replace("-train", "-dev")).write_text("".join(path.open().readlines()[:4]))
+    write_collections(folder)
     (folder / "Beir/qrels").mkdir(parents=True)
     write_rows(folder / "Beir/corpus.jsonl", [{"_id": "d0", "title": "T", "text": TEXTS[0]}])
     write_rows(folder / "Beir/queries.jsonl", [{"_id": "q0", "text": "which one?"}])

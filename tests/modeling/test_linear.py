@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,21 @@ def test_no_second_copy_of_weights_that_are_trained_or_sharded(reason: str) -> N
         each.__dict__[KEEPS] = reason != "sharded"
     side_by_side(x, *three)
     assert "_kept" not in three[0].__dict__
+
+
+@pytest.mark.parametrize("kept", ["joined", "laid out"])
+def test_a_copy_takes_no_second_copy_of_weights_along(kept: str) -> None:
+    three, x = nn.ModuleList(layers(3)).requires_grad_(False), torch.randn(20, 48)
+    size = len(pickle.dumps(three))
+    if kept == "joined":
+        expected = side_by_side(x.requires_grad_(), *three).detach()
+    else:
+        prepack(*three, rows=64)
+        expected = torch.cat([each(x) for each in three], dim=-1)
+    assert len(pickle.dumps(three)) < size + 1_000  # a weight has 6,144 bytes
+    for other in (copy.deepcopy(three), pickle.loads(pickle.dumps(three))):
+        with torch.no_grad():
+            torch.testing.assert_close(side_by_side(x, *other), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_changed_weights_are_never_read_from_the_layout() -> None:

@@ -98,21 +98,28 @@ class Runner:
         yield folder
         self.free.put(folder)
 
-    def pytest(self, folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-        """Exit code and the last line of what pytest printed; a test that hangs fails (pytest-timeout)."""
+    def pytest(self, folder: Path, tests: tuple[str, ...]) -> tuple[int, list[str]]:
+        """Exit code and what pytest printed; a test that hangs fails (pytest-timeout)."""
         options = ["-x", "--no-header", "-p", "no:cacheprovider", "--timeout", f"{self.timeout:g}", *tests]
         if folder in self.servers:
             code, printed = ask(self.servers[folder], folder.with_suffix(".log"), options)
         else:
             done = execute([self.python, "-m", "pytest", *options], folder, env=settings(folder))
             code, printed = done.returncode, done.stdout.splitlines() or done.stderr.splitlines()
-        lines = [line for line in printed if line.startswith(("FAILED", "ERROR"))]
-        return code, (lines or printed or [""])[-1][:200]
+        return code, printed
+
+    def all_pass(self, lists: list[tuple[str, ...]]) -> bool:
+        """Whether tests of every list run and all pass before any fault: one pytest instead of one for each list."""
+        with self.copy() as folder:
+            code, printed = self.pytest(folder, ("-rp", *dict.fromkeys(test for each in lists for test in each)))
+        passed = [line.removeprefix("PASSED ") for line in printed if line.startswith("PASSED ")]
+        return code == 0 and all(any(each.startswith(tests) for each in passed) for tests in lists)
 
     def unmodified(self, tests: tuple[str, ...]) -> tuple[str, str]:
         """What is wrong with ``tests`` before any fault: a status and a detail, both empty when they pass."""
         with self.copy() as folder:
-            code, last = self.pytest(folder, tests)
+            code, printed = self.pytest(folder, tests)
+        last = last_line(printed)
         if code:
             return "broken", f"fails without the fault: {last}"
         return ("", "") if re.search(r"\d+ passed", last) else ("skipped", last)
@@ -123,9 +130,15 @@ class Runner:
             path = folder / fault.file
             original = path.read_text(encoding="utf-8")
             path.write_text(original.replace(fault.old, fault.new), encoding="utf-8")
-            code, last = self.pytest(folder, fault.tests)
+            code, printed = self.pytest(folder, fault.tests)
             path.write_text(original, encoding="utf-8")
-        return Outcome(fault, "killed" if code else "survived", last)
+        return Outcome(fault, "killed" if code else "survived", last_line(printed))
+
+
+def last_line(printed: list[str]) -> str:
+    """What pytest said of a failure, else its summary."""
+    lines = [line for line in printed if line.startswith(("FAILED", "ERROR"))]
+    return (lines or printed or [""])[-1][:200]
 
 
 def execute(command: list[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -206,7 +219,7 @@ def cannot_plant(root: Path, fault: Fault) -> str:
 
 
 def run(root: Path, faults: list[Fault], runner: Runner, jobs: int) -> Iterator[Outcome]:
-    """First the tests as they are, each distinct list once; then one fault at a time per worker."""
+    """First the tests as they are, all together, or each list by itself if not all pass; then one fault at a time."""
     to_plant = []
     for fault in faults:
         problem = cannot_plant(root, fault)
@@ -216,7 +229,9 @@ def run(root: Path, faults: list[Fault], runner: Runner, jobs: int) -> Iterator[
             to_plant.append(fault)
     with ThreadPoolExecutor(jobs) as pool:
         lists = list(dict.fromkeys(fault.tests for fault in to_plant))
-        before = dict(zip(lists, pool.map(runner.unmodified, lists), strict=True))
+        before = dict.fromkeys(lists, ("", ""))
+        if lists and not runner.all_pass(lists):
+            before = dict(zip(lists, pool.map(runner.unmodified, lists), strict=True))
         yield from (Outcome(fault, *before[fault.tests]) for fault in to_plant if before[fault.tests][0])
         yield from pool.map(runner.plant, (fault for fault in to_plant if not before[fault.tests][0]))
 

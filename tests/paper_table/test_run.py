@@ -66,6 +66,8 @@ def test_a_changed_input_is_run_again(options: Leaving, run: Run) -> None:
     assert run(score="score 2") == ["score"]
     assert run(search="search 2", score="score 3") == ["index", "search", "score"]  # the index is needed again
     assert run(**{stage: f"{stage} 4" for stage in STAGES}) == list(STAGES)
+    # A stage goes by its own key, also where what came out of it is the same and nothing after it has changed.
+    assert run(**{stage: f"{stage} 4" for stage in STAGES} | {"train": "train 5"}) == ["train"]
 
 
 def test_a_product_that_is_gone_is_made_again(options: Leaving, run: Run) -> None:

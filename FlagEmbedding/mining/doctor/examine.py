@@ -47,7 +47,7 @@ def examine(options: DoctorOptions) -> tuple[dict[str, Any], Problems]:
         scores = score(found.texts, embed(work, found.texts, encoder, settings, inputs), settings.temperature)
         plot_scores(scores, folder / "scores.png")
     elif options.encoder.tokenizer:
-        tokenizer = load_tokenizer("--tokenizer", options.encoder.tokenizer)
+        tokenizer = load_tokenizer("--tokenizer", options.encoder.tokenizer, options.encoder.cache_dir)
     limits = {name: getattr(settings, name) for name in ("query_max_len", "passage_max_len")} if tokenizer else {}
     unit, sizes = "tokens" if tokenizer else "characters", lengths(found.texts, tokenizer)
     plot_lengths(sizes, unit, limits, folder / "lengths.png")
