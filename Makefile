@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test test-isa mutants check lint types data-demo figures package clean
+.PHONY: help install quickstart test test-isa mutants fuzz check lint types data-demo figures package clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ test-isa: $(VENV)/.installed-dev  ## run the numeric tests as processors with fe
 
 mutants: $(VENV)/.installed-dev  ## plant the faults of tests/mutants/$(ROOM).yaml, see whether the tests notice (ROOM=all: hours)
 	$(BIN)/python tests/mutants $(or $(ROOM),all) $(ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## give every reader broken files for MINUTES (10) and see that it says so
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(or $(MINUTES),10)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and layout
 	$(BIN)/ruff check .

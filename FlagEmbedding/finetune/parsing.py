@@ -86,14 +86,18 @@ def config_words(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path}: no such configuration file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, OSError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a mapping of option names to values, got {type(values).__name__}")
+        raise UsageError(f"{path}: expected a mapping of option names to values, got {_called(values)}")
     words: list[str] = []
     for key, value in values.items():
         items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [] if value is None else [f"--{key}", *map(str, items)]
     return words
+
+
+def _called(value: Any) -> str:
+    return "an empty file" if value is None else type(value).__name__
