@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test test-isa mutants crashes check lint types data-demo figures package clean
+.PHONY: help install quickstart test test-isa mutants crashes fuzz check lint types data-demo figures package clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ mutants: $(VENV)/.installed-dev  ## plant the faults of tests/mutants/$(ROOM).ya
 
 crashes: $(VENV)/.installed-dev  ## kill, stop and run out of disk at random moments: training, step 0, mining, query generation (an hour)
 	$(BIN)/python tests/crashes $(ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## give every reader broken files for MINUTES (10) and see that it says so
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(or $(MINUTES),10)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and layout
 	$(BIN)/ruff check .

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from FlagEmbedding.schema import SHOWN_PROBLEMS, DataFile, Problem, Problems, TrainRecord, read_records
+from FlagEmbedding.utils.texts import text_key, text_keys
 
 
 @dataclass
 class FileStatistics:
-    """Counts over the valid rows of one file; ``unscored`` are the first lines without teacher scores."""
+    """Counts over the valid rows of one file; ``unscored`` are the first lines without teacher scores.
+
+    ``twins`` are negatives that read like a positive of their row, ``first_twin`` is the line of the first; only
+    :func:`scan_file` looks for them.
+    """
 
     rows: int = 0
     scored: int = 0
@@ -18,6 +23,8 @@ class FileStatistics:
     negatives_with_query: int = 0
     fewest_negatives: int = 0
     unscored: list[int] = field(default_factory=list)
+    twins: int = 0
+    first_twin: int = 0
 
     def observe(self, record: TrainRecord) -> None:
         """Count one row."""
@@ -39,6 +46,11 @@ def scan_file(path: str, problems: Problems) -> FileStatistics:
     statistics = FileStatistics()
     for record in read_records(path, problems):
         statistics.observe(record)
+        known = text_keys(record.pos)
+        twins = sum(text_key(text) in known for text in record.neg)
+        if twins and not statistics.twins:
+            statistics.first_twin = record.line
+        statistics.twins += twins
     return statistics
 
 

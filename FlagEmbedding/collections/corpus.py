@@ -9,7 +9,6 @@ skipping whole files and parsing only what it yields.
 from __future__ import annotations
 
 import hashlib
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,12 +18,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from FlagEmbedding.schema.rows import MISSING
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import hashing
 from FlagEmbedding.utils.io import numbered_lines, parse_json
+from FlagEmbedding.utils.texts import half_pair, is_blank
 
 _BUCKETS = 64
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # a JSON escape can write one; UTF-8, and so a docid file, cannot
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def survey(files: Sequence[Path], allow_empty: bool = False, keep: Callable[[Pas
             with hashing(path) as digest:
                 for passage in read_file(path, digest):
                     counts[place] += 1
-                    if not passage.text.strip():
+                    if is_blank(passage.text):
                         empty += 1
                         if not allow_empty:
                             raise DataError(
@@ -150,15 +150,18 @@ def _parse(path: Path, number: int, line: str) -> Passage:
         raise DataError(f"{path}:{number}: not a line of JSON ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:{number}: expected an object with docid, title and text, found {type(value).__name__}")
+    own = "_id" if "docid" not in value and "_id" in value else "docid"  # BEIR's name for it
     if value.get("title") is None:
         value["title"] = ""
-    for key in ("docid", "title", "text"):
-        found = value.get(key)
+    for key in (own, "title", "text"):
+        found = value.get(key, MISSING)
         if not isinstance(found, str):
-            raise DataError(f"{path}:{number}: expected a string as {key!r}, found {type(found).__name__}")
-        if _HALF_PAIR.search(found):
-            raise DataError(f"{path}:{number}: {key!r} holds half a surrogate pair; replace it by a whole character")
-    docid = value["docid"]
+            was = "which is missing" if found is MISSING else f"found {type(found).__name__}"
+            raise DataError(f"{path}:{number}: expected a string as {key!r}, {was}")
+        if (half := half_pair(found)) is not None:
+            what = f"half a surrogate pair at character {half}"
+            raise DataError(f"{path}:{number}: {key!r} holds {what}; replace it by a whole character")
+    docid = value[own]
     if not docid or docid.split() != [docid]:
         raise DataError(f"{path}:{number}: a docid is one word without white space, found {docid!r}")
     return Passage(docid, value["title"], value["text"], path, number)

@@ -6,8 +6,8 @@ Layout, the hub's own (datasets ``miracl/miracl-corpus`` and ``miracl/miracl``) 
     miracl-v1.0-{lang}/topics/topics.miracl-v1.0-{lang}-{split}.tsv  qid, tab, query
     miracl-v1.0-{lang}/qrels/qrels.miracl-v1.0-{lang}-{split}.tsv    qid Q0 docid grade
 
-A folder given as ``data_dir`` is asked first, the hub (or its cache) for what is not there. The raw files are read;
-no loading script is run.
+A folder given as ``data_dir`` is asked first, the hub (or its cache) for what is not there; for other languages than
+MIRACL's only the folder. The raw files are read; no loading script is run.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from pathlib import Path
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import HubError, resolve_dataset
 from FlagEmbedding.utils.io import PathLike
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 LANGUAGES = ("ar", "bn", "de", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw", "te", "th", "yo", "zh")
 _CORPUS_HUB, _TOPICS_HUB = "miracl/miracl-corpus", "miracl/miracl"
-_DOCS = re.compile(r"docs-(\d+)\.jsonl(\.gz)?")
+_DOCS = re.compile(r"docs-([0-9]+)\.jsonl(\.gz|\.zst)?")
+_LANGUAGE = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 
 
-def check_languages(languages: list[str]) -> list[str]:
-    """The languages as given, each once; raises ``UsageError`` for one that MIRACL does not have."""
+def check_languages(languages: list[str], data_dir: PathLike | None = None) -> list[str]:
+    """The languages as given, each once; a folder of one's own may have any, the hub has MIRACL's.
+
+    Raises:
+        UsageError: one that MIRACL does not have and there is no folder, or what can be no name of a folder.
+    """
     unknown = [lang for lang in languages if lang not in LANGUAGES]
-    if unknown:
+    if unknown and data_dir is None:
         raise UsageError(f"--languages {' '.join(unknown)}: not in MIRACL; choose from {' '.join(LANGUAGES)}")
+    if odd := [lang for lang in unknown if not _LANGUAGE.fullmatch(lang)]:
+        raise UsageError(f"--languages {' '.join(odd)}: expected a code such as ko or pt-br (letters, digits, - and _)")
     if not languages:
         raise UsageError(f"--languages: name at least one of {' '.join(LANGUAGES)}")
     return list(dict.fromkeys(languages))
@@ -41,7 +51,7 @@ def corpus_files(lang: str, data_dir: PathLike | None = None, cache_dir: str | N
     """
     name = f"miracl-corpus-v1.0-{lang}"
     folder = _find(_CORPUS_HUB, name, f"{name}/docs-*.jsonl.gz", data_dir, cache_dir)
-    numbered = sorted((int(found[1]), path) for path in folder.iterdir() if (found := _DOCS.fullmatch(path.name)))
+    numbered = numbered_docs(folder)
     if not numbered:
         raise DataError(f"{folder}: expected docs-0.jsonl.gz, docs-1.jsonl.gz, …, found none")
     for expected, (number, path) in enumerate(numbered):
@@ -49,6 +59,20 @@ def corpus_files(lang: str, data_dir: PathLike | None = None, cache_dir: str | N
             what = f"docs-{expected} is missing" if number > expected else f"{path.name}: docs-{number} is there twice"
             raise DataError(f"{folder}: {what}; the corpus is incomplete, fetch it again")
     return [path for _, path in numbered]
+
+
+def numbered_docs(folder: Path) -> list[tuple[int, Path]]:
+    """The files docs-0.jsonl(.gz), docs-1 … of a folder with their numbers, in order. One line of the log names others
+    that look like rows and are not read."""
+    found, others = list[tuple[int, Path]](), list[str]()
+    for path in sorted(folder.iterdir()):
+        if (name := _DOCS.fullmatch(path.name)) and not path.is_dir():
+            found.append((int(name[1]), path))
+        elif path.name[0] != "." and ".json" in path.name.lower():
+            others.append(path.name)
+    if found and others:
+        logger.warning("%s: not read, since a corpus is docs-0.jsonl.gz, docs-1 …: %s", folder, ", ".join(others[:5]))
+    return sorted(found)
 
 
 def topics_file(lang: str, split: str = "dev", data_dir: PathLike | None = None, cache_dir: str | None = None) -> Path:
@@ -74,6 +98,13 @@ def _find(repo: str, relative: str, pattern: str, data_dir: PathLike | None, cac
         if not root.is_dir():
             raise DataError(f"--data_dir {root}: no such folder")
         places = [root, root / "miracl-corpus", root / "miracl", root / _CORPUS_HUB, root / _TOPICS_HUB]
+    lang = relative.split("/")[0].rpartition("-v1.0-")[2]
+    if lang not in LANGUAGES:
+        found = next((place / relative for place in places if (place / relative).exists()), None)
+        if found is None:
+            layouts = f"{relative}, or {lang}/corpus.jsonl and corpus.jsonl in BEIR's layout"
+            raise DataError(f"--data_dir {data_dir}: nothing of {lang} in it; expected {layouts}")
+        return found
     try:
         return resolve_dataset(repo, relative, pattern=pattern, places=places, cache_dir=cache_dir)
     except HubError as error:

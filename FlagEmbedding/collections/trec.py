@@ -15,6 +15,7 @@ import numpy as np
 
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import PathLike, atomic_open, numbered_lines
+from FlagEmbedding.utils.texts import is_blank
 
 Topics = dict[str, str]  # qid -> query
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> grade
@@ -35,8 +36,10 @@ def read_topics(path: PathLike) -> Topics:
     topics: Topics = {}
     for number, line in numbered_lines(path, "topics"):
         qid, tab, query = line.rstrip("\r\n").partition("\t")
-        if not tab or not qid.strip() or not query.strip():
+        if not tab or is_blank(qid) or is_blank(query):
             raise DataError(f"{path}:{number}: expected 'qid<tab>query', found {_short(line)}")
+        if "\r" in query.strip():
+            raise DataError(f"{path}:{number}: a carriage return within the query; end lines with \\n or \\r\\n")
         if len(qid.split()) != 1:
             raise DataError(f"{path}:{number}: a qid holds no white space, found {qid!r}")
         if qid in topics:
@@ -47,11 +50,11 @@ def read_topics(path: PathLike) -> Topics:
     return topics
 
 
-def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
+def read_qrels(path: PathLike, *, beir: bool | None = False) -> Qrels:
     """A qrels file (also ``.gz``): ``qid 0 docid grade``, tabs or spaces, grades whole numbers.
 
     Args:
-        beir: take BEIR's three columns (``qid docid grade``) below a header, too.
+        beir: take BEIR's three columns (``qid docid grade``), too, below a header or without one; None: below one.
 
     Raises:
         DataError: it is missing, empty or broken, gives a passage two grades, or has no grade above 0 (every score
@@ -59,10 +62,15 @@ def read_qrels(path: PathLike, *, beir: bool = False) -> Qrels:
     """
     qrels: Qrels = {}
     counts, expected = ((3, 4), _BEIR_LINE) if beir else ((4,), _QRELS_LINE)
-    for number, words in _columns(path, "qrels", counts, expected):
-        qid, docid, text = words[0], words[-2], words[-1]
-        if beir and number == 1 and text.lower() in ("score", "grade", "relevance"):
+    first = True
+    for number, words in _columns(path, "qrels", (3, 4), expected):
+        if beir is not False and first and len(words) == 3 and words[-1].lower() in ("score", "grade", "relevance"):
+            counts, expected, first = (3,), "'qid docid grade', as the header says", False
             continue
+        first = False
+        if len(words) not in counts:
+            raise _other_columns(path, number, expected, words)
+        qid, docid, text = words[0], words[-2], words[-1]
         if not _GRADE.fullmatch(text):
             where = f"as grade (column {len(words)})"
             raise DataError(f"{path}:{number}: expected a whole number of -2 to 1000 {where}, found {_short(text)}")
@@ -158,8 +166,13 @@ def _columns(path: PathLike, kind: str, counts: Sequence[int], expected: str) ->
     for number, line in numbered_lines(path, kind):
         words = line.split()
         if len(words) not in counts:
-            raise DataError(f"{path}:{number}: expected {expected}, found {len(words)} columns in {_short(line)}")
+            raise _other_columns(path, number, expected, words)
         yield number, words
+
+
+def _other_columns(path: PathLike, number: int, expected: str, words: Sequence[str]) -> DataError:
+    found = f"{len(words)} columns in {_short(' '.join(words))}"
+    return DataError(f"{path}:{number}: expected {expected}, found {found}")
 
 
 def _short(line: str) -> str:

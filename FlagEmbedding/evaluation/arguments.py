@@ -12,16 +12,18 @@ from FlagEmbedding.utils.errors import UsageError
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 RESAMPLES = 10_000  # of the randomization test and of the bootstrap
-Split = Literal["train", "dev", "testA", "testB"]
+Split = Literal["train", "dev", "test", "testA", "testB"]  # test: BEIR's
 
 
 @dataclass(frozen=True)
 class CollectionArguments:
     """Collection."""
 
-    languages: list[str] = option(help="MIRACL languages, such as ko fa hi")
+    languages: list[str] = option(help="MIRACL languages, such as ko fa hi, or what --data_dir calls its own")
     split: Split = choice(Split, "dev", "queries; the corpus has no splits")
-    data_dir: str | None = option(None, "folder in the hub's layout (miracl-corpus-v1.0-ko/…); asked before the hub")
+    data_dir: str | None = option(
+        None, "folder in the hub's layout (miracl-corpus-v1.0-ko/…) or BEIR's (corpus.jsonl …); asked before the hub"
+    )
     index_save_dir: str = option("./corpus-index", "indexes go to {this}/{encoder}/{lang}")
 
 
@@ -75,7 +77,7 @@ class ScoreArguments:
     search_result_save_dir: str = option("./search_results", "runs are {this}/{encoder}/{lang}.txt")
     qrels_dir: str = option("../qrels", "folder (or, for one language, the file) of the judgments")
     data_dir: str | None = option(
-        None, "folder in the hub's layout; also gives comparisons the texts of queries and passages"
+        None, "folder in the hub's layout or BEIR's; also gives comparisons the texts of queries and passages"
     )
     index_save_dir: str | None = option(
         None, "of step 0: says where a run came from that has no record of step 1 beside it"
@@ -103,7 +105,7 @@ class CompareArguments:
     """Runs of one query set."""
 
     runs: list[str] = positional("run files: qid Q0 docid rank score tag", metavar="RUN")
-    qrels: str = option(help="qrels file: qid 0 docid grade")
+    qrels: str = option(help="qrels file: qid 0 docid grade, or BEIR's below its header")
     topics: str | None = option(None, "queries for the tables: qid, tab, text")
     names: list[str] = option([], "names of the runs; by default their file names")
     language: str = option("all", "what the query set is called in tables")

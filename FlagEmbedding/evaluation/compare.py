@@ -39,11 +39,11 @@ def score_run(qrels: Qrels, run: Run, measures: Sequence[Measure]) -> LanguageSc
     return LanguageScores(evaluate(qrels, run, measures), first, top)
 
 
-def score_file(path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int = 0) -> LanguageScores:
+def score_file(path: PathLike, qrels: Qrels, measures: Sequence[Measure], passages: int | None = 0) -> LanguageScores:
     """A run file's scores, with a line in the log for what a reader of the scores should know.
 
     Args:
-        passages: in the index that step 1 searched; 0: nothing is said of the run's depth.
+        passages: in the index that step 1 searched; None: not known, 0: nothing is said of the run's depth.
 
     Raises:
         DataError: a run that cannot be read, or is of other queries.
@@ -59,9 +59,10 @@ def score_file(path: PathLike, qrels: Qrels, measures: Sequence[Measure], passag
     if not any(scores.first_relevant.values()):
         logger.warning("%s: no relevant passage of any query is in it: are these the judgments of its corpus?", path)
     depth = max(map(len, run.values()))
+    hint = "give step 1 more --hits" + (", if its corpus has more passages" if passages is None else "")
     for measure in measures:
-        if measure.cutoff is not None and depth < min(measure.cutoff, passages):
-            logger.warning("%s: %s on a run that is %d deep; give step 1 more --hits", path, measure.label, depth)
+        if measure.cutoff is not None and depth < min(measure.cutoff, sys.maxsize if passages is None else passages):
+            logger.warning("%s: %s on a run that is %d deep; %s", path, measure.label, depth, hint)
     return scores
 
 
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(arguments.runs) < 2 or len(names) != len(arguments.runs) or len(set(names)) != len(names):
         raise UsageError("give two or more runs, and as many different --names")
     measures = parse_measures(arguments.metrics)
-    qrels = read_qrels(arguments.qrels)
+    qrels = read_qrels(arguments.qrels, beir=None)
     systems = [
         System(name, {lang: score_file(path, qrels, measures)})
         for name, path in zip(names, arguments.runs, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from FlagEmbedding.evaluation.arguments import ScoreArguments
 from FlagEmbedding.retrieval.index import DOCID
 from FlagEmbedding.retrieval.shards import MANIFEST, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.io import open_text
+from FlagEmbedding.utils.io import numbered_lines, read_json
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -31,7 +30,7 @@ def read_record(path: Path, index_folder: Path | None = None) -> Record:
         identity = manifest.get("identity", {})
         return {"encoder": identity, "index": {"rows": manifest.get("rows"), **identity}} if identity else {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if not all(isinstance(record[key], dict) for key in ("encoder", "index", "arguments")):
             raise TypeError("encoder, index and arguments are not objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -59,8 +58,7 @@ def check_judged(qrels: Qrels, index_folder: Path | None) -> None:
     wanted = {docid for judged in qrels.values() for docid in relevant(judged)}
     if index_folder is None or not (index_folder / DOCID).is_file():
         return
-    with open_text(index_folder / DOCID) as docids:
-        missing = wanted.difference(line.rstrip("\n") for line in docids)
+    missing = wanted.difference(line.strip() for _, line in numbered_lines(index_folder / DOCID, "docid"))
     if len(missing) == len(wanted):
         what = f"none of the {len(wanted)} passages judged relevant ({min(missing)} …) is in the index"
         raise DataError(f"{index_folder}: {what}: these are the judgments of another corpus")

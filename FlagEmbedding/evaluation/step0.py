@@ -1,8 +1,8 @@
-"""Step 0: the passages of MIRACL languages into an index on disk."""
+"""Step 0: the passages of MIRACL languages, or of a collection of one's own, into an index on disk."""
 
 from __future__ import annotations
 
-from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.source import sources
 from FlagEmbedding.evaluation.arguments import EmbedOptions
 from FlagEmbedding.indexing.encoding import build_index
 from FlagEmbedding.inference.text_encoder import TextEncoder
@@ -17,14 +17,10 @@ def embed_collections(options: EmbedOptions) -> None:
         UserError: options, corpus, shard or disk that cannot be used.
     """
     collection = options.collection
-    languages = miracl.check_languages(collection.languages)
+    languages = sources(collection.languages, collection.split, collection.data_dir, options.encoder.cache_dir)
     with processes():
         # The main process fetches what is not on disk; the others then find it there.
-        files = on_main(
-            lambda: {
-                lang: miracl.corpus_files(lang, collection.data_dir, options.encoder.cache_dir) for lang in languages
-            }
-        )
+        files = on_main(lambda: {lang: source.corpus() for lang, source in languages.items()})
         encoder = TextEncoder(options.encoder)
         for lang in languages:
             folder = index_folder(collection.index_save_dir, options.encoder.encoder, lang)

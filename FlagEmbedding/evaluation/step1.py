@@ -1,4 +1,4 @@
-"""Step 1: the queries of MIRACL languages against their indexes, as TREC run files."""
+"""Step 1: the queries of MIRACL languages, or of one's own collection, against their indexes, as TREC run files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.collections import miracl
-from FlagEmbedding.collections.trec import read_topics, write_run
+from FlagEmbedding.collections.source import sources
+from FlagEmbedding.collections.trec import write_run
 from FlagEmbedding.evaluation.arguments import SearchArguments, SearchOptions
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.text_encoder import TextEncoder
@@ -35,12 +35,9 @@ def search_collections(options: SearchOptions) -> None:
     if world_size() > 1:
         raise UsageError("step 1 runs in one process (--threads shares out the work); start it without torchrun")
     name, place, chosen = options.encoder.encoder, options.collection, options.search
-    languages = miracl.check_languages(place.languages)
+    languages = sources(place.languages, place.split, place.data_dir, options.encoder.cache_dir)
     indexes = {lang: FlatIndex(index_folder(place.index_save_dir, name, lang)) for lang in languages}
-    topics = {
-        lang: read_topics(miracl.topics_file(lang, place.split, place.data_dir, options.encoder.cache_dir))
-        for lang in languages
-    }
+    topics = {lang: source.topics() for lang, source in languages.items()}
     encoder = TextEncoder(options.encoder)
     for index in indexes.values():
         index.check_encoder(encoder.describe(), "give step 1 the flags of step 0, or run step 0 with --overwrite True")

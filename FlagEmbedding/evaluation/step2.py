@@ -7,14 +7,14 @@ which model, index and title rule it came from; a run without one is scored all 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.collections import corpus, miracl
-from FlagEmbedding.collections.trec import Qrels, find_qrels, qrels_names, read_qrels, read_topics
+from FlagEmbedding.collections.source import Source
+from FlagEmbedding.collections.trec import Qrels, Topics, find_qrels, qrels_names, read_qrels
 from FlagEmbedding.evaluation.arguments import ScoreArguments
 from FlagEmbedding.evaluation.compare import compare_runs, score_file
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
@@ -43,18 +43,19 @@ def score_models(arguments: ScoreArguments) -> None:
     Raises:
         UserError: a run, qrels or measure that cannot be used; nothing has been written then.
     """
-    languages = miracl.check_languages(arguments.languages)
+    # Judgments of any collection may lie in --qrels_dir; where they do not, a name that MIRACL lacks is a mistake.
+    languages = miracl.check_languages(arguments.languages, arguments.data_dir or arguments.qrels_dir)
     measures = parse_measures(arguments.metrics)
     names = [index_name(encoder) for encoder in arguments.encoder]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--encoder: two models are called {name!r} and would share their runs; rename one")
-    qrels = {lang: read_qrels(qrels_path(arguments, lang, len(languages) == 1)) for lang in languages}
+    qrels = {lang: read_qrels(qrels_path(arguments, lang, len(languages) == 1), beir=None) for lang in languages}
     systems, records = [], []
     for name in names:
         folder = Path(arguments.search_result_save_dir) / name
         records.append({lang: _record(folder / f"{lang}.json", qrels[lang], arguments) for lang in languages})
-        sizes = {lang: run_origin(each)["corpus_passages"] or sys.maxsize for lang, each in records[-1].items()}
+        sizes = {lang: run_origin(each)["corpus_passages"] for lang, each in records[-1].items()}
         scores = {lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, sizes[lang]) for lang in languages}
         systems.append(System(name, scores))
     origin = {"arguments": asdict(arguments), "provenance": provenance()}
@@ -83,6 +84,12 @@ def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Pat
         if found:
             return found
     names = qrels_names(lang, arguments.split)
+    if arguments.data_dir:
+        source = Source(lang, arguments.split, arguments.data_dir, arguments.cache_dir, only_language)
+        if source.beir is not None or lang not in miracl.LANGUAGES:
+            return source.qrels_file()
+    else:
+        miracl.check_languages([lang])
     logger.info("%s: no qrels in %s: asking the hub", lang, arguments.qrels_dir)
     try:
         return miracl.qrels_file(lang, arguments.split, None, arguments.cache_dir)
@@ -141,21 +148,25 @@ def _write(
 
 def _texts(arguments: ScoreArguments, qrels: dict[str, Qrels], records: dict[str, Record]) -> Texts:
     """Texts of queries and passages, from a folder known to hold them: given, recorded by step 1, or the qrels'."""
-    queries, folders = {}, {}
+    queries, folders = dict[str, Topics](), dict[str, Source]()
     for lang in qrels:
         recorded = records[lang].get("arguments", {}).get("data_dir")
         for place in (arguments.data_dir, recorded, arguments.qrels_dir):
-            if lang not in folders and place and (Path(place) / f"miracl-v1.0-{lang}").is_dir():
-                queries[lang] = read_topics(miracl.topics_file(lang, arguments.split, place))
-                folders[lang] = Path(place)
+            if lang in folders or not place:
+                continue
+            source = Source(lang, arguments.split, place, only_language=len(qrels) == 1)
+            if source.beir is not None or (Path(place) / f"miracl-v1.0-{lang}").is_dir():
+                queries[lang], folders[lang] = source.topics(), source
     bare = [lang for lang in qrels if lang not in folders]
     if bare:
         logger.info("%s: no folder with their queries is known (--data_dir): tables show ids only", " ".join(bare))
 
     def passages(lang: str, wanted: set[str]) -> dict[str, str]:
-        if not wanted or lang not in folders or not (folders[lang] / f"miracl-corpus-v1.0-{lang}").is_dir():
+        source = folders.get(lang)
+        if not wanted or source is None:
             return {}
-        files = miracl.corpus_files(lang, folders[lang])
+        place = Path(source.data_dir or "") / f"miracl-corpus-v1.0-{lang}"
+        files = source.corpus() if source.beir is not None or place.is_dir() else []
         return {p.docid: p.text for path in files for p in corpus.read_file(path) if p.docid in wanted}
 
     return Texts(queries, qrels, passages if folders else None)

@@ -66,7 +66,9 @@ class ModelArguments:
 class DataArguments:
     """Training data: which rows are trained on and how they become batches."""
 
-    train_data: list[str] = option(help="One or more folders of .json/.jsonl files, or such files.")
+    train_data: list[str] = option(
+        help="Files or folders of rows (.json, .jsonl, .parquet …), saved datasets, ids of the hub."
+    )
     knowledge_distillation: bool = switch(False, "Use pos_scores and neg_scores of the rows as the teacher.")
     cache_path: str | None = option(None, "Where the prepared rows are kept.")
     train_group_size: int = option(8, "Passages per query: 1 positive, the rest negatives.")

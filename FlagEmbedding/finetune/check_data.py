@@ -20,7 +20,9 @@ from FlagEmbedding.utils.errors import UsageError
 class CheckArguments:
     """What is checked."""
 
-    paths: list[str] = positional("a folder of .json/.jsonl files, or such a file")
+    paths: list[str] = positional(
+        "files or folders of rows (.jsonl, .json, .parquet …), saved datasets, ids of the hub"
+    )
     knowledge_distillation: bool = switch(False, "check that teacher scores are there, in all rows of a file or none")
     train_group_size: int | None = option(None, "note rows that hold too few negatives for it")
 
@@ -53,6 +55,11 @@ def describe(path: str, counts: FileStatistics, options: CheckArguments) -> list
     lines, group = [line], options.train_group_size
     if group is not None and counts.fewest_negatives < group - 1:
         lines.append(f"  note: rows with fewer than {group - 1} negatives repeat them to fill a group of {group}")
+    if counts.twins:
+        lines.append(
+            f"  note: {counts.twins} negatives read like a positive of their row (first: line {counts.first_twin}): "
+            "take them out (python -m FlagEmbedding.mining doctor lists them)"
+        )
     if options.knowledge_distillation and not counts.scored:
         lines.append("  note: no teacher scores: its batches train without distillation")
     return lines

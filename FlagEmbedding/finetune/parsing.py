@@ -90,7 +90,7 @@ def config_words(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path}: no such configuration file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values: Any = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error

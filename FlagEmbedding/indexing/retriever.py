@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
+from FlagEmbedding.inference.tokenization import tokenize
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.retrieval.searcher import Hit, search
 
@@ -37,6 +38,13 @@ class Retriever:
     def embed_passages(self, texts: Sequence[str]) -> np.ndarray:
         """``[N, dimension]`` float32."""
         return encode_texts(self.encoder, texts, self.passage_length, self.passage_instruction)
+
+    def passage_tokens(self, texts: Sequence[str]) -> list[bytes]:
+        """What the encoder reads of each passage: its token ids (int32), cut as they are for the index."""
+        prefixed = [(self.passage_instruction or "") + text for text in texts]
+        found = tokenize(self.encoder.tokenizer, prefixed, self.encoder.max_length(self.passage_length))
+        ends = np.cumsum(found.lengths).tolist()
+        return [found.ids[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
 
     def search(self, vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
         """The ``top_k`` best passages per query, ``vectors`` ``[Q, dimension]``; exact, ties broken by docid."""

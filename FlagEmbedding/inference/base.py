@@ -13,6 +13,7 @@ from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.options import EngineName, FfnPart
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.texts import as_texts
 
 T = TypeVar("T")
 Texts = str | Sequence[str]
@@ -102,9 +103,6 @@ class Embedder:
         collect: Callable[[Representations], T],
     ) -> list[T]:
         """``collect`` of each window's representations, in order; windows are shared out over the devices."""
-        for text in texts:
-            if not isinstance(text, str):
-                raise UsageError(f"expected texts, found {type(text).__name__}: {text!r}")
         windows = [texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW)]
         share = len(self._encoders)
 
@@ -131,7 +129,7 @@ class Embedder:
 
 def as_list(texts: Texts, instruction: str | None, instruction_format: str | None) -> tuple[list[str], bool]:
     """The texts after the instruction, and whether a single one was given."""
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = as_texts(texts)
     if instruction is not None:
         # A format typed on a command line holds a backslash and an n, not a line end.
         form = (instruction_format or "{}{}").replace("\\n", "\n")

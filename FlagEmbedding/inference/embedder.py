@@ -24,6 +24,7 @@ from FlagEmbedding.inference.text_encoder import DENSE, Kind
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.tokens import special_ids
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.texts import as_texts
 
 Vectors = np.ndarray | torch.Tensor
 Lexical = LexicalWeights | list[LexicalWeights]
@@ -193,6 +194,9 @@ class BGEM3FlagModel(Embedder):
             raise UsageError(f"weights_for_different_modes: expected dense, sparse and colbert weights, got {weights}")
         single = isinstance(sentence_pairs[0], str)
         pairs: list[Any] = [sentence_pairs] if single else list(sentence_pairs)
+        for place, pair in enumerate(pairs):
+            if len(as_texts(pair, f"sentence_pairs[{place}]")) != 2:
+                raise UsageError(f"sentence_pairs[{place}]: expected a query and a passage, found {len(pair)} texts")
         want: list[Kind] = ["dense", "sparse", "colbert"]
         query_length = max_query_length or self.query_max_length
         scores: list[dict[str, float]] = []

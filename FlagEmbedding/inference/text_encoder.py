@@ -39,6 +39,7 @@ from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers, token
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.identity import model_fingerprint
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.texts import as_texts
 
 logger = get_logger(__name__)
 
@@ -217,7 +218,7 @@ def encode_texts(
     encoder: TextEncoder, texts: Sequence[str], max_length: int, instruction: str | None = None
 ) -> np.ndarray:
     """Dense vectors ``[N, dimension]`` float32 of ``texts``, each after ``instruction``; the rest of a text is cut."""
-    prefixed = [(instruction or "") + text for text in texts]
+    prefixed = [(instruction or "") + text for text in as_texts(texts)]
     windows = ((prefixed[i : i + WINDOW], None) for i in range(0, len(prefixed), WINDOW))
     parts = [np.empty((0, encoder.hidden_size), dtype=np.float32)]
     for found, _ in encoder.encode(windows, encoder.max_length(max_length), DENSE, encoder.options.batch_size):

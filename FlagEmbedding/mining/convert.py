@@ -55,7 +55,8 @@ class ConvertArguments:
 
 
 def convert(source: ConvertArguments, output: OutputArguments) -> Counter[str]:
-    """Run the command; returns the numbers of ``rows``, of those that are ``bare`` of ``neg``, of queries ``skipped``.
+    """Run the command; returns the numbers of ``rows``, of those that are ``bare`` of ``neg``, of queries ``skipped``,
+    and of ``lines`` of triples, some of which ``span`` several lines of their file.
 
     Raises:
         UserError: something cannot be read or written.
@@ -65,12 +66,12 @@ def convert(source: ConvertArguments, output: OutputArguments) -> Counter[str]:
     counts = Counter[str]()
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row in _triples(source.input) if source.format == "triples" else _judged(source, output.path):
+        for row in _triples(source.input, counts) if source.format == "triples" else _judged(source, output.path):
             counts.update(["skipped"] if row is None else ["rows"] if "neg" in row else ["rows", "bare"])
             if row is not None:
                 yield row
         if not counts["rows"]:  # before the file appears
-            raise DataError(f"{source.input or source.language}: no query with a relevant passage in it")
+            raise DataError(f"{', '.join(source.input) or source.language}: no query with a relevant passage in it")
 
     write_rows(output.path, rows(), output.overwrite)
     if counts["skipped"]:
@@ -78,34 +79,34 @@ def convert(source: ConvertArguments, output: OutputArguments) -> Counter[str]:
     return counts
 
 
-def _triples(names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+def _triples(names: Sequence[str], counts: Counter[str]) -> Iterator[dict[str, Any] | None]:
     from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
     from FlagEmbedding.schema import Problems
 
     problems = Problems()
-    yield from rows_of_triples(triple for name in names for triple in read_triples(Path(name), problems))
+    yield from rows_of_triples(triple for name in names for triple in read_triples(Path(name), problems, counts))
     problems.raise_if_any()
 
 
 def _judged(source: ConvertArguments, output: Path) -> Iterator[dict[str, Any] | None]:
     """A row for each query of MIRACL or BEIR in order; None for one without a relevant passage in the corpus."""
-    from FlagEmbedding.collections import miracl
-    from FlagEmbedding.collections.trec import read_qrels, read_topics, relevant
+    from FlagEmbedding.collections.beir import CORPUS, QUERIES, beir_file, read_beir_queries
+    from FlagEmbedding.collections.source import sources
+    from FlagEmbedding.collections.trec import read_qrels, relevant
     from FlagEmbedding.mining.common.jobs import work_folder
     from FlagEmbedding.mining.common.passages import PassageStore, corpus_files
 
     beir = source.format == "beir"
     with work_folder(output) as work:
         if beir:
-            names = ("queries.jsonl", f"qrels/{source.split}.tsv", "corpus.jsonl")
-            topics, judgments, passages = (_beir_file(Path(source.input[0]), name) for name in names)
-            queries, corpus = _beir_queries(topics), corpus_files([passages], work)
+            folder = Path(source.input[0])
+            queries = read_beir_queries(beir_file(folder, QUERIES))
+            judgments = beir_file(folder, f"qrels/{source.split}.tsv")
+            corpus = corpus_files([beir_file(folder, CORPUS)], work)
         else:
             assert source.language is not None
-            miracl.check_languages([source.language])
-            place = (source.language, source.split, source.data_dir, source.cache_dir)
-            queries, judgments = read_topics(miracl.topics_file(*place)), miracl.qrels_file(*place)
-            corpus = miracl.corpus_files(source.language, source.data_dir, source.cache_dir)
+            (place,) = sources([source.language], source.split, source.data_dir, source.cache_dir).values()
+            queries, judgments, corpus, beir = place.topics(), place.qrels_file(), place.corpus(), bool(place.beir)
         store = PassageStore.prepare(corpus, work, beir if source.with_title is None else source.with_title)
         qrels = read_qrels(judgments, beir=beir)
         rows = store.rows_of({docid for judged in qrels.values() for docid in judged})
@@ -120,40 +121,15 @@ def _judged(source: ConvertArguments, output: Path) -> Iterator[dict[str, Any] |
 
 def _texts(docids: Sequence[str], rows: dict[str, int], store: PassageStore, but: Sequence[str]) -> list[str]:
     """The texts of passages that the corpus has, each once, without those that are among ``but``."""
-    from FlagEmbedding.mining.common.alignment import text_key, text_keys
+    from FlagEmbedding.utils.texts import is_blank, text_key, text_keys
 
     seen, texts = text_keys(but), []
     for docid in docids:
         text = store[rows[docid]] if docid in rows else ""
-        if text.strip() and text_key(text) not in seen:
+        if not is_blank(text) and text_key(text) not in seen:
             seen.add(text_key(text))
             texts.append(text)
     return texts
-
-
-def _beir_queries(path: Path) -> dict[str, str]:
-    """``qid -> query`` of a BEIR ``queries.jsonl``. Raises ``DataError``."""
-    from FlagEmbedding.schema import Problem, Problems, read_rows
-
-    problems, queries = Problems(), {}
-    for line, row in read_rows(path, problems):
-        qid, text = row.get("_id"), row.get("text")
-        if not isinstance(qid, str) or not isinstance(text, str) or not text.strip():
-            problems.add(Problem(str(path), line, "", "no _id and text", "give every query both"))
-        else:
-            queries[qid] = text.strip()
-    problems.raise_if_any()
-    return queries
-
-
-def _beir_file(folder: Path, name: str) -> Path:
-    """A file of a BEIR folder, packed or not."""
-    path = folder / name
-    if not path.is_file():
-        path = folder / f"{name}.gz"
-    if not path.is_file():
-        raise DataError(f"{folder / name}: no such file; expected a BEIR folder with corpus, queries and qrels")
-    return path
 
 
 @entry_point
@@ -163,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, output = parse(groups, argv, "MIRACL, BEIR or sentence-transformers triples as training rows.")
     counts, name = convert(source, output), output.output_file
     print(f"{name}: {counts['rows']:,} rows")
+    if counts["lines"]:
+        span = f" ({counts['span']:,} of them over several lines of their file)" if counts["span"] else ""
+        print(f"  read: {counts['lines']:,} lines of triples{span}")
     if counts["bare"]:
         command = f"python -m FlagEmbedding.mining.hard_negatives --input_file {name} …"
         print(f"  {counts['bare']:,} of them have no neg yet: {command}")

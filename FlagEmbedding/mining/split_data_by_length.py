@@ -28,7 +28,7 @@ from FlagEmbedding.mining.common.rows import json_line, load_tokenizer
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, parse_record, read_rows
 from FlagEmbedding.utils.cli import entry_point, option, parse, switch
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.io import atomic_open
+from FlagEmbedding.utils.io import atomic_open, packing
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -87,7 +87,8 @@ def split_files(options: SplitArguments, tokenizer: Any) -> list[dict[str, Any]]
     problems.raise_if_any()
     stems: dict[str, str] = {}
     for path in files:
-        stem = Path(path).name.removesuffix(".gz").rpartition(".")[0] or Path(path).name
+        name = Path(path).name
+        stem = name[: -len(packing(name)) or None].rpartition(".")[0] or name
         if stems.setdefault(stem, path) != path:
             raise UsageError(f"{stems[stem]} and {path} would both be written to {stem}_len-…: rename one of them")
     folder, entries = Path(options.output_dir), []

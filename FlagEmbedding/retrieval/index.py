@@ -193,7 +193,7 @@ class FlatIndex:
         hashes = np.empty(self.rows, dtype=np.int64)
         for row in range(self.rows):
             docid = self._docid(row)
-            if docid.split() != [docid]:
+            if docid.split() != [docid] or docid[0] == "\ufeff":  # a byte order mark, before the first
                 raise DataError(f"{self.folder / DOCID}:{row + 1}: expected one word as docid, found {docid!r}")
             hashes[row] = hash(docid)
         distinct, counts = np.unique(hashes, return_counts=True)
@@ -219,7 +219,7 @@ class FlatIndex:
         size = self.path.stat().st_size
         if code == b"IxF2" or metric != 0:
             raise DataError(f"{self.path}: an L2 index; expected inner products (IndexFlatIP)")
-        if floats != rows * dimension or size != _HEADER.size + 4 * floats:
+        if min(rows, dimension) < 0 or floats != rows * dimension or size != _HEADER.size + 4 * floats:
             raise DataError(
                 f"{self.path}: {rows} x {dimension} floats announced, {size} bytes found; the file is damaged, run "
                 "step0 with --overwrite True"

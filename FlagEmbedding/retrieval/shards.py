@@ -74,6 +74,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise DataError(f"{path}: not a readable manifest ({error}); move it away to start again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
         raise DataError(f"{path}: expected a manifest with an 'identity'; move it away to start again")
+    files = manifest.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and "sha256" in f for f in files.values()):
+        raise DataError(f"{path}: expected the 'files' with their sha256; move it away to start again")
     return manifest
 
 
@@ -103,6 +106,9 @@ class ShardStore:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        for key, least in (("rows", 0), ("shard_size", 1), ("dimension", 1)):
+            if not isinstance(manifest.get(key), int) or manifest[key] < least:
+                raise DataError(f"{folder / MANIFEST}: expected a whole number as {key!r}; move the folder away")
         self.rows: int = manifest["rows"]
         self.shard_size: int = manifest["shard_size"]
         self.dimension: int = manifest["dimension"]

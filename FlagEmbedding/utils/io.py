@@ -1,4 +1,4 @@
-"""Files: reading text and JSON with or without gzip, and writing so that a killed run leaves no half file behind."""
+"""Files: text and JSON, plain or packed (gzip, zstd), and writing so that a killed run leaves no half file behind."""
 
 from __future__ import annotations
 
@@ -10,20 +10,58 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from FlagEmbedding.utils.errors import DataError
 
 PathLike = str | os.PathLike[str]
+READ_ERRORS = (OSError, EOFError, zlib.error)  # what reading a packed file that is damaged or cut off raises
 
 
-def open_text(path: PathLike) -> IO[str]:
-    """Open a UTF-8 text file for reading; ``.gz`` is unpacked on the way, a byte order mark is left out."""
-    if str(path).endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
+def packing(path: PathLike) -> str:
+    """How a file is packed, as its name says: ``.gz``, ``.zst`` or nothing."""
+    ending = os.path.splitext(os.fspath(path))[1].lower()
+    return ending if ending in (".gz", ".zst") else ""
+
+
+def unpacked(path: PathLike, stored: IO[bytes]) -> IO[bytes]:
+    """The bytes of ``stored``, an open file, unpacked as its name says. Reading raises one of ``READ_ERRORS``."""
+    kind = packing(path)
+    if kind == ".gz":
+        return gzip.GzipFile(fileobj=stored)  # type: ignore[return-value]
+    if kind == ".zst":
+        import pyarrow  # it comes with datasets, and brings zstd
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, "r"), "zstd"))
+    return stored
+
+
+def open_text(path: PathLike, newline: str | None = None) -> IO[str]:
+    """Open a UTF-8 text file for reading; unpacked on the way, a byte order mark left out."""
+    return io.TextIOWrapper(unpacked(path, open(path, "rb")), encoding="utf-8-sig", newline=newline)
+
+
+def decode_line(line: bytes) -> str:
+    """A line of a UTF-8 text file; a byte order mark is left out (joined files have several).
+
+    Raises:
+        UnicodeError: it is not UTF-8, or holds a NUL, as UTF-16 does.
+    """
+    text = line.decode("utf-8").removeprefix("\ufeff")
+    if "\0" in text:
+        raise UnicodeError("a NUL character; it may be UTF-16")
+    return text
+
+
+def not_utf8(line: bytes, error: UnicodeError) -> str:
+    """What is wrong with a line that :func:`decode_line` refuses."""
+    if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error.reason} at byte {error.start}"
+    return str(error)
 
 
 class _HashedFile(io.FileIO):
@@ -40,7 +78,12 @@ class _HashedFile(io.FileIO):
 
 
 def numbered_lines(path: PathLike, kind: str, digest: Any = None) -> Iterator[tuple[int, str]]:
-    """``(line number, line)`` of every line that is not blank of a UTF-8 text file; ``.gz`` is unpacked.
+    """The lines that are not blank; see :func:`all_lines`."""
+    return ((number, line) for number, line in all_lines(path, kind, digest) if line.strip())
+
+
+def all_lines(path: PathLike, kind: str, digest: Any = None) -> Iterator[tuple[int, str]]:
+    """``(line number, line)`` of every line of a UTF-8 text file; ``.gz`` and ``.zst`` are unpacked.
 
     Args:
         kind: what the file is, for messages: "run", "corpus".
@@ -52,16 +95,16 @@ def numbered_lines(path: PathLike, kind: str, digest: Any = None) -> Iterator[tu
     number = 0
     try:
         with io.BufferedReader(_HashedFile(path, digest) if digest else io.FileIO(path), 1 << 20) as stored:
-            lines = gzip.GzipFile(fileobj=stored) if str(path).endswith(".gz") else stored
-            for number, line in enumerate(lines, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield number, text
+            for number, line in enumerate(unpacked(path, stored), 1):
+                try:
+                    text = decode_line(line)
+                except UnicodeError as error:
+                    what = f"not UTF-8 text ({not_utf8(line, error)}); save it as UTF-8"
+                    raise DataError(f"{path}:{number}: {what}") from error
+                yield number, text
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such {kind} file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except READ_ERRORS as error:
         raise DataError(
             f"{path}:{number + 1}: the {kind} file cannot be read further ({error}); make or fetch it again"
         ) from error
@@ -77,7 +120,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: PathLike) -> Any:
     """The value of a JSON file. Raises ``OSError`` or ``ValueError`` where there is none."""
-    return parse_json(Path(path).read_text(encoding="utf-8"))
+    return parse_json(Path(path).read_text(encoding="utf-8-sig"))
 
 
 @contextmanager
@@ -101,6 +144,26 @@ def atomic_open(path: PathLike, mode: str = "w") -> Iterator[IO[Any]]:
 def follow_umask(path: PathLike) -> None:
     """Give a file the mode of any new one: libraries that write beside and rename leave it to its owner alone."""
     os.chmod(path, 0o666 & ~_umask())
+
+
+@contextmanager
+def atomic_text(path: PathLike) -> Iterator[IO[str]]:
+    """:func:`atomic_open` for text, packed as the name says; the same text gives the same bytes."""
+    kind = packing(path)
+    with ExitStack() as opened:
+        stream = opened.enter_context(atomic_open(path, "wb" if kind else "w"))
+        if kind == ".gz":
+            packed: Any = gzip.GzipFile("", "wb", fileobj=stream, mtime=0)
+        elif kind:
+            import pyarrow
+
+            file = pyarrow.PythonFile(os.fdopen(os.dup(stream.fileno()), "wb"), "w")
+            packed = pyarrow.CompressedOutputStream(file, "zstd")
+        else:
+            yield stream
+            return
+        with packed, io.TextIOWrapper(packed, encoding="utf-8", newline="") as text:
+            yield text
 
 
 def _umask() -> int:

@@ -161,9 +161,13 @@ def read_table(path: Path) -> Table:
     """Read table.yaml and check that its recipes are there. Raises ``DataError``."""
     value = _load(path)
     rows: list[Row] = []
-    for number, item in enumerate(value.get("rows") or [], 1):
-        if not isinstance(item, dict) or not item.get("name") or set(item) - {"name", "recipe", "train_file"}:
-            raise DataError(f"{path}: row {number}: expected name, recipe and train_file, found {item!r}")
+    given, published = value.get("rows") or [], value.get("published") or {}
+    if not isinstance(given, list) or not isinstance(published, dict):
+        raise DataError(f"{path}: expected rows as a list and published as a mapping")
+    for number, item in enumerate(given, 1):
+        texts = isinstance(item, dict) and all(isinstance(text, str | None) for text in item.values())
+        if not texts or not item.get("name") or set(item) - {"name", "recipe", "train_file"}:
+            raise DataError(f"{path}: row {number}: expected name, recipe and train_file, found {str(item)[:80]!r}")
         if bool(item.get("recipe")) != bool(item.get("train_file")):
             raise DataError(f"{path}: row {item['name']!r}: recipe and train_file go together")
         recipe = path.parent / item["recipe"] if item.get("recipe") else None
@@ -172,14 +176,13 @@ def read_table(path: Path) -> Table:
         rows.append(Row(item["name"], recipe, item.get("train_file")))
     if not rows or len({row.slug for row in rows}) != len(rows):
         raise DataError(f"{path}: expected rows with different names")
-    published = value.get("published") or {}
     return Table(rows, published.get("scores") or {}, published.get("source") or "", published.get("model") or "")
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        value = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a mapping")

@@ -14,9 +14,9 @@ from mining.corpora import QUERIES, TEXTS, brute_force, positives, read_rows, wr
 from FlagEmbedding.evaluation.__main__ import generate_embedding
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.mining.common.alignment import normalize_text
 from FlagEmbedding.mining.hard_negatives.command import main
 from FlagEmbedding.schema import read_records
+from FlagEmbedding.utils.texts import normalize_text
 
 WINDOW = ("--range_for_sampling", "2-20", "--negative_number", "6")
 KEYS = [f"q{i}" for i in range(9)]  # q9 has no positive

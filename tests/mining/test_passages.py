@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from mining.corpora import QUERIES, TEXTS, read_rows, write_collection, write_rows
 
-from FlagEmbedding.mining.common.alignment import normalize_text, realign, written
+from FlagEmbedding.mining.common.alignment import realign, written
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, passages_of_rows
 from FlagEmbedding.mining.common.rows import row_key
 from FlagEmbedding.mining.hard_negatives.command import main
 from FlagEmbedding.schema import TrainRecord
+from FlagEmbedding.utils.texts import normalize_text
 
 
 @pytest.mark.parametrize("other", ["a B  c", " A b\tC\n", "Ａ b c"])

@@ -1,4 +1,4 @@
-"""When two texts count as the same, and carrying ``neg_q`` along when the negatives of a row change.
+"""Carrying ``neg_q`` along when the negatives of a row change.
 
 ``neg_q`` runs parallel to ``neg``. Mining again exchanges negatives; a list that stayed as it was would then pair
 negatives with queries they do not answer, and the penalty would pull on the wrong pairs.
@@ -6,26 +6,10 @@ negatives with queries they do not answer, and the penalty would pull on the wro
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Sequence
-from hashlib import blake2b
+from collections.abc import Sequence
 
 from FlagEmbedding.schema import TrainRecord
-
-
-def normalize_text(text: str) -> str:
-    """``text`` for comparison: NFKC, lower case, one space for any white space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def text_key(text: str) -> bytes:
-    """Sixteen bytes that are equal for texts that count as the same."""
-    return blake2b(normalize_text(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def text_keys(texts: Iterable[str]) -> set[bytes]:
-    """The keys of some texts."""
-    return {text_key(text) for text in texts}
+from FlagEmbedding.utils.texts import text_key
 
 
 def realign(record: TrainRecord, negatives: Sequence[str]) -> list[list[str]]:

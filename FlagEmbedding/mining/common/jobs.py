@@ -26,7 +26,7 @@ from FlagEmbedding.mining.common.rows import json_line
 from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import as_json, differences
-from FlagEmbedding.utils.io import PathLike, atomic_open, parse_json
+from FlagEmbedding.utils.io import PathLike, atomic_text, parse_json
 from FlagEmbedding.utils.locking import exclusive
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.progress import progress as progress  # the other commands take it from here
@@ -69,7 +69,7 @@ def write_rows(output: Path, rows: Iterable[dict[str, Any]], overwrite: bool) ->
     with clear_disk_errors(f"writing {output}"), exclusive(output.with_name(f".{output.name}.lock"), output):
         check_output(output, overwrite)
         remove_leftovers(output.parent, glob.escape(output.name))
-        with atomic_open(output) as stream:
+        with atomic_text(output) as stream:
             for row in progress(output.name, rows):
                 stream.write(json_line(row))
                 count += 1
@@ -164,7 +164,7 @@ class Job:
     def finish(self) -> int:
         """Write the output out of the journal, remove the journal; returns the number of rows."""
         rows = 0
-        with clear_disk_errors(f"writing {self.output}"), atomic_open(self.output) as stream:
+        with clear_disk_errors(f"writing {self.output}"), atomic_text(self.output) as stream:
             for entry in self._entries():
                 stream.writelines(map(json_line, entry["rows"]))
                 rows += len(entry["rows"])

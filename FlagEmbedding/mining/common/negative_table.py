@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.rows import valid_rows
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
 from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.texts import text_key
 
 _SCHEMA = """
 CREATE TABLE real (passage BLOB, place BLOB, query BLOB, text TEXT, PRIMARY KEY (passage, place)) WITHOUT ROWID;

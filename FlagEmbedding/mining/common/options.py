@@ -9,6 +9,10 @@ from typing import Any
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.utils.cli import option, switch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.io import packing
+
+# Names under which JSON lines would be taken for something else.
+_NO_LINES = (".csv", ".tsv", ".parquet", ".arrow", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
 
 
 def check_least(options: Any, **least: float) -> None:
@@ -26,6 +30,14 @@ class OutputArguments:
     output_file: str = option(help="the training rows", metavar="FILE")
     overwrite: bool = switch(False, "replace an output that is there")
 
+    def __post_init__(self) -> None:
+        ending = self.path.suffix.lower()
+        if ending in _NO_LINES:
+            raise UsageError(
+                f"--output_file {self.output_file}: JSON lines are written, and {ending} says otherwise; name a .jsonl "
+                "file, or .jsonl.gz or .jsonl.zst to have it packed"
+            )
+
     @property
     def path(self) -> Path:
         """The file to write."""
@@ -41,7 +53,8 @@ class ReportedOutput(OutputArguments):
     def report(self, suffix: str = "") -> Path:
         """Path of the report without the ending: the output's name and ``suffix``."""
         folder = Path(self.report_dir) if self.report_dir else self.path.parent / "reports"
-        return folder / (self.path.name.removesuffix(".jsonl") + suffix)
+        name = self.path.name
+        return folder / (name[: -len(packing(name)) or None].removesuffix(".jsonl") + suffix)
 
 
 @dataclass(frozen=True)

@@ -10,61 +10,95 @@ does not grow with the corpus.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from FlagEmbedding.collections.corpus import Passage, Survey, passage_text
 from FlagEmbedding.collections.corpus import survey as survey_corpus
+from FlagEmbedding.collections.miracl import numbered_docs
 from FlagEmbedding.mining.common.rows import KeySet, json_line
 from FlagEmbedding.retrieval.shards import clear_disk_errors
-from FlagEmbedding.schema import Problem, Problems, read_rows
+from FlagEmbedding.schema import Problems, kind_of, read_rows
+from FlagEmbedding.schema.tables import is_table
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import fingerprints, made_by
-from FlagEmbedding.utils.io import PathLike, atomic_open, read_json, sha256_file, write_json_atomic
+from FlagEmbedding.utils.io import (
+    PathLike,
+    atomic_open,
+    numbered_lines,
+    packing,
+    read_json,
+    sha256_file,
+    write_json_atomic,
+)
+from FlagEmbedding.utils.texts import half_pair, is_blank
 
 TEXTS, OFFSETS, DOCID, RECORD = "texts", "offsets", "docid", "passages.json"
-_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _IDS = ("docid", "_id", "id")
+
+
+class Plain(NamedTuple):
+    """A passage as files of any origin have it; ``where``: its file and line."""
+
+    title: str
+    text: str
+    docid: str | None = None
+    where: str = ""
 
 
 def corpus_files(paths: Sequence[PathLike], work: Path) -> list[Path]:
     """The files that ``paths`` (files or folders) name, in the form of MIRACL's.
 
-    A file that is in it already (``docid`` on its first line) is used where it lies; otherwise all are rewritten into
-    ``work``, where a passage without an id gets its place as one. Raises ``DataError``.
+    Files that are in it already (``docid`` or BEIR's ``_id`` on their first line) are used where they lie; otherwise
+    all are rewritten into ``work``, where a passage without an id gets its place as one. Raises ``DataError``.
     """
     named: list[Path] = []
     for given in map(Path, paths):
-        if given.is_dir():
-            inside = [p for p in sorted(given.iterdir()) if p.name[0] != "." and p.name.endswith(_SUFFIXES)]
-            if not inside:
-                raise DataError(f"{given}: expected .jsonl or .jsonl.gz files of passages, found none")
-            named += sorted(inside, key=_docs_number)
-        elif given.is_file():
+        if os.path.isdir(given):
+            named += _of_folder(given)
+        elif os.path.isfile(given):
             named.append(given)
         else:
             raise DataError(f"{given}: there is no such corpus; give .jsonl(.gz) files or a folder of them")
-    if all(_has_docid(path) for path in named):
+    if all(_lies_ready(path) for path in named):
         return named
     return _written(_plain_passages(named), work, named[0])
 
 
+def _of_folder(folder: Path) -> list[Path]:
+    """MIRACL's files where it holds any, else everything that can hold passages."""
+    if docs := numbered_docs(folder):
+        return [path for _, path in docs]
+    inside = [p for p in sorted(folder.iterdir()) if p.name[0] != "." and p.is_file() and _ending(p.name)]
+    if not inside:
+        raise DataError(f"{folder}: expected .jsonl or .jsonl.gz files of passages, found none")
+    return inside
+
+
 def passages_of_rows(files: Sequence[PathLike], work: Path) -> list[Path]:
     """Every different ``pos`` and ``neg`` of training files as a corpus in ``work``; memory does not grow with them."""
-    return _written((("", text, None) for text in _row_passages(files)), work, files[0])
+    return _written((Plain("", text) for text in _row_passages(files)), work, files[0])
 
 
-def _written(passages: Iterable[tuple[str, str, str | None]], work: Path, source: PathLike) -> list[Path]:
-    """(title, text, docid) as a file in ``work``; where there is no docid, it is the passage's place."""
-    target, place = work / "docs-0.jsonl", -1
+def _written(passages: Iterable[Plain], work: Path, source: PathLike) -> list[Path]:
+    """The passages as a file in ``work``; where there is no docid, it is the passage's place."""
+    target, place, seen = work / "docs-0.jsonl", -1, KeySet()
     with clear_disk_errors(f"writing {target}"), atomic_open(target) as stream:
-        for place, (title, text, docid) in enumerate(passages):
-            stream.write(json_line({"docid": docid or str(place), "title": title, "text": text}))
+        for place, passage in enumerate(passages):
+            docid = passage.docid or str(place)
+            if not seen.add(docid.encode()):
+                raise DataError(
+                    f"{passage.where}: docid {docid!r} was there before; give every passage an id of its own, or none "
+                    "to any"
+                )
+            stream.write(json_line({"docid": docid, "title": passage.title, "text": passage.text}))
         if place < 0:
             raise DataError(f"{source}: no passages in it; name a corpus with --corpus")
     return [target]
@@ -73,31 +107,45 @@ def _written(passages: Iterable[tuple[str, str, str | None]], work: Path, source
 def index_label(path: PathLike) -> str:
     """The name of a corpus's index: a folder's whole name (``miracl-corpus-v1.0-ko``), a file's without suffix."""
     name = Path(path).name
-    return next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
+    return name[: -len(_ending(name)) or None]
 
 
-def _docs_number(path: Path) -> tuple[int, str]:
-    stem = path.name.split(".")[0]
-    return (int(stem[5:]) if stem.startswith("docs-") and stem[5:].isdigit() else -1), path.name
+def _ending(name: str) -> str:
+    """The ending of a name that says it can hold passages, such as ``.jsonl.gz``; empty: it cannot."""
+    packed = packing(name)
+    ending = Path(name[: -len(packed) or None]).suffix
+    return name[-len(ending + packed) :] if ending.lower() in (".jsonl", ".json") or is_table(name) else ""
 
 
-def _has_docid(path: Path) -> bool:
+def _lies_ready(path: Path) -> bool:
+    """Whether a file is lines of passages with docids, by its first line."""
+    if is_table(path):
+        return False
     problems = Problems()
     _, row = next(read_rows(path, problems), (0, {}))
     problems.raise_if_any()
-    return "docid" in row
+    if not any(isinstance(row.get(key), str) for key in _IDS[:2]):
+        return False
+    return next(numbered_lines(path, "corpus"))[1].lstrip()[:1] == "{"
 
 
-def _plain_passages(paths: Sequence[Path]) -> Iterator[tuple[str, str, str | None]]:
+def _plain_passages(paths: Sequence[Path]) -> Iterator[Plain]:
     problems = Problems()
     for path in paths:
         for line, row in read_rows(path, problems):
-            text = row.get("text")
-            if not isinstance(text, str) or not text.strip():
-                problems.add(Problem(str(path), line, "text", "is missing or empty", "give every passage its text"))
-                continue
-            docid = next((str(row[key]) for key in _IDS if isinstance(row.get(key), str | int)), None)
-            yield str(row.get("title") or ""), text, docid
+            text, title = row.get("text"), row.get("title")
+            docid = next((row[key] for key in _IDS if row.get(key) is not None), None)
+            report = partial(problems.report, str(path), line)
+            if not isinstance(text, str) or is_blank(text):
+                report("text", "is missing or empty", "give every passage its text")
+            elif title is not None and not isinstance(title, str):
+                report("title", f"is {kind_of(title)}", "give text, or leave it out")
+            elif isinstance(docid, bool) or not isinstance(docid, str | int | None) or docid == "":
+                report("docid", f"is {kind_of(docid)}", "give one word or a whole number")
+            elif any(half_pair(each) for each in (text, title or "", str(docid))):
+                report("", "half of a surrogate pair", "write whole characters")
+            else:
+                yield Plain(title or "", text, None if docid is None else str(docid), f"{path}:{line}")
     problems.raise_if_any()
 
 
@@ -107,7 +155,7 @@ def _row_passages(paths: Sequence[PathLike]) -> Iterator[str]:
         for _, row in read_rows(path, problems):
             for texts in (row.get("pos"), row.get("neg")):
                 for text in [texts] if isinstance(texts, str) else texts or []:
-                    if isinstance(text, str) and text.strip() and seen.add(_key(text)):
+                    if isinstance(text, str) and not is_blank(text) and seen.add(_key(text)):
                         yield text
     problems.raise_if_any()
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.collections.trec import read_qrels, read_topics, relevant
-from FlagEmbedding.mining.common.alignment import text_key, text_keys
+from FlagEmbedding.collections.source import Source
+from FlagEmbedding.collections.trec import relevant
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.rows import valid_rows
 from FlagEmbedding.schema import Problems, TrainRecord
 from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.texts import text_key, text_keys
 
 _OURS = ("query", "pos", "neg", "neg_q", "pos_scores", "neg_scores")
 
@@ -81,17 +82,18 @@ class TrainingRows:
 
 
 class JudgedTopics:
-    """MIRACL's topics with their relevant passages as items.
+    """Judged topics (MIRACL's, BEIR's) with their relevant passages as items.
 
     Attributes:
         skipped: for the report, what could not be used and how much of it.
     """
 
-    def __init__(self, topics: Path, qrels: Path, store: PassageStore) -> None:
-        self.inputs, self._store = [topics, qrels], store
-        positives = {qid: relevant(judged) for qid, judged in read_qrels(qrels).items()}
+    def __init__(self, source: Source, store: PassageStore) -> None:
+        topics, qrels = self.inputs = [source.topics_file(), source.qrels_file()]
+        self._store = store
+        positives = {qid: relevant(judged) for qid, judged in source.qrels().items()}
         rows = store.rows_of({docid for docids in positives.values() for docid in docids})
-        queries = read_topics(topics)
+        queries = source.topics()
         answers = {qid: tuple(rows[docid] for docid in positives.get(qid, ()) if docid in rows) for qid in queries}
         self._topics = [(qid, query, answers[qid]) for qid, query in queries.items() if answers[qid]]
         if not self._topics:

@@ -10,18 +10,18 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, parse_record, read_rows
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.texts import text_key
 
 
 def json_line(value: Any) -> str:
     """``value`` as one line of JSON with its line end; text as it is, escaped only where UTF-8 cannot hold it."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)  # a table may hold dates in columns that are not ours
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair, in a column that is not ours
-        text = json.dumps(value)
+        text = json.dumps(value, default=str)
     return text + "\n"
 
 

@@ -1,25 +1,48 @@
 """Rows out of sentence-transformers' training tables: JSON lines (objects or arrays), CSV or TSV with a header.
 
-Columns count by place, as in sentence-transformers: query, positive, then negatives; ``label``, ``labels``, ``score``
-and ``scores`` are apart. What ``mine_hard_negatives`` writes is read in these of its forms: triplet, n-tuple,
-n-tuple-scores, labeled-pair. Neighboring lines of one query become one row.
+Columns count by name: a query (anchor, question …), a positive (answer, passage …), negatives; ``label``, ``labels``,
+``score`` and ``scores`` are apart, ids are left out, and a name that says nothing is refused. An array has no names:
+there the order is query, positive, then negatives. What ``mine_hard_negatives`` writes is read in these of its forms:
+triplet, n-tuple, n-tuple-scores, labeled-pair. Neighboring lines of one query become one row.
 """
 
 from __future__ import annotations
 
-import csv
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from FlagEmbedding.schema import Problem, Problems
+from FlagEmbedding.mining.common.delimited import table_lines
+from FlagEmbedding.schema import Problems
 from FlagEmbedding.utils.errors import DataError
-from FlagEmbedding.utils.io import numbered_lines, open_text, parse_json
+from FlagEmbedding.utils.io import numbered_lines, packing, parse_json
+from FlagEmbedding.utils.texts import half_pair, is_blank, text_key, text_keys
 
-_LABELS = ("label", "labels", "score", "scores")
+Role = Literal["query", "pos", "neg", "label", "id"]
+
 _HINT = "give query, positive and negatives as columns, in this order"
+# Names of columns, lower case with _ for what parts words; the first pattern that fits says what a column is.
+_ROLES: dict[Role, str] = {
+    "id": r"|id|.*_ids?|qid|pid|docid|index|idx|unnamed:_\d+|__index_level_0__",
+    "label": r"labels?|scores?",
+    "query": r"q|query|queries|query_text|anchors?|questions?|sentence_?1|text_?1",
+    "pos": r"p|pos(itives?)?(_(passages?|doc(ument)?s?|texts?))?(_?1)?|answers?|passages?(_text)?|doc(ument)?s?|"
+    r"responses?|sentence_?2|text_?2",
+    "neg": r"n|(hard_?)?neg(ative)?s?(_(passages?|doc(ument)?s?|texts?))?(_?\d+)?",
+}
+
+
+class Fault(NamedTuple):
+    """What is wrong with a line or its columns, and what to do."""
+
+    found: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -32,61 +55,95 @@ class Triple:
     scores: list[float] | None = None
 
 
-def read_triples(path: Path, problems: Problems) -> Iterator[Triple]:
-    """The lines of a file; what cannot be read goes to ``problems``."""
-    for line, names, values in _lines(path, problems):
+def read_triples(path: Path, problems: Problems, counts: Counter[str]) -> Iterator[Triple]:
+    """The lines of a file; what cannot be read goes to ``problems``.
+
+    Args:
+        counts: told how many ``lines`` of table were read, and how many of them ``span`` several lines of the file.
+    """
+    for line, names, values in _lines(path, problems, counts):
+        counts["lines"] += 1
         found = _triple(names, values)
         if isinstance(found, Triple):
             yield found
         else:
-            problems.add(Problem(str(path), line, "", found, _HINT))
+            problems.report(str(path), line, "", *found)
+            if names and isinstance(roles(names), Fault):
+                return  # a header that is not understood: every line would say so
 
 
-def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, list[str], list[Any]]]:
+def _lines(path: Path, problems: Problems, counts: Counter[str]) -> Iterator[tuple[int, tuple[str, ...], list[Any]]]:
     """``(line, column names, values)``; an array has no names."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    name = path.name.lower()
+    kind = name[: -len(packing(name)) or None].rpartition(".")[2]
     if kind not in ("jsonl", "json", "csv", "tsv"):
-        raise DataError(f"{path}: expected .jsonl, .csv or .tsv (or one of them with .gz), found .{kind}")
+        raise DataError(f"{path}: expected .jsonl, .csv or .tsv (or one of them with .gz or .zst), found .{kind}")
     if kind in ("csv", "tsv"):
-        try:
-            with open_text(path) as stream:
-                reader = csv.reader(stream, delimiter="," if kind == "csv" else "\t")
-                header = next(reader, [])
-                yield from ((reader.line_num, header, values) for values in reader if values)
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
+        yield from table_lines(path, "," if kind == "csv" else "\t", problems, counts)
         return
     for number, line in numbered_lines(path, "triples"):
         try:
             value = parse_json(line)
         except ValueError as error:
-            problems.add(Problem(str(path), number, "", f"broken JSON ({error})", "write one row per line"))
+            problems.report(str(path), number, "", f"broken JSON ({error})", "write one row per line")
             continue
-        names = list(value) if isinstance(value, dict) else []
+        names = tuple(value) if isinstance(value, dict) else ()
         yield number, names, list(value.values()) if isinstance(value, dict) else _list(value)
 
 
-def _triple(names: Sequence[str], values: Sequence[Any]) -> Triple | str:
-    """The line, or what is wrong with it."""
+@lru_cache(maxsize=64)
+def roles(names: tuple[str, ...]) -> tuple[Role, ...] | Fault:
+    """What each column is."""
+    found: list[Role] = []
+    for name in names:
+        plain = re.sub(r"[\s\-.]+", "_", name.strip().lower())
+        role = next((role for role, pattern in _ROLES.items() if re.fullmatch(pattern, plain)), None)
+        if role is None:
+            what = "rename it to query, positive, negative (several: negative_1 …) or score, or leave it out"
+            return Fault(f"a column is called {name[:60]!r}, which does not say what it is", what)
+        found.append(role)
+    for role, called in (("query", "query"), ("pos", "positive"), ("label", "score")):
+        same = [name for name, this in zip(names, found, strict=True) if this == role]
+        if len(same) > 1:
+            return Fault(f"the columns {' and '.join(map(repr, same[:3]))} are each the {called}", "leave one of them")
+        if not same and role != "label":
+            shown = ", ".join(map(repr, names[:6])) or "nothing"
+            return Fault(f"no column is the {called} (they are called {shown})", f"call one of them {called}")
+    return tuple(found)
+
+
+def _triple(names: tuple[str, ...], values: Sequence[Any]) -> Triple | Fault:
     if names and len(names) != len(values):
-        return f"{len(values)} columns under a header of {len(names)}"
-    label = next((i for i, name in enumerate(names) if name in _LABELS), None)
-    texts = [value for i, value in enumerate(values) if i != label]
-    if not all(isinstance(text, str) and text.strip() for value in texts for text in _list(value)):
-        return "a text is missing, empty or no text"
-    if len(texts) < 2 or not isinstance(texts[0], str):
-        return f"{len(texts)} columns of text"
-    query, positives, negatives = texts[0], _list(texts[1]), [text for value in texts[2:] for text in _list(value)]
-    if label is None:
+        return Fault(f"{len(values)} columns under a header of {len(names)}", _HINT)
+    by_place: tuple[Role, ...] = ("query", "pos", *["neg"] * (len(values) - 2))  # type: ignore[assignment]
+    kinds = roles(names) if names else by_place[: len(values)]
+    if isinstance(kinds, Fault):
+        return kinds
+    columns = {
+        role: [text for value, kind in zip(values, kinds, strict=True) if kind == role for text in _list(value)]
+        for role in ("query", "pos", "neg", "label")
+    }
+    texts = [text for role in ("query", "pos", "neg") for text in columns[role]]
+    if not all(isinstance(text, str) and not is_blank(text) for text in texts):
+        return Fault("a text is missing, empty or no text", _HINT)
+    if any(half_pair(text) for text in texts):
+        return Fault("a text holds half of a surrogate pair", "write whole characters")
+    if len(columns["query"]) != 1 or not columns["pos"]:
+        return Fault(f"{len(texts)} columns of text", _HINT)
+    (query,), positives, negatives = (columns[role] for role in ("query", "pos", "neg"))
+    if "label" not in kinds:
         return Triple(query, positives, negatives)
+    given = columns["label"]
     try:
-        numbers = [float(number) for number in _list(values[label])]
-    except (TypeError, ValueError):
-        return f"{names[label]} is {values[label]!r}"
+        numbers = [float(number) for number in given]
+    except (TypeError, ValueError, OverflowError):
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        return Fault(f"{names[kinds.index('label')]} is {str(given)[:60]}", "give finite numbers")
     if len(numbers) == 1 and len(positives) == 1 and not negatives:  # a labeled pair
         return Triple(query, positives, []) if numbers[0] >= 0.5 else Triple(query, [], positives)
     if len(numbers) != len(positives) + len(negatives):
-        return f"{len(numbers)} scores for {len(positives) + len(negatives)} passages"
+        return Fault(f"{len(numbers)} scores for {len(positives) + len(negatives)} passages", "give one for each")
     return Triple(query, positives, negatives, numbers)
 
 
@@ -97,7 +154,8 @@ def _list(value: Any) -> list[Any]:
 def rows_of_triples(triples: Iterator[Triple]) -> Iterator[dict[str, Any] | None]:
     """A row for each run of lines of one query; None for a query without a positive.
 
-    A passage counts once, as a positive if any line says so. Scores are kept where every line of the query has them.
+    A passage counts once, as a positive if any line says so (a twin of it, too). Scores are kept where every line of
+    the query has them.
     """
     for query, group in groupby(triples, key=lambda triple: triple.query):
         positives: dict[str, float | None] = {}
@@ -111,7 +169,8 @@ def rows_of_triples(triples: Iterator[Triple]) -> Iterator[dict[str, Any] | None
         if not positives:
             yield None
             continue
-        negatives = {text: score for text, score in negatives.items() if text not in positives}
+        answers = text_keys(positives)
+        negatives = {text: score for text, score in negatives.items() if text_key(text) not in answers}
         row: dict[str, Any] = {"query": query, "pos": list(positives)}
         if negatives:
             row["neg"] = list(negatives)

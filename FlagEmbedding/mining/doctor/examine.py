@@ -19,6 +19,7 @@ from FlagEmbedding.mining.doctor.plots import plot_lengths, plot_scores
 from FlagEmbedding.mining.doctor.report import length_figures, markdown
 from FlagEmbedding.mining.doctor.scan import lengths, scan
 from FlagEmbedding.mining.doctor.scores import embed, score
+from FlagEmbedding.mining.doctor.twins import find_token_twins
 from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
@@ -51,6 +52,8 @@ def examine(options: DoctorOptions) -> tuple[dict[str, Any], Problems]:
     limits = {name: getattr(settings, name) for name in ("query_max_len", "passage_max_len")} if tokenizer else {}
     unit, sizes = "tokens" if tokenizer else "characters", lengths(found.texts, tokenizer)
     plot_lengths(sizes, unit, limits, folder / "lengths.png")
+    if tokenizer is not None:
+        found.findings["same_tokens"] = find_token_twins(found.texts, tokenizer, settings)
     by_file = {path: counts.figures() for path, counts in found.files.items()}
     record = {
         "what": " ".join(reading.paths),

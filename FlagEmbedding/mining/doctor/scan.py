@@ -18,7 +18,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.jobs import progress
 from FlagEmbedding.mining.common.negative_table import NegativeTable
 from FlagEmbedding.mining.common.rows import KeySet, row_key
@@ -26,6 +25,7 @@ from FlagEmbedding.mining.doctor.arguments import ReadingArguments
 from FlagEmbedding.row_counts import FileStatistics
 from FlagEmbedding.schema import Problems, TrainRecord, read_records
 from FlagEmbedding.utils.pages import one_line
+from FlagEmbedding.utils.texts import text_key
 
 SHOWN = 10
 ROLES = {"query": "queries", "pos": "positives", "neg": "negatives", "neg_q": "queries of negatives"}
@@ -40,6 +40,10 @@ FINDINGS = {
     "false_negative": (
         "negatives that answer the query, as this or another row says",
         "take them out, or mine again: hard_negatives never takes a known answer",
+    ),
+    "same_tokens": (
+        "negatives of which the tokenizer makes what it makes of a positive of their row",
+        "the model cannot tell them apart: take them out",
     ),
     "negative_is_query": ("negatives that are the text of the query", "take them out"),
     "positive_is_query": ("positives that are the text of the query", "such a row teaches nothing: take it out"),
@@ -180,7 +184,7 @@ def scan(files: Sequence[Path], problems: Problems, work: Path, reading: Reading
         total += 1
     # Seeding by text goes through SHA-512, the same on every platform.
     drawn = set(random.Random(f"{reading.seed}").sample(range(total), sample)) if 0 < sample < total else None
-    found = Scan({}, {name: Finding() for name in FINDINGS}, Texts(work / "texts"), drawn)
+    found = Scan({}, {name: Finding() for name in FINDINGS if name != "same_tokens"}, Texts(work / "texts"), drawn)
     rows, queries = KeySet(), KeySet()
     for number, (path, record) in enumerate(progress("reading", records(Problems()), total=total)):
         counts, place = found.files.setdefault(path, FileCounts()), f"{path}:{record.line}"

@@ -23,7 +23,7 @@ _EXAMPLES = """examples:
         --encoder BAAI/bge-m3 --relative_margin 0.05 --output_file train_data/mined.jsonl
 """
 
-Split = Literal["train", "dev"]
+Split = Literal["train", "dev", "test"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class InputArguments:
     """Queries, positives and corpus."""
 
     input_file: list[str] = option([], "training rows: query, pos, perhaps neg and neg_q", metavar="FILE")
-    data_dir: str | None = option(None, "folder in MIRACL's layout, asked before the hub (with --language)")
-    language: str | None = option(None, "MIRACL language: topics and qrels of --split, and its corpus")
+    data_dir: str | None = option(None, "folder in MIRACL's layout or BEIR's, asked before the hub (with --language)")
+    language: str | None = option(None, "MIRACL language (or --data_dir's own): topics and qrels of --split, corpus")
     split: Split = choice(Split, "train", "which topics and qrels")
     corpus: list[str] = option(
         [], "JSON lines with text (docid and title optional), files or folders; default: MIRACL's corpus of the "

@@ -14,18 +14,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from FlagEmbedding.mining.common.alignment import text_key, text_keys
 from FlagEmbedding.mining.common.options import check_least
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.ranks import parse_range
+from FlagEmbedding.utils.texts import text_key, text_keys
 
 if TYPE_CHECKING:  # brings numpy, and with it a slower --help
     from FlagEmbedding.mining.common.queries import Item
 
 REASONS = {
     "judged_positive": "answers the query, by qrels or training rows",
-    "same_as_positive": "text of a positive under another id",
+    "same_as_positive": "text (or tokens) of a positive under another id",
     "same_as_query": "text of the query",
     "repeated": "text of a candidate ranked higher",
     "absolute_margin": "score + margin above the positive's",
@@ -130,19 +130,23 @@ class NegativeFilter:
         item: the query; its text, its positives and what is judged to answer it may not come back as negatives.
         filters: limits on scores.
         positive: the score that margins are measured from.
+
+    Attributes:
+        twins: places in the corpus of passages that the encoder reads as it reads a positive.
     """
 
     def __init__(self, item: Item, filters: ScoreFilters, positive: float) -> None:
         self._query, self._positives = text_key(item.query), text_keys(item.positives)
         self._judged_rows, self._judged = frozenset(item.positive_rows), item.judged
         self._filters, self._positive, self._seen = filters, positive, set[bytes]()
+        self.twins = set[int]()
 
     def reason(self, candidate: Candidate) -> str | None:
         """Why ``candidate`` is left out, or None."""
         key = text_key(candidate.text)
         if candidate.row in self._judged_rows or key in self._judged:
             return "judged_positive"
-        if key in self._positives:
+        if key in self._positives or candidate.row in self.twins:
             return "same_as_positive"
         if key == self._query:
             return "same_as_query"

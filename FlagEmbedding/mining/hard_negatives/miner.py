@@ -7,7 +7,7 @@ whenever it is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -24,6 +24,7 @@ from FlagEmbedding.mining.hard_negatives.reranker import Reranker
 from FlagEmbedding.retrieval.searcher import Hit
 
 _RANDOM_TRIES = 16
+_SAME_SCORE = 5e-3  # equal vectors score the same, but for the rounding of half precision
 
 
 @dataclass
@@ -80,10 +81,13 @@ class Miner:
 
     def _mine_one(self, item: Item, vector: np.ndarray, hits: list[Hit], positives: list[float]) -> Mined:
         sampling, generator, (first, last) = self.sampling, self.sampling.generator(item.key), self.sampling.window
-        window = self._rescored(item, self._candidates(hits[first:last]))
+        own = positives
+        found_here = self._candidates(hits[first:last])
+        twins = self._twins(item, found_here, positives)
+        window = self._rescored(item, found_here)
         if self.reranker is not None:
             positives = self.reranker.score(item.query, item.positives)
-        rules = self._rules(item, min(positives))
+        rules = self._rules(item, min(positives), twins)
         kept, counts = rules.apply(window)
         chosen = choose(kept, sampling, generator)
         found = len(chosen)
@@ -91,11 +95,12 @@ class Miner:
         if missing and sampling.fill != "none":
             below = self._candidates(hits[last:])
             more = below if sampling.fill == "next" else self._random(generator, missing, vector)
+            rules.twins |= self._twins(item, more, own)
             chosen += rules.apply(self._rescored(item, more), missing)[0]
         note = {
             "window": len(window), "counts": dict(counts), "found": found, "filled": len(chosen) - found,
             "pos": positives, "neg": [candidate.score for candidate in chosen],
-            **self._false_negatives(item, window, positives),
+            **self._false_negatives(item, window, positives, twins),
         }  # fmt: skip
         return Mined(item, chosen, positives, note)
 
@@ -128,17 +133,32 @@ class Miner:
         rows = self.store.rows
         return generator.sample(range(rows), min(rows, _RANDOM_TRIES * (wanted + 1)))
 
-    def _rules(self, item: Item, positive: float) -> NegativeFilter:
-        return NegativeFilter(item, self.filters, positive)
+    def _rules(self, item: Item, positive: float, twins: Collection[int] = ()) -> NegativeFilter:
+        rules = NegativeFilter(item, self.filters, positive)
+        rules.twins.update(twins)
+        return rules
 
-    def _false_negatives(self, item: Item, window: Sequence[Candidate], positives: Sequence[float]) -> dict[str, int]:
+    def _twins(self, item: Item, candidates: Sequence[Candidate], positives: Sequence[float]) -> set[int]:
+        """Places of candidates whose token ids are a positive's; ``positives``: the retriever's scores of those."""
+        assert self.retriever is not None
+        near = [c for c in candidates if any(abs(c.score - p) <= _SAME_SCORE * max(1.0, abs(p)) for p in positives)]
+        if not near:
+            return set()
+        tokens = self.retriever.passage_tokens([*item.positives, *(candidate.text for candidate in near)])
+        count = len(item.positives)
+        known = set(tokens[:count])
+        return {candidate.row for candidate, own in zip(near, tokens[count:], strict=True) if own in known}
+
+    def _false_negatives(
+        self, item: Item, window: Sequence[Candidate], positives: Sequence[float], twins: Collection[int]
+    ) -> dict[str, int]:
         """How the score filters alone would do on passages known to be relevant.
 
         ``judged``: relevant passages in the window; ``judged_pass``: those the filters would let through. ``hidden``
         and ``hidden_pass``: the same for queries of several positives, each in turn taken for unknown, with margins
         from the others. Passages in the window that no judgment knows are of that kind.
         """
-        filters, rules = self.filters, self._rules(item, min(positives))
+        filters, rules = self.filters, self._rules(item, min(positives), twins)
         judged = [c for c in window if rules.reason(c) in ("judged_positive", "same_as_positive")]
         passed = sum(filters.reason(candidate.score, min(positives)) is None for candidate in judged)
         figures = {"judged": len(judged), "judged_pass": passed}

@@ -17,13 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from FlagEmbedding.collections import miracl
+from FlagEmbedding.collections.source import Source, sources
 from FlagEmbedding.mining.common.index import Corpus, named_corpus, open_retriever
 from FlagEmbedding.mining.common.jobs import Job, check_output, chunks, progress, work_folder
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.queries import Items, JudgedTopics, TrainingRows
 from FlagEmbedding.mining.common.rows import data_files
 from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MiningOptions
+from FlagEmbedding.mining.hard_negatives.filters import Sampling
 from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
 from FlagEmbedding.mining.hard_negatives.report import summarize, write_report
 from FlagEmbedding.mining.hard_negatives.reranker import Reranker
@@ -64,6 +65,7 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
         else:
             retriever, store = open_retriever(options.encoder, options.search, corpus, work)
         items: Items = rows or _topics(given, options.encoder.cache_dir, store)
+        _check_window(options.sampling, store)
         reranker = Reranker(options.reranker, options.encoder) if options.reranker.cross_encoder else None
         miner = Miner(store, options.sampling, options.filters, retriever, reranker)
         with Job(output.path, _identity(options, items, miner), overwrite=output.overwrite) as job:
@@ -78,15 +80,26 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
 
 def _corpus(given: InputArguments, cache_dir: str | None, rows: TrainingRows | None, work: Path) -> Corpus:
     if given.language and not given.corpus:
-        miracl.check_languages([given.language])
-        return Corpus(miracl.corpus_files(given.language, given.data_dir, cache_dir), given.language)
+        return Corpus(_source(given, cache_dir).corpus(), given.language)
     return named_corpus(given.corpus, given.language, rows.inputs if rows else [], work)
 
 
 def _topics(given: InputArguments, cache_dir: str | None, store: PassageStore) -> JudgedTopics:
+    return JudgedTopics(_source(given, cache_dir), store)
+
+
+def _check_window(sampling: Sampling, store: PassageStore) -> None:
+    """Say that a corpus ends before the window begins."""
+    first, last = sampling.window
+    if not sampling.random_negatives and len(store) <= first:
+        kept = "every negative is drawn at random" if sampling.fill == "random" else "there is no negative"
+        said = "--range_for_sampling %s: the corpus holds %d passages, ranks %d to %d are not there, so %s"
+        logger.warning(said, sampling.range_for_sampling, len(store), first + 1, last, kept)
+
+
+def _source(given: InputArguments, cache_dir: str | None) -> Source:
     assert given.language is not None
-    place = (given.language, given.split, given.data_dir, cache_dir)
-    return JudgedTopics(miracl.topics_file(*place), miracl.qrels_file(*place), store)
+    return sources([given.language], given.split, given.data_dir, cache_dir)[given.language]
 
 
 def describe_miner(miner: Miner) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from FlagEmbedding.indexing.encoding import build_index
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.arguments import WINDOW, DtypeName, EncoderArguments, Pooling
 from FlagEmbedding.inference.text_encoder import TextEncoder
-from FlagEmbedding.mining.common.alignment import realign, text_keys, written
+from FlagEmbedding.mining.common.alignment import realign, written
 from FlagEmbedding.mining.common.jobs import Job
 from FlagEmbedding.mining.common.negative_table import NegativeTable, negative_table
 from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, passages_of_rows
@@ -42,6 +42,7 @@ from FlagEmbedding.utils.identity import as_json
 from FlagEmbedding.utils.io import sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
+from FlagEmbedding.utils.texts import text_keys
 
 logger = get_logger(__name__)
 

@@ -13,10 +13,10 @@ from collections import Counter
 from functools import cache, lru_cache
 from typing import Any
 
-from FlagEmbedding.mining.common.alignment import normalize_text
 from FlagEmbedding.mining.query_generation.answer_cache import Answer
 from FlagEmbedding.mining.query_generation.arguments import CheckArguments
 from FlagEmbedding.utils.pages import CONTROLS
+from FlagEmbedding.utils.texts import normalize_text
 
 REASONS = {
     "empty": "no text came back",

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from FlagEmbedding.mining.common.alignment import text_key, written
+from FlagEmbedding.mining.common.alignment import written
 from FlagEmbedding.mining.common.jobs import check_output, progress, work_folder
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting, fill, kept_queries, negative_table
 from FlagEmbedding.mining.common.rows import KeySet, data_files, json_line
@@ -34,10 +34,11 @@ from FlagEmbedding.mining.query_generation.report import write_report
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.schema import Problems, parse_record, read_rows
 from FlagEmbedding.utils.identity import digest
-from FlagEmbedding.utils.io import atomic_open, sha256_file
+from FlagEmbedding.utils.io import atomic_text, sha256_file
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.pages import printable
 from FlagEmbedding.utils.provenance import provenance
+from FlagEmbedding.utils.texts import text_key
 
 if TYPE_CHECKING:
     from FlagEmbedding.mining.query_generation.round_trip import RoundTrip
@@ -275,7 +276,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write the rows and the report, which is returned; the output is moved into place last."""
     output, key = options.output.path, os.environ.get(options.endpoint.api_key_env)
-    with clear_disk_errors(f"writing {output}"), atomic_open(output) as stream:
+    with clear_disk_errors(f"writing {output}"), atomic_text(output) as stream:
         record["negatives"] = dict(write_rows(stream, files, table, options.rows))
         record |= {
             "different": table.sources(), "rejected": [list(found) for found in table.rejections()],

@@ -21,7 +21,7 @@ PLACE = "{passage}"
 def read_prompt(path: Path) -> str:
     """The message in a prompt file. Raises ``UsageError`` where it cannot be read or has no place for the passage."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a prompt ({error})") from error
     while lines and lines[0].startswith("#"):

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from FlagEmbedding.mining.common.alignment import text_key
 from FlagEmbedding.mining.common.index import named_corpus, open_retriever
 from FlagEmbedding.mining.common.jobs import chunks, progress
 from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting
 from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache
 from FlagEmbedding.mining.query_generation.arguments import QueryOptions
 from FlagEmbedding.utils.identity import digest
+from FlagEmbedding.utils.texts import text_key
 
 
 class RoundTrip:
