@@ -48,7 +48,7 @@ KERNELS = [
 ]
 
 MINING = [
-    "httpx2>=2",  # requests to any OpenAI-style endpoint that writes neg_q
+    "openai>=1.60",  # requests to any OpenAI-style endpoint that writes neg_q
     "py3langid>=0.3",  # the language of an answer
     "sentence-transformers>=5",  # the reranker of --cross_encoder
 ]
