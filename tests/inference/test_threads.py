@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from FlagEmbedding import BGEM3FlagModel, FlagModel
-from FlagEmbedding.modeling.slabs import each_on_one_thread
+from FlagEmbedding.modeling.slabs import Layout, each_on_one_thread
 from FlagEmbedding.modeling.tokens import TokenBatch
 
 TEXTS = [("river " * (7 * i % 90)) + "강은 서울을 지나 서해로 흘러든다." * (i % 3) for i in range(24)]
@@ -87,7 +87,7 @@ def test_a_slab_stays_on_one_thread_while_others_set_their_number() -> None:
     """torch takes the process's number of threads over at a thread's first computation, after the pool has begun."""
     numbers, entered, other_is_done = [], threading.Event(), threading.Event()
 
-    def count(slab: TokenBatch) -> TokenBatch:
+    def count(slab: TokenBatch, _: Layout) -> TokenBatch:
         entered.set()
         other_is_done.wait(20)
         numbers.append(torch.get_num_threads())
@@ -100,7 +100,8 @@ def test_a_slab_stays_on_one_thread_while_others_set_their_number() -> None:
 
     beside = threading.Thread(target=other)
     beside.start()
-    each_on_one_thread(count, [TokenBatch.from_lists([[1, 2]])] * 2, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    each_on_one_thread(count, [TokenBatch.from_lists([[1, 2]])] * 2, [Layout([2], cpu)] * 2, cpu)
     beside.join()
     assert numbers == [1, 1]
     assert torch.get_num_threads() == 2
