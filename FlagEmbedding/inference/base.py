@@ -7,17 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
+from FlagEmbedding.inference import keywords
 from FlagEmbedding.inference.arguments import WINDOW, DtypeName, EncoderArguments, Pooling
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
+from FlagEmbedding.inference.texts import PLAIN_FORMAT, check_instruction, whole
 from FlagEmbedding.modeling.encoder import Representations
 from FlagEmbedding.modeling.options import EngineName, FfnPart
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.texts import as_texts
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 T = TypeVar("T")
-Texts = str | Sequence[str]
-Devices = str | int | list[str] | list[int] | None
+E = TypeVar("E", bound="Embedder")
+Device = str | int | torch.device
+Devices = Device | Sequence[Device] | None
 
 
 class Embedder:
@@ -32,39 +38,43 @@ class Embedder:
         use_fp16: bool | None = None,
         use_bf16: bool = False,
         query_instruction_for_retrieval: str | None = None,
-        query_instruction_format: str = "{}{}",
+        query_instruction_format: str = PLAIN_FORMAT,
         devices: Devices = None,
         pooling_method: Pooling | None = None,
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
+        *,  # from here on upstream's two classes differ in the order
         batch_size: int = 256,
         query_max_length: int = 512,
         passage_max_length: int = 512,
         truncate_dim: int | None = None,
         passage_instruction_for_retrieval: str | None = None,
-        passage_instruction_format: str = "{}{}",
-        *,
+        passage_instruction_format: str = PLAIN_FORMAT,
         colbert_dim: int = -1,
         dtype: DtypeName | None = None,
         engine: EngineName = "packed",
         moe: FfnPart | None = None,
         workers: int = 0,
+        device: Device | None = None,
+        num_workers: int | None = None,
+        **others: Any,
     ) -> None:
+        keywords.refuse(others, type(self).__name__, Embedder.__init__)
         self.model_name_or_path = model_name_or_path
         self.normalize_embeddings = normalize_embeddings
-        self.batch_size = batch_size
-        self.query_max_length = query_max_length
-        self.passage_max_length = passage_max_length
-        self.truncate_dim = truncate_dim
-        self.target_devices = target_devices(devices)
+        self.batch_size = whole("batch_size", batch_size)
+        self.query_max_length = whole("query_max_length", query_max_length)
+        self.passage_max_length = whole("passage_max_length", passage_max_length)
+        self.target_devices = target_devices(only_one("devices", devices, "device", device))
+        workers = whole("workers", only_one("workers", workers or None, "num_workers", num_workers) or 0, 0)
         self._encoders = [
             TextEncoder(
                 EncoderArguments(
                     encoder=model_name_or_path,
                     pooling_method=pooling_method,
                     normalize_embeddings=normalize_embeddings,
-                    dtype=dtype or upstream_dtype(use_fp16, use_bf16, device),
-                    device=device,
+                    dtype=dtype or upstream_dtype(use_fp16, use_bf16, name),
+                    device=name,
                     engine=engine,
                     moe=moe,
                     heads=self._heads,
@@ -74,25 +84,32 @@ class Embedder:
                     trust_remote_code=trust_remote_code,
                 )
             )
-            for device in self.target_devices
+            for name in self.target_devices
         ]
         first = self._encoders[0]
         self.tokenizer: Any = first.tokenizer
         self.model: torch.nn.Module = first.encoder  # on the first device
         self.pooling_method: str = first.pooling
+        self.truncate_dim = None if truncate_dim is None else whole("truncate_dim", truncate_dim, 1, first.hidden_size)
+        self._width = self.truncate_dim or first.hidden_size
         self.query_instruction_for_retrieval = first.instruction("query", query_instruction_for_retrieval)
         self.passage_instruction_for_retrieval = first.instruction("passage", passage_instruction_for_retrieval)
-        # A format goes with the instruction given beside it; the checkpoint's own stands as it is.
-        plain = "{}{}"
-        self.query_instruction_format = plain if query_instruction_for_retrieval is None else query_instruction_format
-        self.passage_instruction_format = (
-            plain if passage_instruction_for_retrieval is None else passage_instruction_format
+        self.query_instruction_format = own_format("query", query_instruction_for_retrieval, query_instruction_format)
+        self.passage_instruction_format = own_format(
+            "passage", passage_instruction_for_retrieval, passage_instruction_format
         )
 
-    @property
-    def _width(self) -> int:
-        width = self._encoders[0].hidden_size
-        return width if self.truncate_dim is None else min(width, self.truncate_dim)
+    def stop_self_pool(self) -> None:
+        """Stop the processes that tokenize ahead and let go of cached memory; the model can still be used."""
+        for encoder in self._encoders:
+            encoder.pool.close()
+        torch.cuda.empty_cache()
+
+    def __enter__(self: E) -> E:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_self_pool()
 
     def _run(
         self,
@@ -101,23 +118,28 @@ class Embedder:
         batch_size: int | None,
         want: Collection[Kind],
         collect: Callable[[Representations], T],
+        show_progress_bar: bool | None = None,
     ) -> list[T]:
         """``collect`` of each window's representations, in order; windows are shared out over the devices."""
         windows = [texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW)]
         share = len(self._encoders)
+        size = self.batch_size if batch_size is None else whole("batch_size", batch_size)
+        asked = self.passage_max_length if max_length is None else whole("max_length", max_length)
+        longest = self._encoders[0].max_length(asked)
 
         def encode(number: int) -> Iterator[tuple[int, T]]:
-            encoder = self._encoders[number]
             mine = ((windows[i], i) for i in range(number, len(windows), share))
-            longest = encoder.max_length(max_length or self.passage_max_length)
-            found = encoder.encode(mine, longest, want, batch_size or self.batch_size)
-            return ((i, collect(representations)) for representations, i in found)
+            for representations, i in self._encoders[number].encode(mine, longest, want, size):
+                yield i, collect(representations)
+                bar.update(len(windows[i]))
 
-        if share == 1:
-            return [found for _, found in encode(0)]
-        with ThreadPoolExecutor(share) as pool:
-            parts = pool.map(lambda number: list(encode(number)), range(share))
-            return [found for _, found in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])]
+        with tqdm(total=len(texts), unit="texts", disable=not show_progress_bar) as bar:
+            if share == 1:
+                return [found for _, found in encode(0)]
+            with ThreadPoolExecutor(share) as pool:
+                parts = pool.map(lambda number: list(encode(number)), range(share))
+                pairs = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
+                return [found for _, found in pairs]
 
     def _dense(self, representations: Representations) -> torch.Tensor:
         """``[N, D]`` float32, cut to ``truncate_dim`` and then normalized again."""
@@ -127,14 +149,20 @@ class Embedder:
         return torch.nn.functional.normalize(vectors, dim=-1) if shorter else vectors
 
 
-def as_list(texts: Texts, instruction: str | None, instruction_format: str | None) -> tuple[list[str], bool]:
-    """The texts after the instruction, and whether a single one was given."""
-    listed = as_texts(texts)
-    if instruction is not None:
-        # A format typed on a command line holds a backslash and an n, not a line end.
-        form = (instruction_format or "{}{}").replace("\\n", "\n")
-        listed = [form.format(instruction, text) for text in listed]
-    return listed, isinstance(texts, str)
+def own_format(role: str, instruction: str | None, form: str) -> str:
+    """The format of an instruction given beside it; the checkpoint's own instruction stands as it is."""
+    name = f"{role}_instruction_for_retrieval"
+    check_instruction(instruction, form, name)
+    if instruction is None and form != PLAIN_FORMAT:
+        logger.warning("the format of %s has no effect: it goes with an instruction given beside it", name)
+    return PLAIN_FORMAT if instruction is None else form
+
+
+def only_one(name: str, value: T | None, other_name: str, other: T | None) -> T | None:
+    """The one of two keywords for the same thing that is given. Raises ``UsageError`` where both are."""
+    if value is not None and other is not None:
+        raise UsageError(f"{name} and {other_name} say the same thing: give one of them")
+    return other if value is None else value
 
 
 def target_devices(devices: Devices) -> list[str]:
@@ -142,10 +170,10 @@ def target_devices(devices: Devices) -> list[str]:
     if devices is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return [f"cuda:{i}" for i in range(count)] or ["cpu"]
-    listed: Sequence[str | int] = [devices] if isinstance(devices, str | int) else devices
+    listed = [devices] if isinstance(devices, str | int | torch.device) else list(devices)
     if not listed:
         raise UsageError("devices: an empty list; give None, a name such as 'cuda:0' or 'cpu', or a list of names")
-    return [f"cuda:{device}" if isinstance(device, int) else device for device in listed]
+    return [f"cuda:{device}" if isinstance(device, int) else str(device) for device in listed]
 
 
 def upstream_dtype(use_fp16: bool | None, use_bf16: bool, device: str) -> DtypeName:

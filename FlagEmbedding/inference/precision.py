@@ -5,13 +5,32 @@ from __future__ import annotations
 import torch
 
 from FlagEmbedding.inference.arguments import DtypeName
+from FlagEmbedding.modeling.files import first_line
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.hardware import NO_CPU_BF16, cpu_has_bf16
+from FlagEmbedding.utils.hardware import NO_CPU_BF16, choose_device, cpu_has_bf16
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device of that name; None: the GPU of this process, else the CPU. Raises ``UsageError``."""
+    if name is None:
+        return choose_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r}: no such kind; give 'cpu', 'cuda:0' or the number of a GPU") from error
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise UsageError(f"device {name!r}: torch sees {there} GPU(s) here; give another number, or 'cpu'")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UsageError(f"device {name!r}: torch cannot use it here ({first_line(error)}); give 'cpu'") from error
+    return device
 
 
 def resolve_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

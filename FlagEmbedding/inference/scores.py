@@ -18,7 +18,7 @@ def lexical_weights(representations: Representations, skip: Collection[int]) -> 
     """``{token id as text: greatest weight}`` of each text, positive weights only, in order of first appearance."""
     assert representations.token_weights is not None
     ids = representations.tokens.ids.tolist()
-    weights = representations.token_weights.float().reshape(-1).cpu().numpy()
+    weights = representations.token_weights.float().reshape(-1).tolist()
     texts, start = [], 0
     for length in representations.tokens.lengths:
         found: LexicalWeights = {}

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
-from FlagEmbedding.inference.precision import dtype_name, half_precision, resolve_dtype
+from FlagEmbedding.inference.precision import dtype_name, half_precision, resolve_device, resolve_dtype
+from FlagEmbedding.inference.texts import after_instruction, as_texts
 from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows, tokenize
 from FlagEmbedding.modeling.backbone import load_backbone, stored_experts
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
@@ -35,11 +36,10 @@ from FlagEmbedding.modeling.projections import load_projections
 from FlagEmbedding.modeling.tokenizer import load_tokenizer
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.hardware import choose_device, tokenizer_workers, tokens_that_fit
+from FlagEmbedding.utils.hardware import tokenizer_workers, tokens_that_fit
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.identity import model_fingerprint
 from FlagEmbedding.utils.logging import get_logger
-from FlagEmbedding.utils.texts import as_texts
 
 logger = get_logger(__name__)
 
@@ -59,7 +59,7 @@ class TextEncoder:
         self.options = options
         self.name = options.encoder
         self.folder = str(resolve_folder(self.name, cache_dir=options.cache_dir))
-        self.device = torch.device(options.device) if options.device else choose_device()
+        self.device = resolve_device(options.device)
         half = half_precision(self.device) if options.fp16 else "fp32"
         self.dtype = resolve_dtype(options.dtype or half, self.device)
         self.stored = read_modules(self.folder)
@@ -73,6 +73,7 @@ class TextEncoder:
         )
         self.hidden_size = self.encoder.dimension
         self.longest = longest_input(self.encoder.model)
+        self._said_longest = False
         workers = tokenizer_workers(self.device.type) if options.workers is None else options.workers
         self.pool = TokenizerPool(self.tokenizer, self.folder, workers, options.trust_remote_code)
 
@@ -129,11 +130,13 @@ class TextEncoder:
         )
 
     def max_length(self, asked: int) -> int:
-        """``asked``, or the most that this model can read, in which case one line says so."""
+        """``asked``, or the most that this model can read, in which case one line says so the first time."""
         if asked < 3:
             raise UsageError(f"a maximum length of {asked} tokens leaves no room for text; give 3 or more")
         if self.longest is not None and asked > self.longest:
-            logger.warning("%s reads at most %d tokens: cutting there, not at %d", self.name, self.longest, asked)
+            if not self._said_longest:
+                self._said_longest = True
+                logger.warning("%s reads at most %d tokens: cutting there, not at %d", self.name, self.longest, asked)
             return self.longest
         return asked
 
@@ -218,7 +221,7 @@ def encode_texts(
     encoder: TextEncoder, texts: Sequence[str], max_length: int, instruction: str | None = None
 ) -> np.ndarray:
     """Dense vectors ``[N, dimension]`` float32 of ``texts``, each after ``instruction``; the rest of a text is cut."""
-    prefixed = [(instruction or "") + text for text in as_texts(texts)]
+    prefixed = after_instruction(as_texts(texts)[0], instruction, None)
     windows = ((prefixed[i : i + WINDOW], None) for i in range(0, len(prefixed), WINDOW))
     parts = [np.empty((0, encoder.hidden_size), dtype=np.float32)]
     for found, _ in encoder.encode(windows, encoder.max_length(max_length), DENSE, encoder.options.batch_size):

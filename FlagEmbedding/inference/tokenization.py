@@ -1,8 +1,10 @@
 """Tokenizing ahead of the computation.
 
 A feeder thread pulls windows of texts (reading and unpacking the corpus on the way), has them tokenized, by itself
-or by worker processes, and keeps a few finished windows in a bounded queue. Token ids travel as one int32 array a
+or by worker processes, and keeps a few finished windows in a bounded queue. Token ids travel as one int32 array per
 window: no padding, no per-token Python objects between processes. The order of windows is the order they came in.
+
+Where a fast tokenizer cuts is written into the tokenizer by each call, so calls from several threads take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,6 +24,7 @@ from FlagEmbedding.utils.background import prefetch
 
 T = TypeVar("T")
 _JOB_TEXTS = 256
+_TURN = Lock()  # to call a tokenizer, or to start a pool's processes
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,15 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> TokenRows
     """Token ids of each text with its special tokens, cut at ``max_length``; one token at least (of an empty text)."""
     if not texts:
         return TokenRows(np.empty(0, dtype=np.int32), [])
-    rows = tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    with _TURN:
+        rows = tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
     if not all(rows):  # a tokenizer without special tokens makes nothing of an empty text
         nothing = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id or 0
         rows = [row or [nothing] for row in rows]
@@ -84,8 +89,12 @@ class TokenizerPool:
         self.trust_remote_code = trust_remote_code
         self._executor: Executor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle, which starts workers of its own."""
+        return {**self.__dict__, "_executor": None}
+
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers; a later call starts others."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
@@ -94,18 +103,23 @@ class TokenizerPool:
         self, source: Iterable[tuple[Sequence[str], T]], max_length: int, depth: int = 2
     ) -> Iterator[Window[T]]:
         """Windows of ``source`` (texts, extra) in order, up to ``depth`` of them finished ahead of the consumer."""
-        if self.workers and self._executor is None:
-            # Threads and CUDA do not survive a fork, so workers start afresh.
-            self._executor = ProcessPoolExecutor(
-                self.workers, get_context("spawn"), _start_worker, (self.folder, self.trust_remote_code)
-            )
-        if self._executor is None:
+        executor = self._workers()
+        if executor is None:
             jobs: Iterable[Window[T]] = (
                 Window(tokenize(self.tokenizer, texts, max_length), extra) for texts, extra in source
             )
         else:
-            jobs = self._in_workers(self._executor, source, max_length)
+            jobs = self._in_workers(executor, source, max_length)
         return prefetch(jobs, depth)
+
+    def _workers(self) -> Executor | None:
+        with _TURN:
+            if self.workers and self._executor is None:
+                # Threads and CUDA do not survive a fork, so workers start afresh.
+                self._executor = ProcessPoolExecutor(
+                    self.workers, get_context("spawn"), _start_worker, (self.folder, self.trust_remote_code)
+                )
+            return self._executor
 
     def _in_workers(
         self, executor: Executor, source: Iterable[tuple[Sequence[str], T]], max_length: int

@@ -138,10 +138,16 @@ def each_on_one_thread(
         if len(slabs) == 1:  # on one thread too: its bits must not depend on how many there are
             torch.set_num_threads(1)
             return [call(slabs[0], layouts[0])]
-        with ThreadPoolExecutor(min(threads, len(slabs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(min(threads, len(slabs)), initializer=_stay_alone) as pool:
             return list(pool.map(call, slabs, layouts))
     finally:
         torch.set_num_threads(threads)  # parts of torch keep this number for the whole process
+
+
+def _stay_alone() -> None:
+    """This thread computes by itself, whatever number other threads set meanwhile."""
+    torch.get_num_threads()  # takes the process's number over, which a first product after the next line would do
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Any
-
-from FlagEmbedding.utils.errors import UsageError
 
 # White space, control characters and Unicode's Default_Ignorable_Code_Point (zero width, fillers, selectors, tags).
 _UNSEEN = (
@@ -51,34 +48,3 @@ def text_key(text: str) -> bytes:
 def text_keys(texts: Iterable[str]) -> set[bytes]:
     """The keys of some texts."""
     return {text_key(text) for text in texts}
-
-
-def as_texts(texts: Any, what: str = "texts") -> list[str]:
-    """``texts``, one or several in a list, array or column, as a list, each known to be text that can be encoded.
-
-    Args:
-        what: they are called in messages.
-
-    Raises:
-        UsageError: something else, with its place in the list (from 0).
-    """
-    if isinstance(texts, str):
-        texts = [texts]
-    if texts is None or isinstance(texts, bytes | bytearray | Mapping | Set) or getattr(texts, "ndim", 1) != 1:
-        raise UsageError(f"{what}: expected a text or a list of texts, found {_name(texts)}")
-    try:
-        listed = list(texts)
-    except TypeError as error:
-        raise UsageError(f"{what}: expected a text or a list of texts, found {_name(texts)}") from error
-    for place, text in enumerate(listed):
-        if not isinstance(text, str):
-            shown = repr(text)
-            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-            raise UsageError(f"{what}[{place}]: expected texts, found {type(text).__name__}: {shown}")
-        if (half := half_pair(text)) is not None:
-            raise UsageError(f"{what}[{place}]: half of a surrogate pair at character {half}; give whole characters")
-    return listed
-
-
-def _name(value: Any) -> str:
-    return "None" if value is None else f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"

@@ -65,7 +65,7 @@ def test_one_text_many_texts_no_text_and_tensors(tiny_heads_dir: Path) -> None:
     tensors = model.encode(TEXTS, convert_to_numpy=False)
     assert isinstance(tensors, torch.Tensor)
     np.testing.assert_array_equal(tensors.numpy(), many)
-    with pytest.raises(UsageError, match="expected texts, found int"):
+    with pytest.raises(UsageError, match=r"texts\[1\]: expected a text, got int"):
         model.encode(["a", 3])
 
 

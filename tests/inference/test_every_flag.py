@@ -99,5 +99,6 @@ def test_lengths_and_sizes_that_leave_nothing_are_refused(tiny_model_dir: Path) 
     assert len(model.encode(["a b c"] * 3, max_length=3, batch_size=1)) == 3
     with pytest.raises(UsageError, match="a maximum length of 2 tokens leaves no room for text"):
         model.encode("a", max_length=2)
-    with pytest.raises(UsageError, match="a batch size of -1"):
-        model.encode("a", batch_size=-1)
+    for size in (0, -1):
+        with pytest.raises(UsageError, match=f"a batch size of {size}"):
+            model._encoders[0].slab_tokens(size, 20)

@@ -56,6 +56,8 @@ DENSE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "engine": ("padded", {}, "padded"),
     "moe": ("output", {}, "refused"),
     "workers": (1, {}, "processes"),
+    "num_workers": (1, {}, "processes"),
+    "device": ("nowhere", {}, "refused"),
 }
 ONLY_DENSE = {"convert_to_numpy": (False, {}, "encode")}
 ONLY_M3 = {
@@ -63,6 +65,7 @@ ONLY_M3 = {
     "return_sparse": (True, {}, "encode"),
     "return_colbert_vecs": (True, {}, "encode"),
     "colbert_dim": (8, {}, "refused"),
+    "convert_to_numpy": (False, {}, "refused"),
 }
 EXEMPT = {"use_fp16": "fp16 is for GPUs; test_upstreams_switches_of_precision"}
 # On the class of the other outputs only what goes by its own code is walked again.
@@ -100,7 +103,7 @@ PATHS = ("model_name_or_path", "cache_dir")
 
 
 def test_no_keyword_is_left_out() -> None:
-    published = set(inspect.signature(Embedder.__init__).parameters) - {"self"}
+    published = set(inspect.signature(Embedder.__init__).parameters) - {"self", "others"}
     assert published == set(DENSE) | {"colbert_dim"} | set(EXEMPT)
     for kind, own in ((FlagModel, ONLY_DENSE), (BGEM3FlagModel, ONLY_M3)):
         parameters = inspect.signature(kind.__init__).parameters.values()

@@ -6,6 +6,7 @@ passage and of how often it was asked about, so that every right way of asking e
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import threading
@@ -111,6 +112,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, self.completion(None, body))
         elif kind == "hangup":
             self.close_connection = True
+        elif kind == "coded":
+            headers = {"Content-Encoding": "gzip", "Content-Type": "application/json; charset=latin-1"}
+            answer = json.loads(self.completion(self.server.answer(passage, nth), body))
+            self.send(200, gzip.compress(json.dumps(answer, ensure_ascii=False).encode()), headers=headers)
         elif kind == "endless":
             self.close_connection = True
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
@@ -144,9 +149,9 @@ class Handler(BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def send(
-        self, status: int, text: str, kind: str = "application/json", headers: dict[str, str] | None = None
+        self, status: int, text: str | bytes, kind: str = "application/json", headers: dict[str, str] | None = None
     ) -> None:
-        data = text.encode()
+        data = text.encode() if isinstance(text, str) else text
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)

@@ -292,6 +292,12 @@ def test_odd_counts_and_characters_are_stored(tmp_path: Path) -> None:
     assert found is not None and found.text == "a\x00b?\x1b[2J" and found.finish == "?" * 40
 
 
+def test_a_packed_answer_is_unpacked_and_read_as_utf8() -> None:
+    with ChatServer(lambda passage, nth: "coded", answer=lambda passage, nth: "강은 어디로 흐르나?") as server:
+        saved, problems, _ = ask(server, PASSAGES[:2])
+    assert not problems and {answer.text for answer in saved.values()} == {"강은 어디로 흐르나?"}
+
+
 def test_environment_of_the_official_client(monkeypatch: pytest.MonkeyPatch) -> None:
     with ChatServer() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from FlagEmbedding.collections.corpus import read_file
 from FlagEmbedding.mining.query_generation.answer_cache import Answer
 from FlagEmbedding.mining.query_generation.arguments import CheckArguments
-from FlagEmbedding.mining.query_generation.checks import clean, guess_language, main_script
+from FlagEmbedding.mining.query_generation.checks import bare, clean, guess_language, main_script
 from FlagEmbedding.mining.query_generation.checks import judge as judge_answer
 from FlagEmbedding.mining.query_generation.prompting import make_prompter
 from FlagEmbedding.utils.errors import UsageError
@@ -73,6 +74,26 @@ def judge(query: str, passage: str, finish: str = "stop") -> str | None:
         ("Which sea\x00 does it reach?", EN, "control"),
         ("Which \x1b[31msea does it reach?", EN, "control"),
         ("Which sea\u202e does it reach?", EN, "control"),
+        ("Sorry, but the passage is about something else.", EN, "refusal"),
+        ("Unfortunately the text says nothing of a sea.", EN, "refusal"),
+        ("The passage does not name any sea.", EN, "refusal"),
+        ("Please provide the passage to ask about.", EN, "refusal"),
+        ("No query.", EN, "refusal"),
+        ("None!!", EN, "refusal"),
+        ("None of which rivers reaches the sea?", EN, None),
+        ("문단을 제공해 주시면 질문을 쓰겠습니다.", KO, "refusal"),
+        ("すみませんが、質問は書けません。", JA, "refusal"),
+        ("با عرض پوزش، این متن پرسشی ندارد", FA, "refusal"),
+        ("मुझे खेद है, मैं प्रश्न नहीं लिख सकता", HI, "refusal"),
+        ("Which sea does it reach? How old is it?", EN, "several"),
+        ("Which sea is it 2. Which city is it", EN, "several"),
+        ("강은 어디로 가나? 다리는 몇 개인가?", KO, "several"),
+        ("Which sea does it reach?!?", EN, None),
+        ("<think>The river reaches a sea", EN, "markup"),
+        ("Which sea does it reach?<|im_end|>", EN, "markup"),
+        ("한강은 서울을 지나 서해로 흘러든다.", KO, "copy"),  # a whole sentence, if a short one
+        ("한강은 서울을 지나", KO, None),
+        ("?" * 30, EN, "other_script"),
     ],
 )
 def test_reasons(query: str, passage: str, reason: str | None) -> None:
@@ -89,10 +110,54 @@ def test_an_answer_that_was_cut_off_is_rejected() -> None:
     "text",
     ["강은 어디로?", '"강은 어디로?"', "“강은 어디로?”", "질문: 강은 어디로?", "Query: 강은 어디로?", "1. 강은 어디로?",
      "- 강은 어디로?", "```\n강은 어디로?\n```", "**강은 어디로?**", "<think>hm\nhm</think>\n강은 어디로?",
-     '질문: "강은 어디로?"', "\n 강은 어디로? \n"],
+     '질문: "강은 어디로?"', "\n 강은 어디로? \n", "Sure! Here is a query: 강은 어디로?", "Here's one:\n\n강은 어디로?",
+     "네, 다음은 질문입니다: 강은 어디로?", "**Query:** 강은 어디로?", "**질문**: 강은 어디로?",
+     "## Query: 강은 어디로?", "Q: 강은 어디로?", "Search query: 강은 어디로?", "질문 1: 강은 어디로?",
+     "Korean query: 강은 어디로?", "『강은 어디로?』", "„강은 어디로?“",
+     "hm, a thought without a beginning</think> 강은 어디로?"],
 )  # fmt: skip
 def test_wrapping_is_taken_off(text: str) -> None:
     assert clean(text) == "강은 어디로?"
+
+
+@pytest.mark.parametrize(
+    "text", ["''", '""', "“”", '" "', "「」", "``", "****", "Query:", "질문: ", "Sure, here it is:"]
+)
+def test_wrapping_around_nothing_is_an_empty_answer(text: str) -> None:
+    assert judge(text, EN) == "empty"
+
+
+def test_what_repeats_the_prompt_is_no_query() -> None:
+    for passage in (KO, FA, HI, EN):
+        prompt = make_prompter(None, None)(passage)
+        asked = max((line for line in prompt.replace(passage, "").splitlines()), key=len).lstrip("- ")
+        for echo in (asked, asked.split(". ")[0]):
+            found = judge_answer(Answer(echo), passage, CheckArguments(max_length=400), prompt)[1]
+            assert found in ("echo", "too_long") and (len(echo) > len(passage)) == (found == "too_long")
+    example = "Question about: <p>{passage}</p>, such as 'which river reaches the sea at Hamburg?'"
+    limits = CheckArguments()
+    assert judge_answer(Answer("Which river reaches the sea at Hamburg?"), EN, limits, example)[1] == "echo"
+    assert judge_answer(Answer("How far do boats go up from Incheon?"), EN, limits, example)[1] is None
+
+
+def test_a_hostile_answer_is_judged_in_no_time() -> None:
+    for text in (
+        "```" + " " * 10**6 + "x",
+        "?a" * 500_000,
+        "<think>" * 100_000,
+        "{ " * 500_000,
+        '"' * 10**6,
+        "1. " * 300_000,
+    ):
+        started = time.monotonic()
+        assert judge(text, EN) in ("too_long", "several_lines", "markup")
+        assert time.monotonic() - started < 10
+
+
+def test_texts_of_the_same_words_are_the_same() -> None:
+    assert bare("How long, is the “River”?") == bare("how long is the river")
+    assert bare("پرآب\u200cترین رود") == bare("پرآبترین رود؟")
+    assert bare("नदी") != bare("नद") and bare("C++") != bare("C#") != bare("C")
 
 
 def test_real_queries_pass_and_languages_are_told_apart(sample_dir: Path) -> None:

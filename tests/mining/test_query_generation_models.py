@@ -28,12 +28,12 @@ from FlagEmbedding.mining.query_generation.local_model import LocalModel
 def test_one_sentence_for_every_passage_and_the_rows_own_queries_cover_nothing(
     rows: list[dict], texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same, own, own_of = "این متن درباره چیست؟", "پرسش  شماره 3", texts[21]  # another spelling of a row's query
+    same, own, own_of = "این متن درباره چیست", "پرسش  شماره 3؟", texts[21]  # another spelling of a row's query
 
     def answer(passage: str, nth: int) -> str:
         if passage == own_of:
             return own
-        return good_query(passage) if passage == texts[22] else same
+        return good_query(passage) if passage == texts[22] else same + "?؟! "[texts.index(passage) % 4]
 
     with ChatServer(answer=answer) as server:
         assert run(tmp_path, *endpoint(server, "--attempts", 2)) == 0
@@ -45,6 +45,18 @@ def test_one_sentence_for_every_passage_and_the_rows_own_queries_cover_nothing(
         entry["passage"]: entry["tried"][0]["query"] for entry in read(tmp_path / "reports/out.neg_q.rejected.jsonl")
     }
     assert listed[own_of] == own and len(listed) == 39
+
+
+def test_the_words_of_the_prompt_are_no_query(texts: list[str], rows: list[dict], tmp_path: Path) -> None:
+    words = "یک پرسش بنویس که این متن پاسخ آن است"
+
+    def answer(passage: str, nth: int) -> str:
+        return f"{words}:" if passage == texts[20] else good_query(passage)
+
+    with ChatServer(answer=answer) as server:
+        asked = ["--model", "m", "--base_url", server.base_url, "--prompt", words + " <p>{passage}</p>"]
+        assert run(tmp_path, *asked, "--attempts", 1) == 0
+    assert report(tmp_path)["rejected"] == [[0, "echo", 1]]
 
 
 def test_an_early_query_that_comes_again_for_another_passage_is_rejected(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from unicodedata import normalize
 
-import numpy as np
 import pytest
 import sentencepiece
-from datasets import Dataset
 
-from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.texts import as_texts, half_pair, is_blank, normalize_text, text_key
+from FlagEmbedding.utils.texts import half_pair, is_blank, normalize_text, text_key
 
 SENTENCE = "رود کارون پرآب‌ترین رود ایران است"
 
@@ -72,37 +69,6 @@ def test_what_the_tokenizer_of_xlmr_makes_the_same_is_the_same() -> None:
     assert same > 60
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (None, "texts: expected a text or a list of texts, found None"),
-        (5, "texts: expected a text or a list of texts, found an int"),
-        (b"ab", "texts: expected a text or a list of texts, found a bytes"),
-        ({"a": "b"}, "texts: expected a text or a list of texts, found a dict"),
-        ({"a"}, "texts: expected a text or a list of texts, found a set"),
-        (np.array([["a"]]), "texts: expected a text or a list of texts, found a ndarray"),
-        (["a", None], r"texts\[1\]: expected texts, found NoneType: None"),
-        (["a", float("nan")], r"texts\[1\]: expected texts, found float: nan"),
-        ([5], r"texts\[0\]: expected texts, found int: 5"),
-        ([["a"]], r"texts\[0\]: expected texts, found list"),
-        (["a", "b\ud800"], r"texts\[1\]: half of a surrogate pair at character 2"),
-        ("\udc00", r"texts\[0\]: half of a surrogate pair at character 1"),
-    ],
-)
-def test_what_is_no_text_is_named_with_its_place(texts: object, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        as_texts(texts)
-
-
-def test_texts_come_out_of_any_column() -> None:
-    for texts in (["a", "b"], ("a", "b"), np.array(["a", "b"]), Dataset.from_dict({"t": ["a", "b"]})["t"], iter("ab")):
-        assert as_texts(texts) == ["a", "b"]
-    assert as_texts("ab") == ["ab"] and as_texts([]) == [] and as_texts([""]) == [""]
+def test_a_whole_pair_is_no_half() -> None:
     assert half_pair("a\U0001f600") is None
-
-
-def test_a_table_is_no_list_of_texts() -> None:
-    pandas = pytest.importorskip("pandas")
-    assert as_texts(pandas.Series(["a", "b"])) == ["a", "b"]
-    with pytest.raises(UsageError, match="found a DataFrame"):
-        as_texts(pandas.DataFrame({"text": ["a"]}))
+    assert half_pair("a\ud83d") == 2

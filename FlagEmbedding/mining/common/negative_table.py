@@ -79,10 +79,10 @@ class NegativeTable:
 
     # ---- passages without one ----
 
-    def real_keys(self) -> Iterator[bytes]:
-        """The key of every real query, once for each of its positives."""
-        for (key,) in self._db.execute("SELECT query FROM real"):
-            yield key
+    def real_queries(self) -> Iterator[str]:
+        """Every real query, once for each of its positives."""
+        for (text,) in self._db.execute("SELECT text FROM real"):
+            yield text
 
     def add_waiting(self, passage: str) -> None:
         """A negative without a query; the same text counts once, at its first place."""

@@ -6,13 +6,12 @@ The score is the sigmoid of the logit, so limits lie in 0 to 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.inference.reranker import load_cross_encoder
 from FlagEmbedding.mining.hard_negatives.arguments import RerankerArguments
-from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import choose_device
 
 
@@ -28,30 +27,12 @@ class Reranker:
     """
 
     def __init__(self, options: RerankerArguments, hub: EncoderArguments) -> None:
-        try:
-            from sentence_transformers import CrossEncoder
-        except ImportError as error:
-            raise UsageError(
-                "--cross_encoder needs sentence-transformers: pip install 'FlagEmbedding[mining]'"
-            ) from error
-        from transformers import AutoConfig
-
         assert options.cross_encoder is not None
-        self.options, name = options, f"--cross_encoder {options.cross_encoder}"
-        trust = {"trust_remote_code": hub.trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(options.cross_encoder, cache_dir=hub.cache_dir, **trust)
-            kinds = config.architectures or []
-            if not any("SequenceClassification" in kind for kind in kinds):
-                raise UsageError(f"{name}: not a trained reranker, it lacks a classifier ({', '.join(kinds)})")
-            if config.num_labels != 1:
-                raise UsageError(f"{name}: a classifier of {config.num_labels} labels; expected one")
-            self.model: Any = CrossEncoder(
-                options.cross_encoder, device=str(choose_device()), max_length=options.cross_encoder_max_length,
-                cache_folder=hub.cache_dir, model_kwargs={"dtype": torch.float32}, **trust,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        self.options = options
+        self.model = load_cross_encoder(
+            options.cross_encoder, f"--cross_encoder {options.cross_encoder}", options.cross_encoder_max_length,
+            str(choose_device()), torch.float32, hub.cache_dir, hub.trust_remote_code,
+        )  # fmt: skip
 
     def score(self, query: str, passages: Sequence[str]) -> list[float]:
         """The score of each passage for ``query``, in 0 to 1, 6 decimals."""

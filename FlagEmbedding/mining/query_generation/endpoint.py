@@ -2,7 +2,8 @@
 
 OpenAI, Gemini, vLLM, llama.cpp and Ollama all speak this protocol (``chat/completions``). Choices:
 
-* Retries are ours, so that each request is counted before it leaves and one 429 holds back all threads.
+* The ``openai`` client sends. Retries are ours, so that each request is counted before it leaves and one 429 holds back
+  all tasks.
 * Again after a while: 408, 409, 425, 429, 5xx, timeouts, broken connections, and answers that are not the protocol's.
   The wait doubles up to a minute, with jitter; a ``Retry-After`` is honored where it is longer.
 * Never again: a key that is refused, a model that is not there, a spent quota, a redirect to another server. These end
@@ -19,9 +20,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -70,20 +71,17 @@ class ChatEndpoint:
         sent, repeated: requests, and those among them that were repeats.
 
     Raises:
-        UsageError: no key, or no ``httpx2`` package.
+        UsageError: no key, or no ``openai`` package.
     """
 
     def __init__(self, options: EndpointArguments, writing: WritingArguments, spend: Callable[[], bool]) -> None:
         try:
-            import httpx2
+            import openai
         except ImportError as error:
-            raise UsageError("an endpoint needs the httpx2 package: pip install 'FlagEmbedding[mining]'") from error
+            raise UsageError("an endpoint needs the openai package: pip install 'FlagEmbedding[mining]'") from error
         assert options.model is not None
-        self._http, self.options, self.writing, self._spend = httpx2, options, writing, spend
+        self._openai, self.options, self.writing, self._spend = openai, options, writing, spend
         self.name, self._key = options.model, _read_key(options)
-        base = options.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self._url = httpx2.URL(f"{base.rstrip('/')}/chat/completions")
-        self._where = strike(base, self._key)
         self._client: Any = None
         self._stopped: Any = None
         self._not_before, self._failures = 0.0, 0
@@ -115,17 +113,19 @@ class ChatEndpoint:
                 wait(under_way)
 
     def _open(self) -> Any:
-        names = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
-        headers = {header: os.environ[name] for header, name in names.items() if os.environ.get(name)}
-        return self._http.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}", **headers}, timeout=self.options.timeout,
-            limits=self._http.Limits(max_connections=None), follow_redirects=True,
-            event_hooks={"request": [self._stay_there]},
+        base = self.options.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        return self._openai.AsyncOpenAI(
+            api_key=self._key, base_url=base, timeout=self.options.timeout, max_retries=0,
+            http_client=_http_client(self._stay_there),
         )  # fmt: skip
+
+    @property
+    def _where(self) -> str:
+        return strike(str(self._client.base_url).rstrip("/"), self._key)
 
     async def _stay_there(self, request: Any) -> None:
         """Refuse a redirect to another server: it would get all prompts, and its answers would pass as the model's."""
-        here, there = self._url, request.url
+        here, there = self._client.base_url, request.url
         if (there.host, there.port) != (here.host, here.port) or there.scheme not in (here.scheme, "https"):
             target = one_line(strike(f"{there.scheme}://{there.netloc.decode()}", self._key))
             raise EndpointError(f"{self._where}: sends requests on to {target}; name that in --base_url if it is right")
@@ -178,42 +178,36 @@ class ChatEndpoint:
 
     async def _send(self, prompt: str) -> Answer | tuple[str, float | None, bool]:
         """The answer, or what speaks against it: reason, seconds the server asks for, whether all should wait."""
-        body = {
-            "model": self.name, "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.writing.temperature, "max_tokens": self.writing.max_tokens, **self.options.body,
-        }  # fmt: skip
-        try:
-            status, headers, text = await self._post(body)
-            if status >= 300:
-                return self._refusal(status, headers, text)
-            answer = parse_answer(text)
-        except (TimeoutError, self._http.TimeoutException):
-            return f"no answer within --timeout {self.options.timeout:g} s", None, False
-        except (self._http.HTTPError, OSError) as error:
-            return self._plain(f"no connection to {self._where}: {error.__cause__ or error}"), None, False
-        except ValueError as error:  # not the protocol's JSON
-            return self._plain(f"malformed answer: {error}"), None, False
-        return replace(answer, text=strike(answer.text, self._key))
-
-    async def _post(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
-        """Status, headers and body of the response. Raises ``ValueError`` for one that does not end."""
         from anyio import fail_after
 
-        raw = bytearray()
-        with fail_after(_WHOLE_ANSWER * self.options.timeout):
-            async with self._client.stream("POST", self._url, json=body) as response:
-                async for piece in response.aiter_bytes():
-                    raw += piece
-                    if len(raw) > _LARGEST_ANSWER:
-                        raise ValueError(f"expected at most {_LARGEST_ANSWER:,} bytes, found more")
-                return response.status_code, response.headers, raw.decode("utf-8", "replace")
+        options, openai = self.options, self._openai
+        try:
+            with fail_after(_WHOLE_ANSWER * options.timeout):
+                response = await self._client.chat.completions.with_raw_response.create(
+                    model=self.name, messages=[{"role": "user", "content": prompt}], extra_body=options.body,
+                    temperature=self.writing.temperature, max_tokens=self.writing.max_tokens,
+                )  # fmt: skip
+            answer = parse_answer(response.text)
+        except openai.APIStatusError as error:
+            return self._refusal(error.response)
+        except (TimeoutError, openai.APITimeoutError):
+            return f"no answer within --timeout {options.timeout:g} s", None, False
+        except (openai.APIConnectionError, OSError, ValueError) as error:
+            # Some versions of the client wrap what _stay_there and _http_client raise, others let it through.
+            cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+            if isinstance(cause, EndpointError):
+                raise cause from None
+            what = "malformed answer" if isinstance(cause, ValueError) else f"no connection to {self._where}"
+            return self._plain(f"{what}: {cause}"), None, False
+        return replace(answer, text=strike(answer.text, self._key))
 
-    def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> tuple[str, float | None, bool]:
+    def _refusal(self, response: Any) -> tuple[str, float | None, bool]:
+        status, text = response.status_code, response.text
         reason = self._plain(f"HTTP {status}: {_message(text)}")
         if any(word in text for word in _SPENT):
             raise EndpointError(f"{self._where}: {reason}; the answers so far are kept")
         if status in _AGAIN or status >= 500:
-            retry_after = retry_seconds(headers)
+            retry_after = retry_seconds(response.headers)
             if retry_after is not None and retry_after > self.options.longest_retry_after:
                 raise EndpointError(
                     f"{self._where} asks to wait {retry_after:.0f} s ({reason}); run the same command again after "
@@ -229,6 +223,26 @@ class ChatEndpoint:
     def _plain(self, text: str) -> str:
         """One line of at most 300 characters without the key, which is struck out before anything is cut."""
         return one_line(strike(text, self._key))
+
+
+def _http_client(on_request: Callable[[Any], Awaitable[None]]) -> Any:
+    """The client below ``openai``'s: it calls ``on_request`` also before a redirect is followed, and limits bytes."""
+    import openai
+
+    class Bounded(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            """The whole response, decompressed. Raises ``ValueError`` for one that is too large."""
+            response, raw = await super().send(request, **{**options, "stream": True}), bytearray()
+            async with aclosing(response):
+                async for piece in response.aiter_bytes():
+                    raw += piece
+                    if len(raw) > _LARGEST_ANSWER:
+                        raise ValueError(f"expected at most {_LARGEST_ANSWER:,} bytes, found more")
+            # It is UTF-8 whatever its Content-Type says, and no longer in its Content-Encoding.
+            headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+            return type(response)(response.status_code, headers=headers, content=bytes(raw), request=response.request)
+
+    return Bounded(event_hooks={"request": [on_request]})
 
 
 def _read_key(options: EndpointArguments) -> str:

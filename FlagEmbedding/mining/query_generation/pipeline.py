@@ -26,7 +26,7 @@ from FlagEmbedding.mining.common.negative_table import NegativeTable, Waiting, f
 from FlagEmbedding.mining.common.rows import KeySet, data_files, json_line
 from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache, Task
 from FlagEmbedding.mining.query_generation.arguments import CheckArguments, QueryOptions, ReuseArguments
-from FlagEmbedding.mining.query_generation.checks import judge
+from FlagEmbedding.mining.query_generation.checks import bare, judge
 from FlagEmbedding.mining.query_generation.endpoint import ChatEndpoint, Save
 from FlagEmbedding.mining.query_generation.prompting import make_prompter
 from FlagEmbedding.mining.query_generation.redaction import strike_all
@@ -80,8 +80,8 @@ class Generation:
         self.tokens = Counter[str]()
         self.not_asked = self.unjudged = 0
         self._taken = KeySet()  # queries of the rows, and those that a model wrote
-        for key in table.real_keys():
-            self._taken.add(key)
+        for query in table.real_queries():
+            self._taken.add(text_key(bare(query)))
 
     def run(self, attempts: int) -> None:
         """Up to ``attempts`` rounds. Raises ``UserError`` when the model cannot be asked."""
@@ -119,12 +119,13 @@ class Generation:
 
     def _check(self, attempt: int) -> None:
         for item in self.table.waiting():
-            answer = self.cache.get(self._task(item.passage, attempt).key)
+            task = self._task(item.passage, attempt)
+            answer = self.cache.get(task.key)
             if answer is None:
                 continue
             tokens = {"prompt": answer.prompt_tokens or 0, "completion": answer.completion_tokens or 0, "answers": 1}
             self.tokens.update(tokens)
-            query, reason = judge(answer, item.passage, self.checks)
+            query, reason = judge(answer, item.passage, self.checks, task.prompt)
             if reason is None:
                 self.table.try_query(item, query)
             else:
@@ -134,11 +135,11 @@ class Generation:
         """Reject queries of the rows, and what came for several passages: it asks about none of them in particular."""
         repeated = KeySet()
         for item in self.table.on_trial():
-            key = text_key(item.query)
+            key = text_key(bare(item.query))
             if not self._taken.add(key):
                 repeated.add(key)
         for item in self.table.on_trial():
-            if not repeated.add(text_key(item.query)):
+            if not repeated.add(text_key(bare(item.query))):
                 self.table.reject(item, attempt, item.query, "repeated")
 
     def _judge(self, attempt: int) -> None:
