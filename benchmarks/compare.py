@@ -5,8 +5,8 @@
 
 PEERS is a virtual environment of its own: pip install FlagEmbedding==1.4.2 sentence-transformers==6.2.0, and the same
 torch. Every case runs its contestants in turn, ``--repeats`` times, each in a process of its own; what is reported
-are medians, and medians of the ratios within a turn. Figures go to ``--output`` (JSON) case by case, so that a case may
-be run again alone; ``--table`` prints them as Markdown.
+are medians, and medians of the ratios within a turn. Figures go to ``--output`` (JSON) turn by turn, so that a case may
+be run again alone; ``--table`` prints them as Markdown. ``--short`` is for slow machines.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -161,12 +163,21 @@ CASES = {
 }
 
 
+def shortened(contestant: Contestant) -> list[str]:
+    """Words that make a measurement short; the last of a repeated option counts."""
+    if contestant.script == "time_encode.py":
+        return ["--limit", "320"]
+    return ["--steps", "1" if contestant.peer or "padded" in contestant.words else "4"]
+
+
 def run(contestant: Contestant, arguments: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a process of its own."""
     python = arguments.peer_python if contestant.peer else sys.executable
     words = [word.replace("@", str(arguments.fixture), 1) if word[0] == "@" else word for word in contestant.words]
     extra = words[words.index("--extra") :] if "--extra" in words else []
     words = words[: len(words) - len(extra)]
+    if arguments.short:
+        words += shortened(contestant)
     words += ["--threads", str(arguments.threads), "--device", arguments.device, *extra]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1"}
@@ -175,7 +186,7 @@ def run(contestant: Contestant, arguments: argparse.Namespace) -> dict[str, Any]
     if not contestant.peer:
         environment["PYTHONPATH"] = str(REPOSITORY)
     done = subprocess.run(
-        [python, str(HERE / contestant.script), *words],
+        [*shlex.split(arguments.launcher), python, str(HERE / contestant.script), *words],
         capture_output=True,
         text=True,
         env=environment,
@@ -218,7 +229,8 @@ def table(results: dict[str, Any]) -> str:
     """All cases as Markdown."""
     lines = ["| | engine | time ÷ the first's | tokens/s | of the floor | peak MB |", "|---|---|---|---|---|---|"]
     for name, case in results["cases"].items():
-        title = f"{case['title']} (`{name}`)"
+        texts = next(iter(case["runs"][0].values())).get("texts")  # as many as there were
+        title = f"{re.sub(r'[0-9,]+ texts', f'{texts:,} texts', case['title']) if texts else case['title']} (`{name}`)"
         for engine, row in case["summary"].items():
             low, high = row["times_first_range"]
             times = f"{row['times_first']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low != high else "")
@@ -264,6 +276,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of every engine; 0: all cores")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--short", action="store_true", help="320 texts; 4 steps of ours in training and 1 of a peer's")
+    parser.add_argument("--launcher", default="", help="words before each measurement's command: 'taskset -c 1'")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
     parser.add_argument("--table", action="store_true", help="print what --output holds and stop")
     arguments = parser.parse_args()
@@ -280,20 +294,20 @@ def main() -> int:
     from FlagEmbedding.utils.provenance import provenance
 
     by_processor = arguments.device == "cpu" and arguments.threads == 1
+    about = provenance()
+    results["machine"] = machine(arguments.device)
+    results["peers"] = peer_versions(arguments.peer_python) if peers else results.get("peers", {})
     for name in arguments.cases:
         case = CASES[name]
-        turns = []
+        turns: list[dict[str, Any]] = []
+        record: dict[str, Any] = {"title": case.title, "goal": case.goal, "threads": arguments.threads}
+        record |= {"per_token": case.per_token, "commit": about["commit"], "versions": about["versions"], "runs": turns}
+        results["cases"][name] = record
         for _ in range(arguments.repeats):
             turns.append({engine: run(contestant, arguments) for engine, contestant in case.contestants.items()})
-        record = {"title": case.title, "goal": case.goal, "threads": arguments.threads, "per_token": case.per_token}
-        record |= {"summary": summarise(case, turns, by_processor), "runs": turns}
-        results["cases"][name] = record
-        versions = peer_versions(arguments.peer_python) if peers else results.get("peers", {})
-        where = {"commit": provenance()["commit"], "versions": provenance()["versions"]}
-        results |= {"machine": machine(arguments.device), "peers": versions}
-        record |= where
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(arguments.output, results)
+            record["summary"] = summarise(case, turns, by_processor)
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(arguments.output, results)
         print(table({"cases": {name: record}}), flush=True)
     return 0
 
