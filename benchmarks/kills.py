@@ -3,9 +3,9 @@ r"""Kill training at random moments, go on, and see whether the end is that of t
     python benchmarks/kills.py --model FIXTURE/dense --train_data data/sample/train --output_dir WORK \
         -- --max_steps 200 --save_steps 5
 
-Each kill comes after a random time, in reading, training or saving as it falls (SIGKILL; ``--gentle``: every second
-time SIGTERM); the next start goes on with --resume_from_checkpoint True. At the end every logged number and weight must
-equal, bit for bit, those of one run of the same command. Words after ``--`` go to run.py.
+Each kill comes a random time after training has begun, in a step or in saving as it falls (SIGKILL; ``--gentle``: every
+second time SIGTERM); the next start goes on with --resume_from_checkpoint True. At the end every logged number and
+weight must equal, bit for bit, those of one run of the same command. Words after ``--`` go to run.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +33,15 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     """run.py, its output at the end of ``log``."""
     with open(log, "ab") as stream:
         return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], stdout=stream, stderr=stream)
+
+
+def begun(process: subprocess.Popen[bytes], log: Path, already: int) -> bool:
+    """Wait until the log tells of one more run that starts or goes on; False where the process ends before that."""
+    while process.poll() is None:
+        if len(re.findall(r"run \S+: (?:starts|goes on)", log.read_text(errors="replace"))) > already:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def history(folder: Path) -> list[dict[str, object]]:
@@ -52,7 +63,7 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
-        "--after", type=float, nargs=2, default=(4, 20), metavar="S", help="seconds before a kill: from, to"
+        "--after", type=float, nargs=2, default=(0, 10), metavar="S", help="seconds before a kill: from, to"
     )
     parser.add_argument("--gentle", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,10 +79,13 @@ def main() -> int:
         print(f"the undisturbed run failed: see {options.output_dir}/whole.log")
         return 1
     words = [*base, "--output_dir", str(broken), "--resume_from_checkpoint", "True"]
-    killed, drafts, torn, gained = Counter[str](), 0, 0, []
+    log, starts = options.output_dir / "broken.log", 0
+    killed, drafts, torn, gained = Counter[str](), 0, 0, list[int]()
     while sum(killed.values()) < options.kills:
         before = newest(broken)
-        process = start(words, options.output_dir / "broken.log")
+        process = start(words, log)
+        begun(process, log, starts)
+        starts += 1
         number = signal.SIGTERM if options.gentle and sum(killed.values()) % 2 else signal.SIGKILL
         try:
             process.wait(generator.uniform(*options.after))
@@ -87,7 +101,7 @@ def main() -> int:
             print(f"a start failed with {process.returncode}: see {options.output_dir}/broken.log")
             return 1
         break
-    last = start(words, options.output_dir / "broken.log").wait()
+    last = start(words, log).wait()
     ours, theirs = load_file(broken / "model.safetensors"), load_file(whole / "model.safetensors")
     weights = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     lines = history(broken) == history(whole)

@@ -109,7 +109,7 @@ def _begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTra
 
 def _choose(candidates: Sequence[Path], here: Fingerprint, anyway: bool) -> tuple[Path | None, Differences]:
     """The newest candidate that is of this run; with ``anyway`` the newest of all that can be gone on from."""
-    refusals = []
+    refusals: list[tuple[Path, Differences]] = []
     for folder in candidates:
         record = read_record(folder)
         found = Differences() if record is None else compare(record["fingerprint"], here)

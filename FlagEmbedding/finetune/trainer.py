@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
+from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
 from FlagEmbedding.finetune.fingerprint import Fingerprint
 from FlagEmbedding.finetune.interrupt import outlive_signals
@@ -35,7 +36,7 @@ from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.modeling.sharding import let_packed
-from FlagEmbedding.utils.distributed import gather_objects
+from FlagEmbedding.utils.distributed import gather_objects, rank, world_size
 from FlagEmbedding.utils.errors import UserError
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -149,11 +150,12 @@ class BiEncoderTrainer(Trainer):
         """Which of its optimizer step's batches this process trains on now; batches are dealt out in turn."""
         step, turn = self._turn
         self._turn = step, turn = self.state.global_step, turn + 1 if step == self.state.global_step else 0
-        return turn * self.args.world_size + self.args.process_index
+        return turn * world_size() + rank()
 
     def _seed_batch(self, number: int) -> None:
         """Under ``--global_batch_size`` a batch has the same dropout whichever process trains on it."""
-        if self.args.deals_out_batches(self.bare_model.objective.negatives_cross_device):
+        training = cast(RetrieverTrainingArguments, self.args)
+        if training.deals_out_batches(self.bare_model.objective.negatives_cross_device):
             text = f"{self.args.seed}/{self.state.global_step}/{number}"
             torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 

@@ -55,7 +55,11 @@ def stopped_at(output: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-@pytest.mark.parametrize(("number", "code", "whom"), [(signal.SIGTERM, 143, "process"), (signal.SIGINT, 130, "group")])
+@pytest.mark.parametrize(
+    ("number", "code", "whom"),
+    [(signal.SIGTERM, 143, "process"), (signal.SIGINT, 130, "group")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
 def test_a_signal_ends_the_step_and_the_run_goes_on_exactly(
     number: signal.Signals, code: int, whom: str, tiny_dropout_dir: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,14 @@ def seen(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
 
 
-def other_rows(change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Callable[[Path], dict[str, Any]]:
-    def make(place: Path) -> dict[str, Any]:
-        write_rows(place / "data" / "a.jsonl", change(rows(14)))
-        write_rows(place / "data" / "b.jsonl", rows(24)[14:])
-        return {"train_data": place / "data"}
+def half_of_the_rows(place: Path) -> dict[str, Any]:
+    write_rows(place / "data" / "a.jsonl", rows(7))
+    return {"train_data": write_rows(place / "data" / "b.jsonl", rows(24)[14:]).parent}
 
-    return make
+
+def rows_turned_around(place: Path) -> dict[str, Any]:
+    write_rows(place / "data" / "a.jsonl", rows(14)[::-1])
+    return {"train_data": write_rows(place / "data" / "b.jsonl", rows(24)[14:]).parent}
 
 
 def one_file(place: Path) -> dict[str, Any]:
@@ -86,8 +86,8 @@ ANOTHER: list[tuple[Any, str]] = [
     ({"data_seed": 7}, "--data_seed: the checkpoint has 42, this run says 7"),
     ({"same_task_within_batch": False}, "--same_task_within_batch: the checkpoint has true, this run says false"),
     ({"ignore_data_skip": True}, "--ignore_data_skip"),
-    (other_rows(lambda records: records[:7]), "a.jsonl has another content (the checkpoint has 14 rows, this run says"),
-    (other_rows(lambda records: records[::-1]), "--train_data: a.jsonl has another content"),
+    (half_of_the_rows, "a.jsonl has another content (the checkpoint has 14 rows, this run says"),
+    (rows_turned_around, "--train_data: a.jsonl has another content"),
     (one_file, "the checkpoint has 2 file(s) of 24 rows (a.jsonl, b.jsonl), this run says 1 file(s) of 14"),
     (other_order, "another order of the files: the checkpoint has a.jsonl, b.jsonl, this run says b.jsonl, z.jsonl"),
     ({"only_train": "output"}, "--only_train: the checkpoint has null, this run says output"),
@@ -98,7 +98,11 @@ ANOTHER: list[tuple[Any, str]] = [
 FIXED = ("only_train", "optim", "moe", "unified_finetuning")
 
 
-@pytest.mark.parametrize(("change", "line"), ANOTHER, ids=[line[:60] for _, line in ANOTHER])
+def named(change: Any) -> str:
+    return ",".join(f"{k}={v}" for k, v in change.items()) if isinstance(change, dict) else str(change.__name__)
+
+
+@pytest.mark.parametrize(("change", "line"), ANOTHER, ids=[named(change) for change, _ in ANOTHER])
 def test_another_run_is_refused_by_name(
     change: Any, line: str, output: Path, data: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
