@@ -51,14 +51,15 @@ def _said(name: str, otherwise: int) -> int:
 
 def check_launcher() -> None:
     """Refuse an environment that tells of several processes, and not where they meet or which this one is."""
-    world, absent = world_size(), [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    own, world = rank(), world_size()
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and absent and not is_initialized():
         raise UsageError(
             f"the environment says WORLD_SIZE={world}, and nothing of {' or '.join(absent)}: start with torchrun, or "
             "set these too; for a single process unset WORLD_SIZE"
         )
-    if rank() >= world:
-        raise UsageError(f"the environment says RANK={rank()} of WORLD_SIZE={world}: ranks count from 0")
+    if own >= world:
+        raise UsageError(f"the environment says RANK={own} of WORLD_SIZE={world}: ranks count from 0")
 
 
 def is_main() -> bool:

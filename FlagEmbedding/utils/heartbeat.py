@@ -118,27 +118,29 @@ class _Watch:
     def find_out(self) -> None:
         """Something broke: wait until the watch names who is lost and ends this process, or all have given a sign."""
         self.patience = IN_DOUBT
-        time.sleep((IN_DOUBT + 2) * INTERVAL)
+        time.sleep((IN_DOUBT + 4) * INTERVAL)
 
     def _key(self, of: int) -> str:
         return f"{self.prefix}/{of}"
 
     def _beat(self) -> None:
-        try:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            wait = timedelta(seconds=PATIENCE * INTERVAL)
-            # A client of its own: the group's is locked while a collective waits in it.
-            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
-            self.store = store
-            while True:
-                self.rounds += 1
-                store.set(self._key(rank()), f"{self.rounds} process {os.getpid()} on {socket.gethostname()}")
-                self._read(store)
-                if self.ended.wait(INTERVAL):
-                    return
-        except RuntimeError:  # torch's network errors among them
-            if not self.ended.wait(INTERVAL):  # the store also goes when all is done
-                self._without_store()
+        while not self.ended.is_set():
+            try:
+                self._give_signs()
+            except RuntimeError:  # torch's network errors, also after a run was stopped and continued as a whole
+                self.ended.wait(INTERVAL)
+
+    def _give_signs(self) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        wait = timedelta(seconds=PATIENCE * INTERVAL)
+        # A client of its own: the group's is locked while a collective waits in it.
+        self.store = store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
+        while True:
+            store.set(self._key(rank()), f"{self.rounds} process {os.getpid()} on {socket.gethostname()}")
+            self._read(store)
+            self.rounds += 1
+            if self.ended.wait(INTERVAL):
+                return
 
     def _read(self, store: dist.Store) -> None:
         watched = [other for other, said in self.others.items() if said != _DONE]
@@ -153,7 +155,11 @@ class _Watch:
         if failed and max(self.missing[other] for other in failed) > IN_DOUBT:
             os._exit(1)  # it has said why
         lost = [other for other in watched if self.missing[other] > self.patience and other not in failed]
-        if lost and not self.ended.is_set():
+        if self.ended.is_set():
+            return
+        if not lost and store.check([f"{self.prefix}/lost"]):
+            self._name("", alone=False)
+        if lost:
             who = ", ".join(self._who(other) for other in lost)
             self._name(who, alone=store.add(f"{self.prefix}/lost", 1) == 1)
 
@@ -180,8 +186,9 @@ class _Watch:
             )  # fmt: skip
             for stream in (sys.stderr, sys.stdout):
                 stream.flush()
-        else:
-            time.sleep(INTERVAL)  # torchrun ends all when the first one ends
+        if rank() == 0 or not alone:
+            # torchrun ends all when the first one ends; without it the store goes with rank 0.
+            time.sleep(2 * INTERVAL)
         os._exit(1)
 
     def _who(self, other: int) -> str:
