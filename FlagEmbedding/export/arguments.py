@@ -88,7 +88,7 @@ class FoldOptions:
 class OnnxArguments:
     """ONNX."""
 
-    heads: list[str] = option([], "outputs: dense sparse colbert; default: all that the checkpoint has", metavar="HEAD")
+    heads: list[str] = option([], "outputs beside dense: sparse colbert; default: all that there are", metavar="HEAD")
     int8: bool = switch(False, "write a second graph with 8-bit weights, one scale per channel")
 
     def __post_init__(self) -> None:

@@ -84,11 +84,11 @@ def _check_installed() -> None:
 
 
 def chosen_heads(encoder: TextEncoder, asked: list[str]) -> list[Output]:
-    """The outputs of the graph, in their order. Raises ``UsageError`` for one that the checkpoint lacks."""
+    """The outputs of the graph, dense always among them. Raises ``UsageError`` for one that the checkpoint lacks."""
     there = HEADS if encoder.has_heads else HEADS[:1]
     if lacking := [head for head in asked if head not in there]:
         raise UsageError(f"--heads {lacking[0]}: {encoder.name} has no sparse and colbert heads, only dense vectors")
-    return [head for head in there if not asked or head in asked]  # type: ignore[misc]
+    return [head for head in there if head == "dense" or not asked or head in asked]  # type: ignore[misc]
 
 
 def _usage(encoder: TextEncoder) -> dict[str, Any]:

@@ -43,9 +43,12 @@ class Samples:
         """The queries, then the passages, after their instructions, and how many tokens of them are read."""
         query = encoder.instruction("query", dev.query_instruction_for_retrieval) or ""
         passage = encoder.instruction("passage", dev.passage_instruction_for_retrieval) or ""
+        query_length, passage_length = dev.eval_query_length, dev.eval_passage_length
+        if encoder.longest is not None:
+            query_length, passage_length = min(query_length, encoder.longest), min(passage_length, encoder.longest)
         return [
-            ([query + text for text in self.queries], encoder.max_length(dev.eval_query_length)),
-            ([passage + text for text in self.passages], encoder.max_length(dev.eval_passage_length)),
+            ([query + text for text in self.queries], query_length),
+            ([passage + text for text in self.passages], passage_length),
         ]
 
     def vectors(self, encoder: TextEncoder, dev: DevArguments) -> np.ndarray:

@@ -109,7 +109,7 @@ def test_the_real_base_in_eight_bits(
 def test_only_the_heads_that_were_asked_for(
     tiny_m3_dir: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = export(tiny_m3_dir, tmp_path / "out", "--heads", "sparse", "dense")
+    out = export(tiny_m3_dir, tmp_path / "out", "--heads", "sparse")
     found, _ = run(out, TEXTS[:2])
     assert set(found) == {"dense", "sparse", "last_hidden_state"}
     assert json.loads((out / "export.json").read_text())["heads"] == ["dense", "sparse"]
