@@ -46,7 +46,7 @@ FirstHits = dict[str, list[str]]  # qid -> docids, best first
 
 @dataclass(frozen=True)
 class TextLengths:
-    """How texts become tokens, as the flags of steps 0 and 1 say."""
+    """How texts become tokens: at most so many each (and no more than the model reads), with or without titles."""
 
     query: int = 512
     passage: int = 512
@@ -95,18 +95,17 @@ class DevCollection:
         self.docids: list[str] = []  # of the main process alone
         found = on_main(self._survey)
         self.passages, self.queries = found.total, len(self.topics)
-        most = encoder.max_length(lengths.query), encoder.max_length(lengths.passage)
         prefixes = [encoder.instruction(role, None) or "" for role in ROLES]
         texts = [prefixes[0] + query for query in self.topics.values()]
         self.query_tokens = _tokenized(
-            encoder, most[0], len(texts), lambda spans: (texts[start:end] for start, end in spans)
+            encoder, lengths.query, len(texts), lambda spans: (texts[start:end] for start, end in spans)
         )
 
         def passages(spans: Sequence[tuple[int, int]]) -> Iterator[list[str]]:
             for part in stream(files.corpus, found.passages, spans):
                 yield [prefixes[1] + passage_text(passage, lengths.with_title) for passage in part]
 
-        self.passage_tokens = _tokenized(encoder, most[1], found.total, passages)
+        self.passage_tokens = _tokenized(encoder, lengths.passage, found.total, passages)
 
     def _survey(self) -> Survey:
         def keep(passage: Passage) -> None:

@@ -95,14 +95,14 @@ class DevEvaluation:
         """
         with untouched_randomness():
             encoder = self._encoder(model)
-            lengths = TextLengths(
-                self.options.eval_query_length, self.options.eval_passage_length, self.options.eval_with_title
-            )
+            asked = (self.options.eval_query_length, self.options.eval_passage_length)
+            lengths = TextLengths(*map(encoder.max_length, asked), with_title=self.options.eval_with_title)
+            files = self.files
             if self.options.eval_corpus == "pool" and self.options.eval_data_dir:
                 size = PoolSize(self.options.eval_pool_mined, self.options.eval_pool_random, self.seed)
                 base = digest(self._base_weights(), self.dtype, model.pooling, asdict(model.instructions))
-                self.files = [pooled(files, encoder, lengths, size, self.folder / "pool", base) for files in self.files]
-            self.collections = [DevCollection(files, encoder, lengths) for files in self.files]
+                files = [pooled(each, encoder, lengths, size, self.folder / "pool", base) for each in files]
+            self.collections = [DevCollection(each, encoder, lengths) for each in files]
             started = time.monotonic()
             self.base = score_model(BASE, encoder, self.collections, self.measures)
             self._seconds = time.monotonic() - started

@@ -66,18 +66,23 @@ def _curve(lines: list[dict[str, Any]], name: str, figure: Any, axis: Any) -> No
 def _dev_curve(lines: list[dict[str, Any]], key: str, best_step: int | None, figure: Any, axis: Any) -> None:
     measure = key.rpartition("_")[2]
     steps = [line["step"] for line in lines]
-    others = [name for name in lines[0] if name.endswith(f"_{measure}") and name != key]
+    every = [name for name in lines[0] if name.endswith(f"_{measure}")]
+    others = [name for name in every if name != key] if len(every) > 2 else []  # one language is the mean itself
     for name, color in zip(others, [*COLORS[:3], *COLORS[4:]] * len(others), strict=False):
-        language = name.removesuffix(f"_{measure}").rpartition("_")[2]
-        values = [100 * line.get(name, np.nan) for line in lines]
-        axis.plot(steps, values, color=color, linewidth=1, label="all" if language in ("eval", "pooled") else language)
+        axis.plot(steps, [100 * line.get(name, np.nan) for line in lines], color=color, lw=1, label=_series(name))
     values = [100 * line[key] for line in lines]
-    axis.plot(steps, values, "o-", color=COLORS[3], linewidth=2, markersize=4, label="decides" if others else None)
+    name = _series(key) if others else None
+    axis.plot(steps, values, "o-", color=COLORS[3], linewidth=2, markersize=4, label=name)
     axis.axhline(values[0], color=GRAY, linestyle="--", label="base")
     if best_step in steps:
         axis.plot(best_step, values[steps.index(best_step)], "o", markersize=9, mfc="none", mec=COLORS[4], label="best")
     axis.legend(frameon=False, fontsize=8)
     _finish(axis, f"{key.removeprefix('eval_').replace('_', ' ')} of the dev queries (× 100)")
+
+
+def _series(key: str) -> str:
+    """The language in a log key such as ``eval_ko_ndcg@10``; without one it is the mean of all."""
+    return key.removeprefix("eval_").removeprefix("pooled_").rpartition("_")[0] or "mean"
 
 
 def _loads(line: dict[str, Any], figure: Any, axis: Any) -> None:
