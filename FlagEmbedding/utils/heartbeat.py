@@ -19,11 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from FlagEmbedding.utils.distributed import is_initialized, local_rank, rank, world_size
 from FlagEmbedding.utils.logging import get_logger
+
+if TYPE_CHECKING:  # not there in a torch that was built without it
+    from torch._C._distributed_c10d import Store
 
 logger = get_logger(__name__)
 
@@ -42,7 +46,7 @@ def watched(hint: str) -> Iterator[None]:
     Args:
         hint: what to do then, for the line that names the lost one.
     """
-    if not is_initialized() or world_size() == 1 or "MASTER_ADDR" not in os.environ:
+    if not is_initialized() or world_size() == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         yield
         return
     watch = _Watch(hint)
@@ -67,7 +71,7 @@ class _Watch:
         self.hint, self.rounds, self.patience = hint, 0, PATIENCE
         self.others = {other: b"" for other in range(world_size()) if other != rank()}
         self.missing = dict.fromkeys(self.others, 0)
-        self.store: dist.Store | None = None
+        self.store: Store | None = None
         self.ended = threading.Event()
 
     def start(self) -> None:
@@ -86,7 +90,7 @@ class _Watch:
                 if rank() == 0 and last == _DONE:
                     self._wait_for_the_others(self.store)
 
-    def _wait_for_the_others(self, store: dist.Store) -> None:
+    def _wait_for_the_others(self, store: Store) -> None:
         """Rank 0 may be the one that keeps the store: the others still tell it that they are done."""
         keys = [self._key(other) for other in self.others]
         until = time.monotonic() + PATIENCE * INTERVAL
@@ -134,7 +138,9 @@ class _Watch:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         wait = timedelta(seconds=PATIENCE * INTERVAL)
         # A client of its own: the group's is locked while a collective waits in it.
-        self.store = store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
+        self.store = store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=False, wait_for_workers=False, timeout=wait
+        )
         while True:
             store.set(self._key(rank()), f"{self.rounds} process {os.getpid()} on {socket.gethostname()}")
             self._read(store)
@@ -142,7 +148,7 @@ class _Watch:
             if self.ended.wait(INTERVAL):
                 return
 
-    def _read(self, store: dist.Store) -> None:
+    def _read(self, store: Store) -> None:
         watched = [other for other, said in self.others.items() if said != _DONE]
         there = [other for other in watched if self.others[other] or store.check([self._key(other)])]
         found = store.multi_get([self._key(other) for other in there]) if there else []
@@ -168,6 +174,11 @@ class _Watch:
         while not self.ended.wait(INTERVAL):
             same = same + 1 if self.rounds == before else 0
             before = self.rounds
+            if same > self.patience + 1 and self.store is None:
+                logger.warning(
+                    "nothing answers at MASTER_ADDR: a lost process will not be noticed before --ddp_timeout"
+                )
+                return
             if same > self.patience + 1:
                 self._without_store()
 

@@ -183,8 +183,7 @@ ELSEWHERE = {
     "push_to_hub": "test_push_to_hub.py",
     "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint without it: the tests of stopping",
     "do_train": "run.py trains whether older scripts say so or not",
-    "use_cpu": "acts where there is an accelerator: tests/devices",
-    "dataloader_pin_memory": "acts where there is an accelerator: tests/devices",
+    **dict.fromkeys(("use_cpu", "dataloader_pin_memory"), "test_flags_of_machines_with_an_accelerator_act"),
     **dict.fromkeys(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         "read by the tracker trackio alone, which is not installed here",
@@ -293,6 +292,22 @@ def _train(words: list[str], out: Path) -> dict[str, Any]:
 def test_every_flag_acts(name: str, observed: Callable[[list[str]], dict[str, Any]]) -> None:
     case = WORKS[name]
     assert_acts(Case(case.words, case.given, case.only), observed)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("", (False, True)), ("--use_cpu True", (True, False)),
+                            ("--dataloader_pin_memory False", (False, False))],
+)  # fmt: skip
+def test_flags_of_machines_with_an_accelerator_act(
+    words: str, expected: tuple[bool, bool], places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standard = train_words(places["model"], places["rows"], places["base"] / "pinned")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        arguments = parse_arguments([*standard, *words.split()])
+    trainer = build_trainer(arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (trainer.args.use_cpu, trainer.get_train_dataloader().pin_memory) == expected
 
 
 def test_every_flag_of_several_processes_acts(places: dict[str, Path]) -> None:
