@@ -21,7 +21,7 @@ from transformers.trainer_utils import seed_worker
 
 from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
 from FlagEmbedding.finetune.checkpoints import STATE_FILE, LossWindow
-from FlagEmbedding.finetune.router_monitor import RouterMonitor
+from FlagEmbedding.finetune.router_monitor import RouterMonitor, is_logged
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
@@ -127,6 +127,7 @@ class BiEncoderTrainer(Trainer):
         rows = inputs.pop("rows", [])
         if self.bare_model.has_experts:
             self.router.start_probe(self.bare_model, inputs["passage"])
+            self.bare_model.all_terms = is_logged(self.args, self.state)
         output: EncoderOutput = model(**inputs)
         assert output.loss is not None and output.terms is not None
         assert output.scores is not None
