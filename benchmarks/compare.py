@@ -166,8 +166,9 @@ CASES = {
 def shortened(contestant: Contestant) -> list[str]:
     """Words that make a measurement short; the last of a repeated option counts."""
     if contestant.script == "time_encode.py":
-        return ["--limit", "320"]
-    return ["--steps", "1" if contestant.peer or "padded" in contestant.words else "4"]
+        return ["--limit", "160"]
+    slow = contestant.peer or "padded" in contestant.words
+    return ["--batch-size", "2", "--rows", "2", "--steps", "1" if slow else "4"]
 
 
 def run(contestant: Contestant, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="threads of every engine; 0: all cores")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--short", action="store_true", help="320 texts; 4 steps of ours in training and 1 of a peer's")
+    parser.add_argument("--short", action="store_true", help="160 texts; 4 steps of ours and 1 of a peer, over 2 rows")
     parser.add_argument("--launcher", default="", help="words before each measurement's command: 'taskset -c 1'")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu.json")
     parser.add_argument("--table", action="store_true", help="print what --output holds and stop")

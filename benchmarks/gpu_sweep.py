@@ -3,13 +3,14 @@
     python benchmarks/gpu_sweep.py --fixture FIXTURE [--device cuda:0] [--quick]
 
 The peak is that of a square matrix product in the same precision, measured first; the share counts the operations of
-the encoder's linear layers alone (``floor.py``). Prints Markdown tables. ``--device cpu --quick`` shows that the script
-runs.
+the encoder's linear layers alone (``floor.py``). Prints Markdown tables; what does not fit the memory is a line that
+says so. ``--device cpu --quick`` shows that the script runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 import warnings
@@ -19,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floor import operations
 
-from FlagEmbedding.finetune.parsing import parse_arguments
-from FlagEmbedding.finetune.runner import build_trainer
-from FlagEmbedding.inference.arguments import EncoderArguments
-from FlagEmbedding.inference.text_encoder import TextEncoder
-from FlagEmbedding.modeling.tokens import TokenBatch
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from floor import operations  # noqa: E402
+
+from FlagEmbedding.finetune.parsing import parse_arguments  # noqa: E402
+from FlagEmbedding.finetune.runner import build_trainer  # noqa: E402
+from FlagEmbedding.inference.arguments import EncoderArguments  # noqa: E402
+from FlagEmbedding.inference.text_encoder import TextEncoder  # noqa: E402
+from FlagEmbedding.modeling.tokens import TokenBatch  # noqa: E402
+
+LENGTHS = (64, 512)  # tokens of short and long texts
 ENCODE_SLABS = (16_384, 32_768, 65_536, 131_072)
 TRAIN_SLABS = (2_048, 8_192, 32_768)
 TRAIN_WAYS = {
@@ -87,65 +93,77 @@ def memory(device: str) -> str:
     return f"{most:.1f}"
 
 
+def figures(call: Callable[[], Any], tokens: int, work: int, device: str, times: int, best: float) -> str:
+    """Cells of a line: tokens per second, share of the peak, GB, waits of one more call."""
+    try:
+        memory(device)  # forget the greatest so far
+        took = seconds(call, device, times)
+        with counted_waits(device) as waits:
+            call()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return "out of memory | | |"
+    return f"{tokens / took:,.0f} | {work / took / best:.0%} | {memory(device)} | {len(waits)} |"
+
+
 def encoding(fixture: Path, device: str, quick: bool, best: float) -> Iterator[str]:
     """Lines of the table: short and long texts, by slab."""
     for model in ("dense", "moe"):
         options = EncoderArguments(encoder=str(fixture / model), dtype="fp32" if quick else "bf16", device=device)  # type: ignore[arg-type]
         encoder = TextEncoder(options)
-        for length in (64, 512):
+        words: int = encoder.encoder.model.config.vocab_size  # type: ignore[assignment]
+        for length in (min(each, encoder.longest or each) for each in LENGTHS):
             count = 4 if quick else 262_144 // length
-            ids = torch.randint(10, 1000, (count * length,), device=device)
+            ids = torch.randint(min(10, words - 1), min(1000, words), (count * length,), device=device)
             batch = TokenBatch(ids, [length] * count, length)
             for slab in ENCODE_SLABS[:1] if quick else ENCODE_SLABS:
-                encoder.encoder.slab_limit = slab
-                took = seconds(lambda: encoder.represent(batch, ("dense",), slab), device, 1 if quick else 5)  # noqa: B023
-                with counted_waits(device) as waits:
-                    encoder.represent(batch, ("dense",), slab)
-                rate = operations(fixture / model, len(ids), backward=False) / took / best
-                figures = f"{len(ids) / took:,.0f} | {rate:.0%} | {memory(device)} | {len(waits)}"
-                yield f"| {model} | {length} | {slab} | {figures} |"
+
+                def encode(encoder: TextEncoder = encoder, batch: TokenBatch = batch, slab: int = slab) -> Any:
+                    encoder.encoder.slab_limit = None  # what an earlier line found to be too much
+                    return encoder.represent(batch, ("dense",), slab)
+
+                work = operations(fixture / model, len(ids), backward=False)
+                cells = figures(encode, len(ids), work, device, 1 if quick else 5, best)
+                limit = encoder.encoder.slab_limit
+                yield f"| {model} | {length} | {slab}{f' (halved to {limit})' if limit else ''} | {cells}"
+
+
+def training_words(fixture: Path, model: str, out: str, slab: int, device: str, quick: bool) -> list[str]:
+    """Words of run.py for one line of the training table."""
+    options = {
+        "model_name_or_path": fixture / model, "train_data": fixture / "train", "output_dir": f"{out}/run",
+        "cache_path": f"{out}/rows", "temperature": 0.02, "bf16": not quick, "train_group_size": 8,
+        "per_device_train_batch_size": 2 if quick else 32, "passage_max_len": 512, "slab_tokens": slab,
+        "use_cpu": device == "cpu",
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def training(fixture: Path, device: str, quick: bool, best: float) -> Iterator[str]:
     """Lines of the table: one micro-step by slab and by what trains."""
-    for way, (model, words) in TRAIN_WAYS.items():
+    for way, (folder, words) in TRAIN_WAYS.items():
         for slab in TRAIN_SLABS[:1] if quick else TRAIN_SLABS:
             with tempfile.TemporaryDirectory() as out:
-                arguments = parse_arguments(
-                    [
-                        *("--model_name_or_path", str(fixture / model), "--train_data", str(fixture / "train")),
-                        *(
-                            "--output_dir",
-                            out,
-                            "--cache_path",
-                            f"{out}/rows",
-                            "--temperature",
-                            "0.02",
-                            "--bf16",
-                            "True",
-                        ),
-                        *("--per_device_train_batch_size", "2" if quick else "32", "--train_group_size", "8"),
-                        *("--passage_max_len", "512", "--slab_tokens", str(slab), "--use_cpu", str(device == "cpu")),
-                        *words,
-                    ]
-                )
+                arguments = parse_arguments([*training_words(fixture, folder, out, slab, device, quick), *words])
                 trainer = build_trainer(arguments)
-                model_there = trainer.bare_model.to(device).train()
+                model = trainer.bare_model.to(device).train()
                 batch = next(iter(trainer.get_train_dataloader()))
-                batch.pop("rows")
+                batch.pop("rows", None)
+                cells = step_figures(model, batch, fixture / folder, device, quick, best)
+            yield f"| {way} | {slab} | {cells}"
 
-                def step(model: Any = model_there, batch: dict[str, Any] = batch) -> None:
-                    with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=not quick):
-                        output = model(**batch)
-                    output.loss.backward()
-                    model.zero_grad(set_to_none=True)
 
-                took = seconds(step, device, 1 if quick else 5)
-                with counted_waits(device) as waits:
-                    step()
-                tokens = sum(len(each.ids) for each in batch.values() if isinstance(each, TokenBatch))
-                rate = operations(fixture / model, tokens, backward=True) / took / best
-                yield f"| {way} | {slab} | {tokens / took:,.0f} | {rate:.0%} | {memory(device)} | {len(waits)} |"
+def step_figures(model: Any, batch: dict[str, Any], folder: Path, device: str, quick: bool, best: float) -> str:
+    """Cells of a line of the training table: forward and backward of one batch."""
+
+    def step() -> None:
+        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=not quick):
+            output = model(**batch)
+        output.loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    tokens = sum(len(each.ids) for each in batch.values() if isinstance(each, TokenBatch))
+    return figures(step, tokens, operations(folder, tokens, backward=True), device, 1 if quick else 5, best)
 
 
 def main() -> None:

@@ -150,6 +150,13 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def first_rows(folder: Path, count: int, out: Path) -> Path:
+    """The first ``count`` rows of a folder, in a folder of their own."""
+    out.mkdir()
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_rows(folder)[:count]), "utf-8")
+    return out
+
+
 def expected_tokens(arguments: argparse.Namespace) -> int:
     """Real tokens of the timed steps: the mean row, times the rows drawn (every row has exactly group-size - 1)."""
     from transformers import AutoTokenizer
@@ -178,11 +185,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     stopwatch = make_stopwatch()
-    with tempfile.TemporaryDirectory() as out:
-        ENGINES[arguments.engine](arguments, out, stopwatch)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.rows:
+            arguments.data = first_rows(arguments.data, arguments.rows, Path(scratch) / "data")
+        ENGINES[arguments.engine](arguments, f"{scratch}/out", stopwatch)
+        tokens = expected_tokens(arguments)
     start, end = stopwatch.ends[arguments.warmup - 1], stopwatch.ends[-1]
     wall, busy = end[0] - start[0], end[1] - start[1]
-    tokens = expected_tokens(arguments)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     record = {
         "engine": arguments.engine,
@@ -208,6 +217,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--engine", required=True, choices=ENGINES)
     options.add_argument("--model", type=Path, required=True)
     options.add_argument("--data", type=Path, required=True, help="folder of training rows")
+    options.add_argument(
+        "--rows", type=int, default=0, help="first so many rows, so that few steps see the same; 0: all"
+    )
     options.add_argument("--steps", type=int, default=3)
     options.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
     options.add_argument("--batch-size", type=int, default=8)

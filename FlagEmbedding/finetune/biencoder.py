@@ -115,6 +115,7 @@ class BiEncoder(M3Encoder):
         self.objective = objective
         self.temperature = objective.temperature if self.normalize else 1.0
         self.all_rows = objective.has_router_loss
+        self.all_terms = True  # False: router losses without a weight, which are only logged, are left out
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
         select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
 
@@ -169,7 +170,7 @@ class BiEncoder(M3Encoder):
         owner = self._owners(owner, encoded) if "neg_q" in encoded else None
         output.scores, terms = self._objective(encoded, teacher_scores, owner)
         if output.routing:
-            terms = add_router_losses(terms, output.routing, self.objective)
+            terms = add_router_losses(terms, output.routing, self.objective, unweighted=self.all_terms)
         output.terms, output.loss = terms, terms["loss"]
         if self.training:
             self.step += 1

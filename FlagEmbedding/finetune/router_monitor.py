@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import IntervalStrategy, TrainerState, TrainingArguments
 
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.losses.router import routing_statistics
@@ -22,6 +23,16 @@ from FlagEmbedding.utils.io import follow_umask
 
 PROBE_FILE = "router_probe.safetensors"
 PROBE_PASSAGES = 16
+
+
+def is_logged(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a line of the log may follow the optimizer step that is being computed."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    return args.logging_strategy == IntervalStrategy.EPOCH  # any step may be its last
 
 
 class RouterMonitor:

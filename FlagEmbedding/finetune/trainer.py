@@ -30,7 +30,7 @@ from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
 from FlagEmbedding.finetune.fingerprint import Fingerprint
 from FlagEmbedding.finetune.interrupt import outlive_signals
 from FlagEmbedding.finetune.loss_window import LossWindow
-from FlagEmbedding.finetune.router_monitor import RouterMonitor
+from FlagEmbedding.finetune.router_monitor import RouterMonitor, is_logged
 from FlagEmbedding.finetune.runs import STATE_FILE, Run, keep_newest, new_id, publish, writing
 from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
@@ -174,6 +174,7 @@ class BiEncoderTrainer(Trainer):
         rows = inputs.pop("rows", [])
         if self.bare_model.has_experts:
             self.router.start_probe(self.bare_model, inputs["passage"])
+            self.bare_model.all_terms = is_logged(self.args, self.state)
         output: EncoderOutput = model(**inputs)
         assert output.loss is not None and output.terms is not None
         assert output.scores is not None

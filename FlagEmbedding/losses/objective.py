@@ -107,12 +107,15 @@ def add_penalty(terms: Terms, penalty: Tensor, weight: float) -> Terms:
     return {**terms, "penalty": penalty, "loss": apply_penalty(terms["loss"], penalty, weight)}
 
 
-def add_router_losses(terms: Terms, layers: Sequence[tuple[Tensor, Tensor]], options: ObjectiveArguments) -> Terms:
+def add_router_losses(
+    terms: Terms, layers: Sequence[tuple[Tensor, Tensor]], options: ObjectiveArguments, unweighted: bool = True
+) -> Terms:
     """``terms`` with the routers' balance and z-loss, the mean over layers; added to ``loss`` only where weighted.
 
     Args:
         layers: per MoE layer, logits ``[T, E]`` floating and chosen experts ``[T, K]`` int64 of all real tokens.
         options: the weights.
+        unweighted: also compute one whose weight is 0.
 
     Returns:
         Also ``router_aux_loss`` and ``router_z_loss``, unscaled, and ``…_scaled`` where a weight applies.
@@ -123,6 +126,8 @@ def add_router_losses(terms: Terms, layers: Sequence[tuple[Tensor, Tensor]], opt
     }
     terms = dict(terms)
     for name, (weight, loss) in losses.items():
+        if weight == 0 and not unweighted:
+            continue
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):  # without a weight it is only logged
             terms[name] = torch.stack([loss(*layer) for layer in layers]).mean()
         if weight > 0:

@@ -3,9 +3,10 @@
 With one expert a token, tokens are sorted by expert once a layer. Where the first linear holds the experts, tokens
 stay sorted through the activation and the output projection, so that only narrow rows ``[T, D]`` are moved:
 
-- slices: each expert is a plain product over its own slice of the tokens. Used on a CPU and in fp32.
+- slices: each expert is a plain product over its own slice of the tokens. Used on a CPU.
 - grouped: one grouped product for all experts (``torch.nn.functional.grouped_mm``), which reads the sizes of the groups
-  on the device, so that nothing waits for them. Used on a GPU in half precision.
+  on the device, so that nothing waits for them. Used in bfloat16 where the GPU has that kernel.
+- blocks: one batched product (``modeling.expert_blocks``), which waits for nothing either. Used on every other device.
 
 The permutation's backward is a permutation too (no atomic additions). More than one expert a token goes through the
 layer's own ``mix``.
@@ -22,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from FlagEmbedding.modeling.expert_blocks import Blocks, stacked
 from FlagEmbedding.modeling.linear import apply_linear, compute_dtype, is_plain, linear_add, linear_gelu
-from FlagEmbedding.modeling.moe import MoELinear, Routing
+from FlagEmbedding.modeling.moe import MoELinear, Routing, weigh
 from FlagEmbedding.modeling.pointwise import activate, add_norm
 from FlagEmbedding.modeling.slabs import FILL
 
@@ -122,29 +124,29 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     activation = layer.intermediate.intermediate_act_fn
     if _sorts(wide):
         routing = wide.route(x)
+        if x.device.type != "cpu":
+            y, restore = _on_device(wide, x, routing)
+            y = restore(apply_linear(narrow, activate(activation, y)))
+            return residual_block(layer.output, None, x, projected=wide.with_gate(y, routing))
         assignment = Assignment(routing, len(wide.experts), _fill(x))
         grouped = assignment.group(x)
-        if use_grouped_product(wide, grouped):
-            y = apply_linear(narrow, activate(activation, grouped_product(wide, grouped, assignment)))
-        elif _drops_nothing(layer.output):
+        if _drops_nothing(layer.output):
             # The residual of these tokens is what the experts read, in the same order.
             y = _by_slices(wide, grouped, assignment, activation, narrow, residual=True)
             return layer.output.LayerNorm(wide.with_gate(assignment.restore(y), routing))  # type: ignore[no-any-return]
-        else:
-            y = _by_slices(wide, grouped, assignment, activation, narrow)
+        y = _by_slices(wide, grouped, assignment, activation, narrow)
         y = wide.with_gate(assignment.restore(y), routing)
         return residual_block(layer.output, None, x, projected=y)
     if _sorts(narrow):
         states = linear_gelu(wide, activation, x)
         routing = narrow.route(states)
-        assignment = Assignment(routing, len(narrow.experts), _fill(states))
-        grouped = assignment.group(states)
-        if use_grouped_product(narrow, grouped):
-            y = grouped_product(narrow, grouped, assignment)
+        if x.device.type != "cpu":
+            y, restore = _on_device(narrow, states, routing)
         else:
-            y = _by_slices(narrow, grouped, assignment, None, None)
-        y = narrow.with_gate(assignment.restore(y), routing)
-        return residual_block(layer.output, None, x, projected=y)
+            assignment = Assignment(routing, len(narrow.experts), _fill(states))
+            y = _by_slices(narrow, assignment.group(states), assignment, None, None)
+            restore = assignment.restore
+        return residual_block(layer.output, None, x, projected=narrow.with_gate(restore(y), routing))
     return residual_block(layer.output, linear_gelu(wide, activation, x), x)
 
 
@@ -189,8 +191,7 @@ def _by_slices(
         if weight is None and activation is not None:
             y = linear_gelu(expert, activation, piece)
         else:
-            y = apply_linear(expert, piece)
-            y = y if weight is None else y * weight.to(y.dtype)
+            y = weigh(apply_linear(expert, piece), weight)
             y = y if activation is None else activate(activation, y)
         if narrow is not None:
             y = linear_add(narrow, y, piece) if residual else apply_linear(narrow, y)
@@ -214,24 +215,36 @@ def _fill(x: Tensor) -> int:
 
 
 def use_grouped_product(layer: MoELinear, x: Tensor) -> bool:
-    """Whether experts go through one grouped product, which waits for nothing: half precision on a GPU.
+    """Whether experts go through one grouped product: bfloat16 on a GPU of compute capability 9 or 10.
 
-    It asks for rows of a multiple of 16 bytes, here and in what the experts give. Elsewhere each expert is a product of
-    its own.
+    Elsewhere torch computes it expert by expert and waits for the device to say how many rows each has. It asks for
+    rows of a multiple of 16 bytes, here and in what the experts give.
     """
     first: Any = layer.experts[0]
+    if x.device.type != "cuda" or compute_dtype(x) != torch.bfloat16 or torch.version.hip:
+        return False
     wide = x.shape[-1] % 8 == first.weight.shape[0] % 8 == 0
-    return wide and x.device.type == "cuda" and compute_dtype(x) in (torch.bfloat16, torch.float16)
+    return wide and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+def _on_device(layer: MoELinear, x: Tensor, routing: Routing) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Every row of ``x`` through its expert, sorted by expert; and what puts such rows back. Waits for nothing."""
+    if use_grouped_product(layer, x):
+        assignment = Assignment(routing, len(layer.experts))
+        return grouped_product(layer, assignment.group(x), assignment), assignment.restore
+    blocks = Blocks(routing.experts.reshape(-1), len(layer.experts))
+    y = blocks.product(list(layer.experts), blocks.spread(x), compute_dtype(x))
+    return weigh(y, blocks.spread(routing.weights) if routing.weights.requires_grad else None), blocks.collect
 
 
 def grouped_product(layer: MoELinear, x: Tensor, assignment: Assignment) -> Tensor:
     """``[T, in]`` sorted by expert to ``[T, out]``, without waiting for the device."""
     dtype = compute_dtype(x)
     experts: list[Any] = list(layer.experts)
-    weight = torch.stack([expert.weight for expert in experts]).to(dtype)  # [E, out, in]
+    weight = stacked([expert.weight for expert in experts], dtype)  # [E, out, in]
     y = F.grouped_mm(x.to(dtype), weight.transpose(1, 2), offs=assignment.ends())
     if experts[0].bias is not None:
-        bias = torch.stack([expert.bias for expert in experts]).to(y.dtype)  # [E, out]
+        bias = stacked([expert.bias for expert in experts], y.dtype)  # [E, out]
         # As a product its gradient is a product too; indexing would add up with atomics.
         y = y + F.one_hot(assignment.chosen, assignment.experts).to(y.dtype) @ bias
-    return y if assignment.weights is None else y * assignment.weights.to(y.dtype)
+    return weigh(y, assignment.weights)

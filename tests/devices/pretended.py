@@ -74,6 +74,11 @@ class _Functions(TorchFunctionMode):
             return self.device.device
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return is_on_device(args[0]) and self.device.device.type == "cuda"
+        if func is torch._C._nn._parse_to:  # what a module's ``to`` was given
+            named = {name: "cpu" if _is_pretended(value) else value for name, value in kwargs.items()}
+            parsed = func(*("cpu" if _is_pretended(value) else value for value in args), **named)
+            there = any(map(_is_pretended, (*args, *kwargs.values())))
+            return (self.device.device if there else parsed[0], *parsed[1:])
         if func is Tensor.is_pinned:
             return getattr(args[0].untyped_storage(), "pinned", False)
         if func is Tensor.pin_memory:
@@ -112,6 +117,9 @@ class _Functions(TorchFunctionMode):
                 if isinstance(value, str | torch.device):
                     target = rest.pop(place)
                     break
+            if target is not None:  # as a module calls it: device, dtype or None, non_blocking
+                kwargs.setdefault("non_blocking", True in rest[-1:])
+                rest = [value for value in rest if isinstance(value, torch.dtype)]
         non_blocking = kwargs.pop("non_blocking", False)
         result = tensor.to(*rest, **kwargs) if rest or kwargs else tensor
         if target is None or torch.device(target).type == "meta":
@@ -313,7 +321,9 @@ class PretendedDevice:
             "is_bf16_supported": lambda *args, **kwargs: self.bf16,
             "get_device_capability": lambda *args: self.capability,
             "synchronize": lambda *args: self.wait("synchronize"), "empty_cache": lambda: None,
-            "mem_get_info": lambda *args: (8 << 30, 16 << 30), "device": lambda index: ExitStack(),
+            "set_sync_debug_mode": lambda mode: None, "max_memory_allocated": lambda *args: 3 << 30,
+            "reset_peak_memory_stats": lambda *args: None, "mem_get_info": lambda *args: (8 << 30, 16 << 30),
+            "device": lambda index: ExitStack(),
         }.items():  # fmt: skip
             enter(patch.object(torch.cuda, name, value))
         for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):

@@ -122,6 +122,9 @@ def test_a_device_gives_the_losses_and_gradients_of_the_cpu(folder: Path, step: 
         Step(dropout=True, dtype=torch.bfloat16),
         Step(dropout=True, dtype=torch.bfloat16, moe="intermediate"),
         Step(dropout=True, dtype=torch.bfloat16, moe="output"),
+        Step(dropout=True, moe="intermediate"),
+        Step(dropout=True, moe="output", experts_per_token=2),
+        Step(dropout=True, dtype=torch.float16, moe="intermediate"),
         Step(dropout=True, dtype=torch.bfloat16, only_train="intermediate", moe="intermediate"),
         Step(dropout=True, dtype=torch.bfloat16, grad_cache=True),
         Step(dropout=True, dtype=torch.bfloat16, unified=True),
@@ -176,13 +179,26 @@ def test_kernels_are_asked_for_what_they_can(
     assert set(take(folder, step, PretendedDevice(capability=capability, bf16=bf16)).kernels) == kernels
 
 
-@pytest.mark.parametrize("width", [48, 52], ids=["rows of 96 bytes", "rows of 104 bytes"])
-def test_experts_of_odd_widths_take_another_way(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("place", ["intermediate", "output"])
+@pytest.mark.parametrize(
+    ("capability", "width", "native"),
+    [((9, 0), 48, True), ((10, 0), 48, True), ((9, 0), 52, False), ((8, 0), 48, False), ((12, 0), 48, False)],
+    ids=["H100", "B200", "rows of 104 bytes", "A100", "RTX 5090"],
+)
+def test_experts_wait_for_no_device_whatever_it_has(
+    tmp_path: Path, place: FfnPart, capability: tuple[int, int], width: int, native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The grouped product only where it has a kernel; the same loss and gradients both ways, and no wait."""
+    calls: list[int] = []
+    grouped = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: calls.append(1) or grouped(*a, **k))
     folder = write_tiny(tmp_path, "xlmr", intermediate_size=width)
-    step = Step(dtype=torch.bfloat16, moe="intermediate")
-    expected, found = take(folder, step, None), take(folder, step, PretendedDevice())
+    step = Step(dtype=torch.bfloat16, moe=place)
+    expected, found = take(folder, step, None), take(folder, step, PretendedDevice(capability=capability))
+    assert found.waits == [] and bool(calls) == native
     assert found.loss == pytest.approx(expected.loss, rel=1e-2)
-    assert bool(found.waits) == (width == 52)
+    assert apart(found, expected) < 0.1
 
 
 def test_frozen_weights_are_cast_once(folder: Path) -> None:

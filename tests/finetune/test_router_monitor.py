@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from finetune.helpers import rows, train_words, write_rows
 from transformers import AutoTokenizer
 
 from FlagEmbedding import BGEM3Model
+from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.router_monitor import PROBE_PASSAGES, RouterMonitor
+from FlagEmbedding.finetune.runner import build_trainer
+from FlagEmbedding.losses import objective
+from FlagEmbedding.losses.router import z_loss
 from FlagEmbedding.modeling.backbone import moe_layers
 from FlagEmbedding.modeling.tokens import TokenBatch
 
@@ -112,3 +118,37 @@ def test_a_checkpoint_carries_probe_and_sums(model: BGEM3Model, passages: TokenB
     other.save(tmp_path)  # between two lines there is nothing to sum, and the probe is the same
     assert probe.stat().st_size > 0
     assert other._probe is not None and len(other._probe) == PROBE_PASSAGES
+
+
+@pytest.mark.parametrize(
+    ("words", "logged"),
+    [
+        ({"logging_steps": 3}, [3, 6]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
+        ({"logging_strategy": "epoch"}, [1, 2, 3, 4, 5, 6]),
+    ],
+    ids=str,
+)
+def test_losses_without_a_weight_are_computed_where_they_are_logged(
+    words: dict[str, Any], logged: list[int], tiny_moe_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step of a run that logs each; of another only at its log lines, where they say the same."""
+    computed: list[int] = []
+    every_step: dict[int, float] = {}
+    for options in ({"logging_steps": 1}, words):
+        data = write_rows(tmp_path / "rows.jsonl", rows(12))
+        settings = {"max_steps": 6, "cache_path": tmp_path / "cache", "overwrite_output_dir": True, **options}
+        trainer = build_trainer(parse_arguments(train_words(tiny_moe_dir, data, tmp_path / "out", **settings)))
+
+        def counted(logits: torch.Tensor, trainer: Any = trainer) -> torch.Tensor:
+            computed.append(trainer.state.global_step + 1)
+            return z_loss(logits)
+
+        monkeypatch.setattr(objective, "z_loss", counted)
+        computed.clear()
+        trainer.train()
+        assert computed == [step for step in (range(1, 7) if options is not words else logged) for _ in range(2)]
+        lines = {line["step"]: line["router_z_loss"] for line in trainer.state.log_history if "router_load" in line}
+        every_step = every_step or lines
+        if "logging_strategy" not in words:
+            assert lines == {step: every_step[step] for step in lines}

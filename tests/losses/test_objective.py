@@ -83,6 +83,10 @@ def test_router_losses_are_means_over_layers_and_count_where_weighted(balance: f
             assert float(found[f"{name}_scaled"]) == pytest.approx(weight * float(expected[name]), abs=1e-9)
             total += weight * float(expected[name])
     assert float(found["loss"]) == pytest.approx(total, abs=1e-9)
+    between_logs = add_router_losses({"loss": torch.tensor(1.0, dtype=torch.float64)}, layers, options, False)
+    scaled = {name for name in found if f"{name.removesuffix('_scaled')}_scaled" in found}
+    assert between_logs.keys() == {"loss"} | scaled
+    assert between_logs["loss"] == found["loss"]
 
 
 @pytest.mark.parametrize(
