@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -48,6 +49,11 @@ def test_the_same_negatives_from_both_layouts(tiny_model_dir: Path, layouts: lis
         assert main([str(word) for word in [*words, "--negative_number", "4"]]) == 0
         found.append(read_rows(tmp_path / place.name))
     assert found[0] == found[1] and len(found[0]) == 9
+    packed = [*words, "--negative_number", "4", "--output_file", tmp_path / "rows.jsonl.gz"]
+    assert main([str(word) for word in packed]) == 0
+    with gzip.open(tmp_path / "rows.jsonl.gz", "rt", encoding="utf-8") as lines:
+        assert [json.loads(line) for line in lines] == found[0]
+    assert (tmp_path / "reports/rows.json").is_file()
 
 
 def test_convert_reads_both_layouts_by_language(layouts: list[Path], tmp_path: Path) -> None:
