@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from typing import Any
 
 from hypothesis import strategies as st
@@ -16,6 +17,43 @@ PIECES = [
     b"}",
     b"[", b"]", b",", b"sha256", b"identity", b"files", b"rows", b"docid", b"_id", b"../../etc/passwd", b"x" * 70_000,
 ]  # fmt: skip
+
+
+# What stands where another kind of value is expected.
+VALUES = [
+    None, True, False, 0, -1, 1.5, 10**19, 10**400, float("nan"), float("inf"), "", " ", "\u200b", "a", "a b", "1",
+    "a\nb", "a\tb", "\0", "\ud800", "\ufeffa", "\x1b[31m", "../x", "x" * 70_000, [], {}, [None], [[]], [1], [""],
+    {"a": None}, ["a", "b", "c"],
+]  # fmt: skip
+
+
+def _leaf(draw: st.DrawFn, value: Any) -> Any:
+    """``value`` with one part of it replaced, left out or called otherwise."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(value)))
+        kind = draw(st.integers(0, 5))
+        rest = {name: item for name, item in value.items() if name != key}
+        if kind == 0:
+            return rest
+        if kind == 1:
+            return {**rest, draw(st.sampled_from(["", "a", "text", "query", "_id", "docid", "pos"])): value[key]}
+        return {**value, key: _leaf(draw, value[key])}
+    if isinstance(value, list) and value and draw(st.integers(0, 5)):
+        place = draw(st.integers(0, len(value) - 1))
+        return [*value[:place], _leaf(draw, value[place]), *value[place + 1 :]]
+    return draw(st.sampled_from(VALUES))
+
+
+@st.composite
+def other_values(draw: st.DrawFn, seed: bytes) -> bytes:
+    """``seed``, lines of JSON or one value, with a part of one value exchanged; bytes that are no JSON as they are."""
+    try:
+        lines = [json.loads(line) for line in seed.decode().splitlines()]
+    except ValueError:
+        return draw(changed(seed))
+    place = draw(st.integers(0, len(lines) - 1)) if lines else 0
+    lines[place : place + 1] = [_leaf(draw, line) for line in lines[place : place + 1]]
+    return "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines).encode()
 
 
 @st.composite
@@ -69,6 +107,8 @@ def files(draw: st.DrawFn, reader: Any) -> dict[str, bytes]:
             found[name] = packed(name, b"".join(draw(st.lists(st.sampled_from(PIECES), max_size=12))))
         elif how == 2:
             found[name] = draw(changed(packed(name, content)))
+        elif how < 6:
+            found[name] = packed(name, draw(other_values(content)))
         else:
             found[name] = packed(name, draw(changed(content)))
     return found

@@ -16,7 +16,7 @@ def test_any_bytes_give_rows_or_one_error(name: str) -> None:
     outcomes = set()
 
     @settings(
-        max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+        max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(files(reader))

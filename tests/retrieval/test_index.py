@@ -267,6 +267,8 @@ def foreign(folder: Path, vectors: np.ndarray, docids: bytes) -> Path:
         (b"a\nb c\nd\n", "docid:2: expected one word as docid, found 'b c'"),
         (b"a\nb\na\n", "docid:3: 'a' was there before, in line 1"),
         (b"a\n\xe9\nc\n", "docid:2: not UTF-8 text"),
+        (b"\xef\xbb\xbfa\nb\nc\n", r"docid:1: expected one word as docid, found '\\ufeffa'"),
+        (b"a\r\nb\r\nc\r\n", r"docid:1: expected one word as docid, found 'a\\r'"),
     ],
 )
 def test_ids_of_another_program_must_be_ids(tmp_path: Path, docids: bytes, message: str) -> None:

@@ -120,6 +120,8 @@ class Job:
                 value = _parse(line)
                 if not line.endswith(b"\n") or value is None or (count == 0 and not self._fits(value, overwrite)):
                     break
+                if count and not _is_entry(value):
+                    break
                 whole, count = whole + len(line), count + 1
         if whole < self._path.stat().st_size:
             logger.info("%s: what is half-written or of another command is cut off and done again", self._path)
@@ -153,7 +155,7 @@ class Job:
             next(lines, None)
             for line in lines:
                 value = _parse(line)
-                if value is None:
+                if not _is_entry(value):
                     raise DataError(f"{self._path}: damaged while it was in use; run the same command again")
                 yield value
 
@@ -183,6 +185,10 @@ def _parse(line: bytes) -> Any:
         return parse_json(line)
     except ValueError:
         return None
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("rows"), list) and "note" in value
 
 
 def check_output(output: Path, overwrite: bool = False) -> None:

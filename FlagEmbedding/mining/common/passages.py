@@ -154,7 +154,7 @@ def _row_passages(paths: Sequence[PathLike]) -> Iterator[str]:
     for path in paths:
         for _, row in read_rows(path, problems):
             for texts in (row.get("pos"), row.get("neg")):
-                for text in [texts] if isinstance(texts, str) else texts or []:
+                for text in [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []:
                     if isinstance(text, str) and not is_blank(text) and seen.add(_key(text)):
                         yield text
     problems.raise_if_any()
