@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from FlagEmbedding.inference.base import Devices
 from FlagEmbedding.inference.embedder import BGEM3FlagModel, FlagModel
@@ -19,11 +19,13 @@ from FlagEmbedding.modeling.options import Pooling
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hub import resolve_folder
 
+C = TypeVar("C")
+
 _EMBEDDERS: dict[str, type[FlagModel] | type[BGEM3FlagModel]] = {
     "encoder-only-base": FlagModel,
     "encoder-only-m3": BGEM3FlagModel,
 }
-_RERANKERS = {"encoder-only-base": FlagReranker}
+_RERANKERS: dict[str, type[FlagReranker]] = {"encoder-only-base": FlagReranker}
 # The one encoder of upstream's table with a format of its own, by its name as there.
 _FORMATS = {"multilingual-e5-large-instruct": "Instruct: {}\nQuery: {}"}
 
@@ -67,7 +69,8 @@ class FlagAutoModel:
         path = Path(model_name_or_path)
         name = path.parent.name if path.name.startswith("checkpoint-") else path.name
         own_format = PLAIN_FORMAT if query_instruction_for_retrieval is None else _FORMATS.get(name, PLAIN_FORMAT)
-        return _chosen(model_class, _EMBEDDERS)(
+        kind = _chosen(model_class, _EMBEDDERS)
+        return kind(
             model_name_or_path,
             normalize_embeddings=normalize_embeddings,
             use_fp16=use_fp16,
@@ -102,7 +105,7 @@ class FlagAutoReranker:
         return kind(model_name_or_path, use_fp16=use_fp16, trust_remote_code=bool(trust_remote_code), **keywords)
 
 
-def _chosen(model_class: str | Enum, classes: dict[str, Any]) -> Any:
+def _chosen(model_class: str | Enum, classes: dict[str, C]) -> C:
     wanted = model_class.value if isinstance(model_class, Enum) else model_class
     if wanted not in classes:
         raise UsageError(

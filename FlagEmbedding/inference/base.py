@@ -65,8 +65,14 @@ class Embedder:
         self.batch_size = whole("batch_size", batch_size)
         self.query_max_length = whole("query_max_length", query_max_length)
         self.passage_max_length = whole("passage_max_length", passage_max_length)
-        self.target_devices = target_devices(only_one("devices", devices, "device", device))
-        workers = whole("workers", only_one("workers", workers or None, "num_workers", num_workers) or 0, 0)
+        refuse_both("devices", devices, "device", device)
+        refuse_both("workers", workers or None, "num_workers", num_workers)
+        self.target_devices = target_devices(devices if device is None else device)
+        workers = whole("workers", workers if num_workers is None else num_workers, 0)
+        self.query_instruction_format = own_format("query", query_instruction_for_retrieval, query_instruction_format)
+        self.passage_instruction_format = own_format(
+            "passage", passage_instruction_for_retrieval, passage_instruction_format
+        )
         self._encoders = [
             TextEncoder(
                 EncoderArguments(
@@ -91,13 +97,12 @@ class Embedder:
         self.model: torch.nn.Module = first.encoder  # on the first device
         self.pooling_method: str = first.pooling
         self.truncate_dim = None if truncate_dim is None else whole("truncate_dim", truncate_dim, 1, first.hidden_size)
-        self._width = self.truncate_dim or first.hidden_size
         self.query_instruction_for_retrieval = first.instruction("query", query_instruction_for_retrieval)
         self.passage_instruction_for_retrieval = first.instruction("passage", passage_instruction_for_retrieval)
-        self.query_instruction_format = own_format("query", query_instruction_for_retrieval, query_instruction_format)
-        self.passage_instruction_format = own_format(
-            "passage", passage_instruction_for_retrieval, passage_instruction_format
-        )
+
+    @property
+    def _width(self) -> int:
+        return self.truncate_dim or self._encoders[0].hidden_size
 
     def stop_self_pool(self) -> None:
         """Stop the processes that tokenize ahead and let go of cached memory; the model can still be used."""
@@ -158,11 +163,10 @@ def own_format(role: str, instruction: str | None, form: str) -> str:
     return PLAIN_FORMAT if instruction is None else form
 
 
-def only_one(name: str, value: T | None, other_name: str, other: T | None) -> T | None:
-    """The one of two keywords for the same thing that is given. Raises ``UsageError`` where both are."""
+def refuse_both(name: str, value: object, other_name: str, other: object) -> None:
+    """Raise ``UsageError`` where two keywords for the same thing are given."""
     if value is not None and other is not None:
         raise UsageError(f"{name} and {other_name} say the same thing: give one of them")
-    return other if value is None else value
 
 
 def target_devices(devices: Devices) -> list[str]:

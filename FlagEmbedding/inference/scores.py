@@ -46,10 +46,16 @@ def lexical_matching_score(one: LexicalWeights, other: LexicalWeights) -> float:
 def colbert_score(query: np.ndarray, passage: np.ndarray) -> torch.Tensor:
     """Mean over query vectors ``[Lq, D]`` of the greatest inner product with a passage vector ``[Lp, D]``.
 
-    Only real tokens take part: a pair's score does not depend on what it was padded to beside others.
+    Only real tokens take part: a pair's score does not depend on what it was padded to beside others. One thread
+    computes it, since the last bits of a product depend on how many do.
     """
-    similarity = torch.from_numpy(np.ascontiguousarray(query)) @ torch.from_numpy(np.ascontiguousarray(passage)).T
-    return similarity.max(dim=-1).values.sum() / len(query)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        similarity = torch.from_numpy(np.ascontiguousarray(query)) @ torch.from_numpy(np.ascontiguousarray(passage)).T
+        return similarity.max(dim=-1).values.sum() / len(query)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pair_scores(query: Sequence[Any], passage: Sequence[Any], weights: Sequence[float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from FlagEmbedding import BGEM3FlagModel, FlagModel
+from FlagEmbedding.inference.scores import colbert_score
 from FlagEmbedding.modeling.slabs import Layout, each_on_one_thread
 from FlagEmbedding.modeling.tokens import TokenBatch
 
@@ -81,6 +82,17 @@ def test_four_threads_get_what_one_gets(
     with ThreadPoolExecutor(4) as pool:
         for number, found in itertools.chain.from_iterable(pool.map(work, range(4))):
             assert found == alone[number], f"call {number} gives something else beside others"
+
+
+def test_a_colbert_score_has_the_same_bits_on_any_number_of_threads() -> None:
+    generator = np.random.default_rng(0)
+    reps = [generator.standard_normal((n, 64), dtype=np.float32) for n in range(3, 200, 7)]
+    found = []
+    for number in (1, 2, 4):
+        torch.set_num_threads(number)
+        found.append([colbert_score(q, p).item() for q, p in itertools.pairwise(reps)])
+        assert torch.get_num_threads() == number
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_slab_stays_on_one_thread_while_others_set_their_number() -> None:
