@@ -60,15 +60,16 @@ class TableArguments:
 
 
 def exported(given: TableArguments, dev: DevArguments) -> list[Kind]:
-    """The checkpoint, its folds and the graphs of the fold by load; the checkpoint is measured once."""
+    """The checkpoint, its folds, and the graphs of the fold by load, whose cosines are to that fold."""
     out, sample = Path(given.output_dir), SampleArguments(samples=given.samples)
     kinds: list[Kind] = []
     for method in ("average", "expert:0", "load"):
         place = SourceArguments(given.model, str(out / f"fold-{method.replace(':', '-')}"), overwrite=True)
-        found = fold(FoldOptions(place, FoldArguments(method), sample, dev))
-        kinds += found[len(kinds) > 0 :]
+        first = kinds[0] if kinds else None
+        found = fold(FoldOptions(place, FoldArguments(method), sample, dev), first)
+        kinds += found[1:] if kinds else found
     place = SourceArguments(str(out / "fold-load"), str(out / "onnx"), overwrite=True)
-    kinds += export(OnnxOptions(place, OnnxArguments(int8=True), sample, dev))[1:]
+    kinds += export(OnnxOptions(place, OnnxArguments(int8=True), sample, dev), kinds[-1])[1:]
     return kinds
 
 

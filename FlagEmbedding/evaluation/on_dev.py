@@ -41,7 +41,8 @@ def score_on_dev(name: str, encoder: TextEncoder, dev: DevArguments) -> System:
 
 def _score(encoder: TextEncoder, dev: DevArguments, lang: str) -> LanguageScores:
     place, split = dev.eval_data_dir, dev.eval_split
-    topics, qrels = (read(find(lang, split, place)) for read, find in _READERS)
+    topics = read_topics(miracl.topics_file(lang, split, place))
+    qrels = read_qrels(miracl.qrels_file(lang, split, place))
     options = IndexArguments(
         max_passage_length=dev.eval_passage_length,
         passage_instruction_for_retrieval=dev.passage_instruction_for_retrieval,
@@ -57,9 +58,6 @@ def _score(encoder: TextEncoder, dev: DevArguments, lang: str) -> LanguageScores
         hits = retriever.search(retriever.embed_queries(list(topics.values())), HITS)
     run = {qid: {hit.docid: hit.score for hit in found} for qid, found in zip(topics, hits, strict=True)}
     return score_run(qrels, run, MEASURES)
-
-
-_READERS = ((read_topics, miracl.topics_file), (read_qrels, miracl.qrels_file))
 
 
 def overall(system: System, measure: Measure = NDCG) -> float:

@@ -31,8 +31,8 @@ logger = get_logger(__name__)
 RECORD = "export.json"
 
 
-def fold(options: FoldOptions) -> list[Kind]:
-    """Write the folded checkpoint; both forms, measured.
+def fold(options: FoldOptions, before: Kind | None = None) -> list[Kind]:
+    """Write the folded checkpoint; both forms, measured (the one with experts unless it was ``before``).
 
     Raises:
         UserError: no experts, no such expert, a folder in the way, texts that cannot be read.
@@ -49,7 +49,7 @@ def fold(options: FoldOptions) -> list[Kind]:
     with new_folder(source.output_dir, RECORD, source.overwrite) as draft:
         save_checkpoint(_folded(original, shares), draft, tokenizer=original.tokenizer)
         reference = samples.vectors(original, dev)
-        kinds = [measure("with experts", original, weight_size(folder), samples, reference, dev)]
+        kinds = [before or measure("with experts", original, weight_size(folder), samples, reference, dev)]
         folded = TextEncoder(source.encoder(str(draft)))
         kinds.append(measure(name, folded, weight_size(draft), samples, reference, dev))
         value = {

@@ -30,7 +30,7 @@ class Kind:
     Attributes:
         size: bytes of its weights on disk.
         cosines: to the checkpoint's vectors, one for each sample text.
-        milliseconds: of a single query, tokenization included, on one thread; median.
+        milliseconds: processor time of a single query, tokenization included, on one thread; median.
         system: its scores on the dev collection, where one was given.
     """
 
@@ -66,7 +66,7 @@ def measure(
 
 
 def query_milliseconds(encoder: TextEncoder, queries: Sequence[str]) -> float:
-    """Median time to encode one query, after each of them was encoded once."""
+    """Median processor time to encode one query, after each was encoded once; others' work does not count."""
     chosen, times = list(queries[:_QUERIES]), []
     length = min(512, encoder.longest or 512)
     before = torch.get_num_threads()
@@ -74,9 +74,9 @@ def query_milliseconds(encoder: TextEncoder, queries: Sequence[str]) -> float:
     try:
         for turn in range(1 + _ROUNDS):
             for query in chosen:
-                started = time.perf_counter()
+                started = time.process_time()
                 list(encoder.encode([([query], None)], length))
-                times += [time.perf_counter() - started] if turn else []
+                times += [time.process_time() - started] if turn else []
     finally:
         torch.set_num_threads(before)
     return 1000 * float(np.median(times))

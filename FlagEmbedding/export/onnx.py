@@ -36,8 +36,8 @@ logger = get_logger(__name__)
 RECORD = "export.json"
 
 
-def export(options: OnnxOptions) -> list[Kind]:
-    """Write the folder; the checkpoint and every graph, measured.
+def export(options: OnnxOptions, before: Kind | None = None) -> list[Kind]:
+    """Write the folder; the checkpoint (unless it was measured ``before``) and every graph, measured.
 
     Raises:
         UserError: a head that the checkpoint lacks, an encoder that cannot be exported, a graph that gives other
@@ -62,7 +62,8 @@ def export(options: OnnxOptions) -> list[Kind]:
             graphs["onnx int8"] = file.with_name("model_int8.onnx")
             quantize(file, graphs["onnx int8"])
         reference = samples.vectors(encoder, dev)
-        kinds = [measure("checkpoint", encoder, weight_size(Path(encoder.folder)), samples, reference, dev)]
+        size = weight_size(Path(encoder.folder))
+        kinds = [before or measure("checkpoint", encoder, size, samples, reference, dev)]
         for name, path in graphs.items():
             form = graph if path == file else OnnxEncoder(encoder, path)
             kinds.append(measure(name, form, graph_size(path), samples, reference, dev))

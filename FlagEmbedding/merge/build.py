@@ -22,7 +22,7 @@ from FlagEmbedding.modeling.backbone import load_backbone, save_checkpoint
 from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.heads import HEAD_FILES, load_heads, read_state
 from FlagEmbedding.modeling.interchange import NO_INSTRUCTIONS
-from FlagEmbedding.modeling.projections import load_projections
+from FlagEmbedding.modeling.projections import Projection, load_projections
 from FlagEmbedding.modeling.stored import StoredTensors
 from FlagEmbedding.modeling.tokenizer import load_tokenizer
 from FlagEmbedding.utils.errors import UsageError
@@ -51,9 +51,11 @@ def merge(sources: Sequence[Source], weights: Sequence[float], method: Method) -
             plain = [] if source.experts else [_EXPERT.sub(r"\1\2", name) for name in names]
             reads.append((source, lambda tensors=tensors, wanted=(*names, *plain): tensors.get(*wanted)))  # type: ignore[misc]
         _average(target, names[0], reads, sources, weights, method)
+    colbert, sparse = _heads(sources, weights, method, backbone.config.hidden_size)
     return M3Encoder(
         backbone,
-        **_heads(sources, weights, method, backbone.config.hidden_size),
+        colbert_linear=colbert,
+        sparse_linear=sparse,
         pooling=agreed(sources, "pooling", [source.stored.pooling for source in sources]) or "cls",
         normalize=_or_true(agreed(sources, "normalize", [source.stored.normalize for source in sources])),
         projections=_projections(sources, weights, method, backbone.config.hidden_size),
@@ -106,10 +108,11 @@ def _average(
 
 def _heads(
     sources: Sequence[Source], weights: Sequence[float], method: Method, hidden_size: int
-) -> dict[str, nn.Linear | None]:
+) -> tuple[nn.Linear | None, nn.Linear | None]:
+    """The colbert and the sparse head, or None where no source has them."""
     having = [source for source in sources if load_heads(source.folder, hidden_size)[2]]
     if not having:
-        return {}
+        return None, None
     if len(having) < len(sources):
         logger.info("sparse and colbert heads are those of %s alone", " and ".join(each.name for each in having))
     colbert, sparse, _ = load_heads(having[-1].folder, hidden_size)
@@ -118,7 +121,7 @@ def _heads(
             files = [source.folder / HEAD_FILES[name] for source in having]
             reads = [(each, _reader(file, key)) for each, file in zip(having, files, strict=True)]
             _average(target, f"{name}_linear.{key}", reads, sources, weights, method)
-    return {"colbert_linear": colbert, "sparse_linear": sparse}
+    return colbert, sparse
 
 
 def _reader(file: Path, key: str) -> Read:
@@ -127,7 +130,7 @@ def _reader(file: Path, key: str) -> Read:
 
 def _projections(
     sources: Sequence[Source], weights: Sequence[float], method: Method, hidden_size: int
-) -> Sequence[nn.Module]:
+) -> list[Projection]:
     modules = [load_projections(source.stored.dense, hidden_size) for source in sources]
     for number, target in enumerate(modules[-1]):
         states = [own[number].state_dict() for own in modules]

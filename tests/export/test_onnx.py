@@ -65,6 +65,13 @@ def test_experts_are_all_run_and_selected(tiny_moe_dir: Path, tmp_path: Path, po
     assert json.loads((out / "export.json").read_text())["pooling"] == pooling
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_other_encoders(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model: Path = request.getfixturevalue(f"tiny_{kind}_dir")
+    out = export(model, tmp_path / "out")
+    np.testing.assert_allclose(run(out, TEXTS)[0]["dense"], FlagModel(str(model)).encode(TEXTS), atol=1e-5)
+
+
 def test_two_experts_per_token(tiny_model_dir: Path, tmp_path: Path) -> None:
     from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint
     from FlagEmbedding.modeling.moe import MoEConfig
