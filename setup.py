@@ -84,7 +84,7 @@ setup(
             "mining/query_generation/prompts/*",
             "mining/*/*.md.j2",
             "evaluation/comparison.md.j2",
-            "finetune/*.j2",
+            "finetune/*/*.j2",
             "modeling/kernels/*.h",
             "modeling/kernels/*.cpp",
         ]

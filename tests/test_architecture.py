@@ -43,14 +43,14 @@ MINING_MAY_IMPORT = {
 FILE_MAY_IMPORT = {
     "finetune/refresh.py": {"mining"},  # negatives mined again between epochs
     # Evaluation while training goes by the measures of steps 0 to 2; evaluation itself knows no training.
-    "finetune/dev_arguments.py": {"evaluation"},  # to read the names of measures
-    "finetune/dev_evaluation.py": {"evaluation", "inference", "collections"},
-    "finetune/dev_trainer.py": {"evaluation"},
-    "finetune/held_out.py": {"collections"},
+    "finetune/dev/arguments.py": {"evaluation"},  # to read the names of measures
+    "finetune/dev/evaluation.py": {"evaluation", "inference", "collections"},
+    "finetune/dev/trainer.py": {"evaluation"},
+    "finetune/dev/held_out.py": {"collections"},
     # The report draws and writes figures as evaluation does; imported when a run ends.
-    "finetune/report.py": {"evaluation"},
-    "finetune/dev_page.py": {"evaluation"},
-    "finetune/report_plots.py": {"evaluation"},
+    "finetune/report/run_report.py": {"evaluation"},
+    "finetune/dev/page.py": {"evaluation"},
+    "finetune/report/plots.py": {"evaluation"},
     "mining/__main__.py": {"finetune"},  # the page of all data commands names check_data
 }
 # Libraries that one room alone may touch.

@@ -12,7 +12,7 @@ import pytest
 
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.check_data import main as check_data
-from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.mining import merge, split_data_by_length
 from FlagEmbedding.schema import Problems, find_files, read_records
 from FlagEmbedding.utils.io import atomic_text

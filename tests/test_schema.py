@@ -13,7 +13,7 @@ import pytest
 
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.check_data import main as check_data
-from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.schema import Problems, TrainRecord, find_files, read_records
 from FlagEmbedding.utils.errors import DataError
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from FlagEmbedding.finetune.dev_arguments import EvaluationArguments, before
-from FlagEmbedding.finetune.global_batch import divide
+from FlagEmbedding.finetune.dev.arguments import EvaluationArguments, before
 from FlagEmbedding.finetune.hugging_face import refuse_reporters, refuse_unserved
+from FlagEmbedding.finetune.resume.global_batch import divide
 from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
 from FlagEmbedding.utils.cli import choice, option, switch

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
-from FlagEmbedding.finetune.summary import TrainingSummary
+from FlagEmbedding.finetune.report.summary import TrainingSummary
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.hub import HubError, make_repository, upload, who_am_i

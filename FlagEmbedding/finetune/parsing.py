@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from FlagEmbedding.finetune.arguments import Arguments
-from FlagEmbedding.finetune.dev_arguments import settle
+from FlagEmbedding.finetune.dev.arguments import settle
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import parse_json
 

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from FlagEmbedding.finetune.arguments import Arguments
-from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.mining.hard_negatives.refresh import RefreshSettings, check_passages, read_refresh, refresh_negatives
 from FlagEmbedding.utils.distributed import barrier, is_main

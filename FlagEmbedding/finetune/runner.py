@@ -15,17 +15,17 @@ from transformers import set_seed
 
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
-from FlagEmbedding.finetune.checkpoints import begin, resumable, wants_to_resume
 from FlagEmbedding.finetune.checks import check_arguments, check_lengths, check_router
-from FlagEmbedding.finetune.collator import TrainCollator
-from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.finetune.fingerprint import fingerprint
+from FlagEmbedding.finetune.data.collator import TrainCollator
+from FlagEmbedding.finetune.data.dataset import TrainDataset
+from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.hub_upload import check_upload, upload_saved
-from FlagEmbedding.finetune.interrupt import StopAtStep
-from FlagEmbedding.finetune.runs import foreign, refuse_foreign, writing
-from FlagEmbedding.finetune.sampler import TaskBatchSampler
-from FlagEmbedding.finetune.settings import settings
-from FlagEmbedding.finetune.summary import TrainingSummary
+from FlagEmbedding.finetune.report.settings import settings
+from FlagEmbedding.finetune.report.summary import TrainingSummary
+from FlagEmbedding.finetune.resume.checkpoints import begin, resumable, wants_to_resume
+from FlagEmbedding.finetune.resume.fingerprint import fingerprint
+from FlagEmbedding.finetune.resume.interrupt import StopAtStep
+from FlagEmbedding.finetune.resume.runs import foreign, refuse_foreign, writing
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.modeling.interchange import Instructions, choose
 from FlagEmbedding.modeling.options import Pooling
@@ -77,7 +77,7 @@ def run(arguments: Arguments) -> TrainingSummary:
         return summary
     if arguments.evaluation.report and is_main():
         # Imported last: it brings Jinja2, and matplotlib where that is installed.
-        from FlagEmbedding.finetune.report import write_report
+        from FlagEmbedding.finetune.report.run_report import write_report
 
         write_report(summary, getattr(trainer, "dev", None), state.best_global_step)
     upload_saved(summary)
@@ -149,8 +149,8 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     trainer_class: type[BiEncoderTrainer] = BiEncoderTrainer
     if arguments.evaluation.on:
         # Imported only where it is on: it brings evaluation and inference with it.
-        from FlagEmbedding.finetune.dev_evaluation import dev_evaluation
-        from FlagEmbedding.finetune.dev_trainer import DevTrainer
+        from FlagEmbedding.finetune.dev.evaluation import dev_evaluation
+        from FlagEmbedding.finetune.dev.trainer import DevTrainer
 
         trainer_class, evaluates = DevTrainer, {"dev": dev_evaluation(arguments, dataset)}
     sampler = make_sampler(arguments, dataset)

@@ -27,12 +27,12 @@ from transformers.trainer_utils import seed_worker
 
 from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
-from FlagEmbedding.finetune.fingerprint import Fingerprint
-from FlagEmbedding.finetune.interrupt import outlive_signals
-from FlagEmbedding.finetune.loss_window import LossWindow
+from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.resume.fingerprint import Fingerprint
+from FlagEmbedding.finetune.resume.interrupt import outlive_signals
+from FlagEmbedding.finetune.resume.loss_window import LossWindow
+from FlagEmbedding.finetune.resume.runs import STATE_FILE, Run, keep_newest, new_id, publish, writing
 from FlagEmbedding.finetune.router_monitor import RouterMonitor, is_logged
-from FlagEmbedding.finetune.runs import STATE_FILE, Run, keep_newest, new_id, publish, writing
-from FlagEmbedding.finetune.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.modeling.sharding import let_packed

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from FlagEmbedding.finetune.loss_window import LossWindow
+from FlagEmbedding.finetune.resume.loss_window import LossWindow
 from FlagEmbedding.utils.errors import UserError
 
 SILENT_STEPS = 10  # so long may a loss be 0, or ln N

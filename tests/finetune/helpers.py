@@ -14,7 +14,7 @@ from typing import Any
 from commands import REPOSITORY, run_script
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 
 NOUNS = [
     "river",

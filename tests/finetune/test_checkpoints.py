@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from FlagEmbedding.finetune.checkpoints import resumable
-from FlagEmbedding.finetune.loss_window import LossWindow
+from FlagEmbedding.finetune.resume.checkpoints import resumable
+from FlagEmbedding.finetune.resume.loss_window import LossWindow
 from FlagEmbedding.utils.errors import UsageError
 
 

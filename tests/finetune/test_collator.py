@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.collator import TrainCollator
-from FlagEmbedding.finetune.dataset import TrainDataset, TrainExample
-from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.data.collator import TrainCollator
+from FlagEmbedding.finetune.data.dataset import TrainDataset, TrainExample
+from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
 from FlagEmbedding.modeling.tokens import TokenBatch
 
 

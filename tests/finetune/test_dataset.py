@@ -18,8 +18,8 @@ from finetune.helpers import opened
 from scipy import stats
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.dataset import TrainDataset, draw_negatives, shuffle_text
-from FlagEmbedding.finetune.tasks import batch_size_of
+from FlagEmbedding.finetune.data.dataset import TrainDataset, draw_negatives, shuffle_text
+from FlagEmbedding.finetune.data.tasks import batch_size_of
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 RIVERS = ["Han", "Nakdong", "Geum", "Yeongsan", "Seomjin", "Imjin", "Soyang", "Namhan"]

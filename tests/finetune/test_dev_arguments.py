@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from FlagEmbedding.finetune.arguments import Arguments
-from FlagEmbedding.finetune.dev_arguments import EvaluationArguments, best_metric, settle
+from FlagEmbedding.finetune.dev.arguments import EvaluationArguments, best_metric, settle
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.utils.errors import UsageError
 

@@ -15,8 +15,8 @@ from FlagEmbedding.collections.corpus import read_file
 from FlagEmbedding.collections.files import written_files
 from FlagEmbedding.collections.trec import read_qrels, read_run, read_topics
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.dev_arguments import EvaluationArguments
-from FlagEmbedding.finetune.held_out import hold_out
+from FlagEmbedding.finetune.dev.arguments import EvaluationArguments
+from FlagEmbedding.finetune.dev.held_out import hold_out
 
 OPTIONS: dict[str, Any] = {
     "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "eval_steps": 2,

@@ -27,10 +27,10 @@ from FlagEmbedding.finetune.arguments import (
     RetrieverTrainingArguments,
 )
 from FlagEmbedding.finetune.checks import check_arguments
-from FlagEmbedding.finetune.dev_arguments import EvaluationArguments
-from FlagEmbedding.finetune.fingerprint import compare, kind_of
+from FlagEmbedding.finetune.dev.arguments import EvaluationArguments
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.refresh import RefreshNegatives
+from FlagEmbedding.finetune.resume.fingerprint import compare, kind_of
 from FlagEmbedding.finetune.runner import build_trainer
 from FlagEmbedding.modeling import encoder as engine_module
 from FlagEmbedding.modeling.backbone import load_trained_state

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model, XLMRobertaConfi
 
 from FlagEmbedding import FlagModel
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.collator import TrainCollator
-from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.finetune.loss_window import LossWindow
+from FlagEmbedding.finetune.data.collator import TrainCollator
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.finetune.resume.loss_window import LossWindow
 from FlagEmbedding.finetune.runner import build_trainer
 
 TEXTS = ["When do people visit the river of Seoul?", "The river of Seoul is number 3.", "한강"]

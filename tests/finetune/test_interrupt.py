@@ -129,7 +129,7 @@ def test_stopped_where_an_epoch_ends_its_log_line_is_kept(
     by: str, tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 batches an epoch, 6 steps: the signal comes in step 6, and in step 8 within an epoch."""
-    from FlagEmbedding.finetune.interrupt import StopAtStep
+    from FlagEmbedding.finetune.resume.interrupt import StopAtStep
 
     options = {**OPTIONS, "max_steps": 14, "logging_strategy": by, "logging_steps": 4}
     run_training(train_words(tiny_model_dir, data, tmp_path / "whole", **options))
@@ -154,7 +154,7 @@ def test_stopped_where_an_epoch_ends_its_log_line_is_kept(
 def test_in_the_last_step_the_run_ends_by_itself(
     tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from FlagEmbedding.finetune.interrupt import StopAtStep
+    from FlagEmbedding.finetune.resume.interrupt import StopAtStep
 
     def told(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:

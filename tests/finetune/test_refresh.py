@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.checks import check_arguments
-from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.parsing import parse_arguments
 from FlagEmbedding.finetune.refresh import untouched_randomness
 from FlagEmbedding.finetune.runner import run

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from finetune.helpers import log_lines, rows, run_training, train_words, write_rows
 
-from FlagEmbedding.finetune.runs import Run, publish, remove_checkpoint
+from FlagEmbedding.finetune.resume.runs import Run, publish, remove_checkpoint
 
 OPTIONS: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 

@@ -14,8 +14,8 @@ from finetune.helpers import opened
 from torch.utils.data import DataLoader
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.dataset import Key, TrainDataset, TrainExample
-from FlagEmbedding.finetune.sampler import TaskBatchSampler, plan_steps
+from FlagEmbedding.finetune.data.dataset import Key, TrainDataset, TrainExample
+from FlagEmbedding.finetune.data.sampler import TaskBatchSampler, plan_steps
 from FlagEmbedding.utils.errors import DataError
 
 COUNTS = {"a": 37, "b": 16, "c": 5, "d": 1}

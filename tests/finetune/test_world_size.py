@@ -24,8 +24,8 @@ from finetune.helpers import (
 )
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.global_batch import divide
-from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.resume.global_batch import divide
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 # Two files with a remainder each, several epochs, and a checkpoint inside an epoch and between two log lines.

@@ -13,7 +13,7 @@ from mining.corpora import QUERIES, TEXTS, brute_force, positives, read_rows, wr
 
 from FlagEmbedding.evaluation.__main__ import generate_embedding
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.dataset import TrainDataset
+from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.mining.hard_negatives.command import main
 from FlagEmbedding.schema import read_records
 from FlagEmbedding.utils.texts import normalize_text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from FlagEmbedding.finetune.tasks import LENGTHS, batch_size_of
+from FlagEmbedding.finetune.data.tasks import LENGTHS, batch_size_of
 from FlagEmbedding.mining.split_data_by_length import SplitArguments, main
 from FlagEmbedding.utils.cli import parse
 from FlagEmbedding.utils.errors import UsageError

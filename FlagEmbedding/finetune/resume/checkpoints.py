@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
-from FlagEmbedding.finetune.fingerprint import Differences, Fingerprint, compare
-from FlagEmbedding.finetune.runs import (
+from FlagEmbedding.finetune.resume.fingerprint import Differences, Fingerprint, compare
+from FlagEmbedding.finetune.resume.runs import (
     STATE_FILE,
     Run,
     checkpoints,

@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from FlagEmbedding.finetune.dev_evaluation import DevEvaluation
-from FlagEmbedding.finetune.runs import STATE_FILE
+from FlagEmbedding.finetune.dev.evaluation import DevEvaluation
+from FlagEmbedding.finetune.resume.runs import STATE_FILE
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.utils.distributed import barrier, is_main

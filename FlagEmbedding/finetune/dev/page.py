@@ -12,7 +12,7 @@ from typing import Any
 
 from FlagEmbedding.evaluation.live import Evaluated
 from FlagEmbedding.evaluation.tables import shorten
-from FlagEmbedding.finetune.dev_evaluation import DevEvaluation
+from FlagEmbedding.finetune.dev.evaluation import DevEvaluation
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 PAGE = "dev.html"
 MOST = 1_000  # queries on the page, those that changed most
 _LENGTH = 600  # columns of a passage
-_TEMPLATE = Path(__file__).with_name("dev_page.html.j2")
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
 # Characters that end a script, begin a comment, or end a line within JavaScript's text.
 _ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from FlagEmbedding.collections.files import CollectionFiles, write_collection
 from FlagEmbedding.collections.trec import Qrels, Topics
-from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.finetune.dev_arguments import EvaluationArguments
+from FlagEmbedding.finetune.data.dataset import TrainDataset
+from FlagEmbedding.finetune.dev.arguments import EvaluationArguments
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from FlagEmbedding.evaluation.plots import COLORS, GRAY, INK, pyplot, save, tidy
-from FlagEmbedding.finetune.summary import term_names
+from FlagEmbedding.finetune.report.summary import term_names
 
 _WIDE, _HIGH, _COLUMNS = 4.6, 3.3, 3
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from FlagEmbedding.finetune.dataset import Key, TrainDataset
-from FlagEmbedding.finetune.tasks import Task
+from FlagEmbedding.finetune.data.dataset import Key, TrainDataset
+from FlagEmbedding.finetune.data.tasks import Task
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import digest
 from FlagEmbedding.utils.logging import get_logger

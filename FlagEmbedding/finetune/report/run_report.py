@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from FlagEmbedding.evaluation.tables import points, shorten, signed_points
-from FlagEmbedding.finetune.summary import TERMS, TrainingSummary, term_names
+from FlagEmbedding.finetune.report.summary import TERMS, TrainingSummary, term_names
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
@@ -18,12 +18,12 @@ from FlagEmbedding.utils.pages import literal, render, table
 
 if TYPE_CHECKING:
     from FlagEmbedding.evaluation.report import Change
-    from FlagEmbedding.finetune.dev_evaluation import DevEvaluation
+    from FlagEmbedding.finetune.dev.evaluation import DevEvaluation
 
 logger = get_logger(__name__)
 
 PAGE, PICTURE = "report.md", "report.png"
-_TEMPLATE = Path(__file__).with_name("report.md.j2")
+_TEMPLATE = Path(__file__).with_name("run_report.md.j2")
 
 
 def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step: int | None) -> Path:
@@ -59,14 +59,14 @@ def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step:
         raise DataError(f"{folder / PAGE}: the report cannot be written there: {error.strerror}") from error
     logger.info("report: %s", folder / PAGE)
     if dev is not None:
-        from FlagEmbedding.finetune.dev_page import write_page
+        from FlagEmbedding.finetune.dev.page import write_page
 
         write_page(folder, dev, kept or summary.steps)
     return folder / PAGE
 
 
 def _draw(path: Path, history: list[dict[str, Any]], dev: DevEvaluation | None, best_step: int | None) -> bool:
-    from FlagEmbedding.finetune.report_plots import plot_run
+    from FlagEmbedding.finetune.report.plots import plot_run
 
     path.unlink(missing_ok=True)  # an older run's picture never stands beside this page
     try:

@@ -21,9 +21,9 @@ from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
 from FlagEmbedding.evaluation.tables import points, signed_points
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
-from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.finetune.dev_arguments import under_our_names
-from FlagEmbedding.finetune.held_out import hold_out
+from FlagEmbedding.finetune.data.dataset import TrainDataset
+from FlagEmbedding.finetune.dev.arguments import under_our_names
+from FlagEmbedding.finetune.dev.held_out import hold_out
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.live_encoder import LiveEncoder
 from FlagEmbedding.utils.distributed import is_main

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
-from FlagEmbedding.finetune.dataset import TrainDataset
-from FlagEmbedding.finetune.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.data.dataset import TrainDataset
+from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
 from FlagEmbedding.utils.identity import as_json, digest, file_digest
 
 Kind = Literal["call", "meaning", "harmless", "decisive", "fixed"]

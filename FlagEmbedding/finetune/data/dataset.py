@@ -26,8 +26,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.store import StoredFile, cache_folder, store_file
-from FlagEmbedding.finetune.tasks import Task, make_tasks
+from FlagEmbedding.finetune.data.store import StoredFile, cache_folder, store_file
+from FlagEmbedding.finetune.data.tasks import Task, make_tasks
 from FlagEmbedding.row_counts import report_missing_scores
 from FlagEmbedding.schema import DataFile, Problems, TrainRecord, find_files
 from FlagEmbedding.utils.errors import DataError

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.dataset import TrainExample
+from FlagEmbedding.finetune.data.dataset import TrainExample
 from FlagEmbedding.modeling.tokens import TokenBatch
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from FlagEmbedding.finetune.arguments import DataArguments
-from FlagEmbedding.finetune.store import StoredFile
+from FlagEmbedding.finetune.data.store import StoredFile
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.logging import get_logger
 

@@ -1,0 +1,1 @@
+"""Training rows to batches of tokens."""

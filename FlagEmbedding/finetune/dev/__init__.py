@@ -1,0 +1,1 @@
+"""Dev queries measured while training."""
