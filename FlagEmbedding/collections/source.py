@@ -63,6 +63,10 @@ class Source:
         """The judgments of the split."""
         return read_qrels(self.qrels_file(), beir=self.beir is not None)
 
+    def files(self) -> list[Path]:
+        """All of them. Raises ``UserError`` for one that is missing."""
+        return [*self.corpus(), self.topics_file(), self.qrels_file()]
+
 
 def sources(
     languages: Sequence[str], split: str = "dev", data_dir: PathLike | None = None, cache_dir: str | None = None

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from FlagEmbedding.collections.corpus import Passage, Survey, passage_text, read_file, stream, survey
-from FlagEmbedding.collections.files import CollectionFiles
-from FlagEmbedding.collections.trec import Qrels, Run, Topics, read_qrels, read_topics, relevant
+from FlagEmbedding.collections.source import Source
+from FlagEmbedding.collections.trec import Qrels, Run, Topics, relevant
 from FlagEmbedding.evaluation.compare import score_run
 from FlagEmbedding.evaluation.metrics import Measure
 from FlagEmbedding.evaluation.systems import LanguageScores, System
@@ -88,10 +88,10 @@ class DevCollection:
         DataError: a corpus, topics or judgments that cannot be used.
     """
 
-    def __init__(self, files: CollectionFiles, encoder: LiveEncoder, lengths: TextLengths) -> None:
-        self.files, self.name = files, files.name
-        self.topics: Topics = on_main(lambda: read_topics(files.topics))
-        self.qrels: Qrels = on_main(lambda: read_qrels(files.qrels))
+    def __init__(self, source: Source, encoder: LiveEncoder, lengths: TextLengths) -> None:
+        self.source, self.name = source, source.lang
+        self.topics: Topics = on_main(source.topics)
+        self.qrels: Qrels = on_main(source.qrels)
         self.docids: list[str] = []  # of the main process alone
         found = on_main(self._survey)
         self.passages, self.queries = found.total, len(self.topics)
@@ -102,7 +102,7 @@ class DevCollection:
         )
 
         def passages(spans: Sequence[tuple[int, int]]) -> Iterator[list[str]]:
-            for part in stream(files.corpus, found.passages, spans):
+            for part in stream(source.corpus(), found.passages, spans):
                 yield [prefixes[1] + passage_text(passage, lengths.with_title) for passage in part]
 
         self.passage_tokens = _tokenized(encoder, lengths.passage, found.total, passages)
@@ -111,11 +111,11 @@ class DevCollection:
         def keep(passage: Passage) -> None:
             self.docids.append(passage.docid)
 
-        found = survey(self.files.corpus, keep=keep)
+        found = survey(self.source.corpus(), keep=keep)
         wanted = {docid for judged in self.qrels.values() for docid in relevant(judged)}
         missing = wanted.difference(self.docids)
         if len(missing) == len(wanted):
-            raise DataError(f"{self.files.qrels}: none of the {len(wanted)} relevant passages is in the corpus")
+            raise DataError(f"{self.source.qrels_file()}: none of the {len(wanted)} relevant passages is in the corpus")
         if missing:
             logger.warning("%s: %d of %d relevant passages are not in the corpus", self.name, len(missing), len(wanted))
         return found
@@ -155,7 +155,7 @@ class DevCollection:
         """The texts of some passages, by docid, read again from the corpus."""
         if not wanted:
             return {}
-        return {p.docid: p.text for path in self.files.corpus for p in read_file(path) if p.docid in wanted}
+        return {p.docid: p.text for path in self.source.corpus() for p in read_file(path) if p.docid in wanted}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from FlagEmbedding.collections import miracl
-from FlagEmbedding.collections.trec import read_qrels, read_topics
+from FlagEmbedding.collections.source import Source, sources
 from FlagEmbedding.evaluation.arguments import DevArguments
 from FlagEmbedding.evaluation.compare import compare_runs, score_run
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
@@ -28,27 +27,27 @@ NDCG, RECALL = MEASURES = parse_measures(["ndcg@10", f"recall@{HITS}"])
 
 def check_collection(dev: DevArguments) -> None:
     """Find the collection's files, before any work is spent. Raises ``UserError`` for what is missing."""
-    for lang in miracl.check_languages(dev.eval_languages):
-        miracl.corpus_files(lang, dev.eval_data_dir)
-        for find in (miracl.topics_file, miracl.qrels_file):
-            find(lang, dev.eval_split, dev.eval_data_dir)
+    for source in _sources(dev).values():
+        source.files()
+
+
+def _sources(dev: DevArguments) -> dict[str, Source]:
+    return sources(dev.eval_languages, dev.eval_split, dev.eval_data_dir)
 
 
 def score_on_dev(name: str, encoder: TextEncoder, dev: DevArguments) -> System:
     """nDCG@10 and Recall@100 of every judged query of ``dev``, under the name ``name``."""
-    return System(name, {lang: _score(encoder, dev, lang) for lang in miracl.check_languages(dev.eval_languages)})
+    return System(name, {lang: _score(encoder, dev, source) for lang, source in _sources(dev).items()})
 
 
-def _score(encoder: TextEncoder, dev: DevArguments, lang: str) -> LanguageScores:
-    place, split = dev.eval_data_dir, dev.eval_split
-    topics = read_topics(miracl.topics_file(lang, split, place))
-    qrels = read_qrels(miracl.qrels_file(lang, split, place))
+def _score(encoder: TextEncoder, dev: DevArguments, source: Source) -> LanguageScores:
+    topics, qrels = source.topics(), source.qrels()
     options = IndexArguments(
         max_passage_length=dev.eval_passage_length,
         passage_instruction_for_retrieval=dev.passage_instruction_for_retrieval,
     )
     with tempfile.TemporaryDirectory(prefix="dev-index-") as folder:
-        build_index(encoder, miracl.corpus_files(lang, place), Path(folder), lang, options)
+        build_index(encoder, source.corpus(), Path(folder), source.lang, options)
         retriever = Retriever(
             encoder,
             FlatIndex(folder),

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from FlagEmbedding.collections.corpus import read_file
-from FlagEmbedding.collections.files import CollectionFiles, write_collection, written_files
-from FlagEmbedding.collections.trec import read_qrels, read_topics
+from FlagEmbedding.collections.source import Source
+from FlagEmbedding.collections.writing import write_collection
 from FlagEmbedding.evaluation.live import DevCollection, TextLengths
 from FlagEmbedding.inference.live_encoder import LiveEncoder
 from FlagEmbedding.utils.identity import as_json, digest, fingerprints
@@ -40,9 +40,9 @@ class PoolSize:
 
 
 def pooled(
-    files: CollectionFiles, encoder: LiveEncoder, lengths: TextLengths, size: PoolSize, folder: Path, base: str
-) -> CollectionFiles:
-    """The pool of ``files`` below ``folder``: what lies there of the same inputs, or made now.
+    source: Source, encoder: LiveEncoder, lengths: TextLengths, size: PoolSize, folder: Path, base: str
+) -> Source:
+    """The pool of ``source`` below ``folder``: what lies there of the same inputs, or made now.
 
     Every process calls it, at the same time.
 
@@ -50,33 +50,33 @@ def pooled(
         encoder: the base, by which passages are mined.
         base: says which base that is.
     """
-    inputs = on_main(lambda: fingerprints([*files.corpus, files.topics, files.qrels]))
+    inputs = on_main(lambda: fingerprints(source.files()))
     identity = digest(base, as_json(asdict(lengths)), as_json(asdict(size)), inputs)
-    record = folder / f"{files.name}.json"
+    record = folder / f"{source.lang}.json"
     if on_main(lambda: record.is_file() and read_json(record)["identity"] == identity):
-        return written_files(folder, files.name)
-    logger.info("%s: the whole corpus goes through the base once, for the pool", files.name)
-    collection = DevCollection(files, encoder, lengths)
+        return Source(source.lang, "dev", folder)
+    logger.info("%s: the whole corpus goes through the base once, for the pool", source.lang)
+    collection = DevCollection(source, encoder, lengths)
     found = collection.search(encoder, size.mined) if size.mined else dict
 
-    def write() -> CollectionFiles:
+    def write() -> Source:
         judged = {docid for own in collection.qrels.values() for docid in own}
         mined = {hit.docid for qid, hits in found().items() if qid in collection.qrels for hit in hits}
         rest = [docid for docid in collection.docids if docid not in judged | mined]
-        drawn = random.Random(f"{size.seed}/pool {files.name}").sample(rest, min(size.random, len(rest)))
+        drawn = random.Random(f"{size.seed}/pool {source.lang}").sample(rest, min(size.random, len(rest)))
         wanted = judged | mined | set(drawn)
 
         def passages() -> Iterator[tuple[str, str, str]]:
-            for path in files.corpus:
+            for path in source.corpus():
                 for passage in read_file(path):
                     if passage.docid in wanted:
                         yield passage.docid, passage.title, passage.text
 
-        pool = write_collection(folder, files.name, passages(), read_topics(files.topics), read_qrels(files.qrels))
+        pool = write_collection(folder, source.lang, passages(), source.topics(), source.qrels())
         said = "%s: the pool holds %d of %d passages: %d judged, %d more mined, %d more at random"
         inside = wanted & set(collection.docids)
         counts = len(judged & inside), len(mined - judged), len(drawn)
-        logger.info(said, files.name, len(inside), collection.passages, *counts)
+        logger.info(said, source.lang, len(inside), collection.passages, *counts)
         write_json_atomic(record, {"identity": identity, "passages": len(inside)})
         return pool
 

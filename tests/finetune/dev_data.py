@@ -10,7 +10,7 @@ import numpy as np
 from commands import STEPS, run_script
 from finetune.helpers import rows
 
-from FlagEmbedding.collections.files import write_collection
+from FlagEmbedding.collections.writing import write_collection
 
 MEASURES = ["ndcg@10", "recall@20", "mrr@10"]
 

@@ -12,8 +12,8 @@ from finetune.dev_data import by_the_steps, dev_lines, write_dev
 from finetune.helpers import opened, rows, run_training, train_words, write_rows
 
 from FlagEmbedding.collections.corpus import read_file
-from FlagEmbedding.collections.files import written_files
-from FlagEmbedding.collections.trec import read_qrels, read_run, read_topics
+from FlagEmbedding.collections.source import Source
+from FlagEmbedding.collections.trec import read_run
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.dev.arguments import EvaluationArguments
 from FlagEmbedding.finetune.dev.held_out import hold_out
@@ -43,15 +43,15 @@ def test_a_pool_is_judged_mined_and_random(tiny_model_dir: Path, data: Path, tmp
     words = train_words(tiny_model_dir, data, output, **OPTIONS, eval_data_dir=dev, eval_corpus="pool",
                         eval_pool_mined=5, eval_pool_random=30)  # fmt: skip
     answer = run_training([*words, "--eval_languages", "ko", *METRICS])
-    pool = written_files(output / "dev/pool", "ko")
+    pool = Source("ko", data_dir=output / "dev/pool")
     by_the_steps(tiny_model_dir, dev, ["ko"], tmp_path / "whole")
     run = read_run(next((tmp_path / "whole").rglob("runs/**/ko.txt")))
-    qrels = read_qrels(pool.qrels)
+    qrels = pool.qrels()
     judged = {docid for own in qrels.values() for docid in own}
     mined = {docid for qid in qrels for docid in list(run[qid])[:5]}
-    assert judged | mined <= docids(pool.corpus) < docids(written_files(dev, "ko").corpus)
-    assert len(docids(pool.corpus)) == len(judged | mined) + 30
-    assert read_topics(pool.topics) == read_topics(written_files(dev, "ko").topics)
+    assert judged | mined <= docids(pool.corpus()) < docids(Source("ko", data_dir=dev).corpus())
+    assert len(docids(pool.corpus())) == len(judged | mined) + 30
+    assert pool.topics() == Source("ko", data_dir=dev).topics()
     lines = dev_lines(output)
     for line, checkpoint in zip(lines, (tiny_model_dir, output / "checkpoint-2"), strict=True):
         steps = by_the_steps(checkpoint, output / "dev/pool", ["ko"], tmp_path / "pool")
@@ -72,13 +72,13 @@ def test_held_out_rows_are_searched_for_and_never_trained_on(tiny_model_dir: Pat
     words = train_words(tiny_model_dir, data, output, **{**OPTIONS, "max_steps": 40, "save_steps": 40}, eval_rows=0.25,
                         eval_pool_random=10)  # fmt: skip
     run_training([*words, *METRICS])
-    held = written_files(output / "dev/held_out", "rows")
-    topics, qrels = read_topics(held.topics), read_qrels(held.qrels)
+    held = Source("rows", data_dir=output / "dev/held_out")
+    topics, qrels = held.topics(), held.qrels()
     assert set(topics) == set(qrels) and 5 <= len(topics) <= 10
     # Steps 0 to 2 know MIRACL's languages alone.
     for kind in ("miracl-corpus-v1.0", "miracl-v1.0"):
         shutil.copytree(output / f"dev/held_out/{kind}-rows", tmp_path / f"dev/{kind}-ko")
-    for kind, path in (("topics", held.topics), ("qrels", held.qrels)):
+    for kind, path in (("topics", held.topics_file()), ("qrels", held.qrels_file())):
         shutil.copy(path, tmp_path / f"dev/miracl-v1.0-ko/{kind}/{kind}.miracl-v1.0-ko-dev.tsv")
     steps = by_the_steps(output / "checkpoint-40", tmp_path / "dev", ["ko"], tmp_path / "steps")
     line = dev_lines(output)[-1]
@@ -92,11 +92,11 @@ def test_every_row_of_a_held_out_query_is_held_out(data: Path, tmp_path: Path) -
     before = {int(row): dataset.record(int(row))[1].query for task in dataset.tasks for row in task.rows}
     files = hold_out(dataset, EvaluationArguments(eval_rows=6, eval_pool_random=4), tmp_path)
     left = {int(row) for task in dataset.tasks for row in task.rows}
-    topics, qrels = read_topics(files.topics), read_qrels(files.qrels)
+    topics, qrels = files.topics(), files.qrels()
     assert {before[row] for row in left}.isdisjoint(topics.values())
     assert {query for row, query in before.items() if row not in left} == set(topics.values())
     assert len(before) - len(left) >= 6 >= len(topics)
-    passages = {p.docid: p.text for p in read_file(files.corpus[0])}
+    passages = {p.docid: p.text for p in read_file(files.corpus()[0])}
     held = [dataset.record(row)[1] for row in before if row not in left]
     for record in held:
         qid = next(qid for qid, query in topics.items() if query == record.query)
@@ -106,7 +106,7 @@ def test_every_row_of_a_held_out_query_is_held_out(data: Path, tmp_path: Path) -
     assert len(passages) == len(own) + 4
     again = opened([data], DataArguments(train_data=[]))
     hold_out(again, EvaluationArguments(eval_rows=6, eval_pool_random=4), tmp_path / "again")
-    assert written_files(tmp_path / "again", "rows").corpus[0].read_bytes() == files.corpus[0].read_bytes()
+    assert Source("rows", data_dir=tmp_path / "again").corpus()[0].read_bytes() == files.corpus()[0].read_bytes()
     other = opened([data], DataArguments(train_data=[]), seed=8)
     hold_out(other, EvaluationArguments(eval_rows=6, eval_pool_random=4), tmp_path / "other")
-    assert read_topics(written_files(tmp_path / "other", "rows").topics) != topics
+    assert Source("rows", data_dir=tmp_path / "other").topics() != topics

@@ -15,8 +15,8 @@ from finetune.dev_data import dev_lines, losses, write_dev
 from finetune.helpers import rows, run_training, train_words, write_rows
 
 from FlagEmbedding.collections.corpus import read_file
-from FlagEmbedding.collections.files import write_collection, written_files
-from FlagEmbedding.collections.trec import read_qrels, read_topics
+from FlagEmbedding.collections.source import Source
+from FlagEmbedding.collections.writing import write_collection
 
 MOE: dict[str, Any] = {
     "moe": "intermediate", "num_experts": 2, "num_experts_per_tok": 1, "max_steps": 4, "learning_rate": 5e-3,
@@ -33,10 +33,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_shows_the_run_and_texts_cannot_act(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    plain = written_files(write_dev(tmp_path / "plain", "ko", 72), "ko")
-    passages = [(p.docid, p.title, f"{HOSTILE} {p.text}") for p in read_file(plain.corpus[0])]
-    topics = {qid: f"{HOSTILE} {query}" for qid, query in read_topics(plain.topics).items()}
-    write_collection(tmp_path / "dev", "ko", passages, topics, read_qrels(plain.qrels))
+    plain = Source("ko", data_dir=write_dev(tmp_path / "plain", "ko", 72))
+    passages = [(p.docid, p.title, f"{HOSTILE} {p.text}") for p in read_file(plain.corpus()[0])]
+    topics = {qid: f"{HOSTILE} {query}" for qid, query in plain.topics().items()}
+    write_collection(tmp_path / "dev", "ko", passages, topics, plain.qrels())
     words = train_words(tiny_model_dir, data, tmp_path / "out", **MOE, eval_data_dir=tmp_path / "dev")
     run_training([*words, "--eval_languages", "ko"])
     page = (tmp_path / "out/report.md").read_text()
@@ -131,7 +131,7 @@ def test_the_page_searches_and_opens_queries(tiny_model_dir: Path, data: Path, t
         tiny_model_dir, data, tmp_path / "out", max_steps=2, eval_data_dir=dev, eval_steps=2, report=True
     )
     run_training([*words, "--eval_languages", "ko"])
-    topics = read_topics(written_files(dev, "ko").topics)
+    topics = Source("ko", data_dir=dev).topics()
     query = topics["q5"]
     command = ["node", "-e", NODE, str(tmp_path / "out/dev.html"), query.upper()]
     seen = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from FlagEmbedding.collections.files import CollectionFiles, find_collection
-from FlagEmbedding.collections.miracl import check_languages
+from FlagEmbedding.collections.source import Source, sources
 from FlagEmbedding.evaluation.live import DevCollection, Evaluated, TextLengths, score_model
 from FlagEmbedding.evaluation.pool import PoolSize, pooled
 from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
@@ -62,7 +61,7 @@ class DevEvaluation:
         base: the untouched base's scores.
     """
 
-    def __init__(self, arguments: Arguments, held: CollectionFiles | None) -> None:
+    def __init__(self, arguments: Arguments, held: Source | None) -> None:
         self.options, self.dtype = arguments.evaluation, arguments.training.dtype_name
         self.seed, self.source = arguments.training.sampling_seed, arguments.model.model_name_or_path
         self.cache_dir = arguments.model.cache_dir
@@ -73,9 +72,12 @@ class DevEvaluation:
         self.base: Evaluated | None = None
         self._seconds = 0.0
 
-    def _find(self) -> list[CollectionFiles]:
-        names, split = check_languages(self.options.eval_languages), self.options.eval_split
-        return [find_collection(name, split, self.options.eval_data_dir) for name in names]
+    def _find(self) -> list[Source]:
+        options = self.options
+        found = [*sources(options.eval_languages, options.eval_split, options.eval_data_dir).values()]
+        for source in found:
+            source.files()  # what is missing is refused now
+        return found
 
     @property
     def base_folder(self) -> Path:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from FlagEmbedding.collections.files import CollectionFiles, write_collection
+from FlagEmbedding.collections.source import Source
 from FlagEmbedding.collections.trec import Qrels, Topics
+from FlagEmbedding.collections.writing import write_collection
 from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.dev.arguments import EvaluationArguments
 from FlagEmbedding.utils.errors import DataError
@@ -28,7 +29,7 @@ logger = get_logger(__name__)
 NAME = "rows"  # of the collection
 
 
-def hold_out(dataset: TrainDataset, options: EvaluationArguments, folder: Path) -> CollectionFiles:
+def hold_out(dataset: TrainDataset, options: EvaluationArguments, folder: Path) -> Source:
     """Take rows out of ``dataset``'s tasks and write them as a collection below ``folder`` (main process).
 
     Call it before a sampler is made, from every process.
@@ -53,7 +54,7 @@ def hold_out(dataset: TrainDataset, options: EvaluationArguments, folder: Path) 
     return on_main(lambda: _write(dataset, sorted(held), folder, options.eval_pool_random))
 
 
-def _write(dataset: TrainDataset, held: list[int], folder: Path, at_random: int) -> CollectionFiles:
+def _write(dataset: TrainDataset, held: list[int], folder: Path, at_random: int) -> Source:
     topics: Topics = {}
     qrels: Qrels = {}
     pool: dict[str, str] = {}  # docid -> text
