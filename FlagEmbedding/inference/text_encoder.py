@@ -55,6 +55,8 @@ class TextEncoder:
     Raises ``UsageError`` where the options contradict the checkpoint (``moe``, ``heads``, ``pooling``).
     """
 
+    _said_longest = False
+
     def __init__(self, options: EncoderArguments) -> None:
         self.options = options
         self.name = options.encoder
@@ -73,7 +75,6 @@ class TextEncoder:
         )
         self.hidden_size = self.encoder.dimension
         self.longest = longest_input(self.encoder.model)
-        self._said_longest = False
         workers = tokenizer_workers(self.device.type) if options.workers is None else options.workers
         self.pool = TokenizerPool(self.tokenizer, self.folder, workers, options.trust_remote_code)
 
