@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test test-isa mutants check lint types data-demo figures package clean
+.PHONY: help install quickstart test test-isa mutants crashes check lint types data-demo figures package clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ test-isa: $(VENV)/.installed-dev  ## run the numeric tests as processors with fe
 
 mutants: $(VENV)/.installed-dev  ## plant the faults of tests/mutants/$(ROOM).yaml, see whether the tests notice (ROOM=all: hours)
 	$(BIN)/python tests/mutants $(or $(ROOM),all) $(ARGS)
+
+crashes: $(VENV)/.installed-dev  ## kill, stop and run out of disk at random moments: training, step 0, mining, query generation (an hour)
+	$(BIN)/python tests/crashes $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and layout
 	$(BIN)/ruff check .

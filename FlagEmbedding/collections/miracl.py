@@ -20,7 +20,6 @@ from FlagEmbedding.utils.hub import HubError, resolve_dataset
 from FlagEmbedding.utils.io import PathLike
 
 LANGUAGES = ("ar", "bn", "de", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw", "te", "th", "yo", "zh")
-SPLITS = ("train", "dev", "testA", "testB")
 _CORPUS_HUB, _TOPICS_HUB = "miracl/miracl-corpus", "miracl/miracl"
 _DOCS = re.compile(r"docs-(\d+)\.jsonl(\.gz)?")
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from FlagEmbedding.modeling.encoder import Representations
-from FlagEmbedding.modeling.slabs import send
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.distributed import all_gather_rows, gather_counts
 from FlagEmbedding.utils.errors import UserError
+from FlagEmbedding.utils.hardware import send
 
 
 @dataclass(frozen=True)

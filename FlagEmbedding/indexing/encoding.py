@@ -127,11 +127,8 @@ def _is_done(files: Sequence[Path], folder: Path, identity: dict[str, Any], opti
     """Whether an index is there that stays; one of other arguments is refused."""
     if options.overwrite or not ((folder / INDEX).exists() and (folder / DOCID).exists()):
         return False
-    lang, manifest, begun = (
-        identity["language"],
-        read_manifest(folder / MANIFEST),
-        read_manifest(folder / WORK / MANIFEST),
-    )
+    lang = identity["language"]
+    manifest, begun = read_manifest(folder / MANIFEST), read_manifest(folder / WORK / MANIFEST)
     if begun is not None and not _same_run(begun, manifest):
         return False
     if manifest is None:

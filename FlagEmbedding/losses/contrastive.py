@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from FlagEmbedding.losses.precision import full_precision
+from FlagEmbedding.utils.hardware import send
 
 # ColBERT's token similarities are held for so many numbers at a time (256 MiB of float32).
 _COLBERT_CHUNK = 1 << 26
@@ -77,10 +78,7 @@ def _by_column(ids: Tensor, weights: Tensor, lengths: list[int], columns: Tensor
     if not len(columns):
         # Keeps the graph whole: a batch without any shared token still has a gradient, of zeros.
         return weights.new_zeros(len(lengths), 0) + weights.sum() * 0
-    rows = torch.repeat_interleave(torch.tensor(lengths))
-    if ids.device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(ids.device, non_blocking=True)
+    (rows,) = send([[row for row, length in enumerate(lengths) for _ in range(length)]], ids.device)
     place = torch.searchsorted(columns, ids).clamp_max(len(columns) - 1)
     found = columns[place] == ids
     # Tokens that no query has fall into one cell more, which nobody reads (a mask would wait for the device).

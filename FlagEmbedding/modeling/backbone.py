@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -356,9 +357,14 @@ def _move_into_place(draft: Path, target: Path) -> None:
     for file in sorted(files, key=lambda file: file.name == "config.json" and file.parent == Path()):
         (target / file.parent).mkdir(parents=True, exist_ok=True)
         os.replace(draft / file, target / file)
-    owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, interchange.PROMPTS_FILE, "2_Normalize/config.json"}
-    stale = [target / name for name in owned - {file.as_posix() for file in files}]
+    owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, interchange.PROMPTS_FILE}
+    stale = [target / name for name in owned]
     stale += [*target.glob("model-*-of-*.safetensors"), *target.glob("pytorch_model*.bin*")]
     stale += [target / "model.safetensors.index.json"]
-    for path in stale:
+    modules = [*target.glob("[0-9]_Dense"), *target.glob("[0-9]_Normalize")]
+    stale += [folder / name for folder in modules for name in ("config.json", "model.safetensors")]
+    for path in {*stale} - {target / file for file in files}:
         path.unlink(missing_ok=True)
+    for folder in modules:
+        with suppress(OSError):  # the new checkpoint's, or somebody's files are in it
+            folder.rmdir()

@@ -56,9 +56,10 @@ class CompiledEncoder:
 
     def takes(self, tokens: int) -> bool:
         """Whether to use it for so many tokens: not where anything that was laid out has changed (a weight, a module,
-        its hooks), in training, or with gradients."""
+        its hooks), in training, with gradients, or where autocast asks for another dtype."""
         few = self.most_tokens is None or tokens <= self.most_tokens
-        return few and not torch.is_grad_enabled() and not self._backbone.training and self._watch.unchanged()
+        as_laid_out = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        return few and as_laid_out and not self._backbone.training and self._watch.unchanged()
 
     def forward(self, ids: Tensor, layout: Layout, first_tokens_only: bool) -> Tensor:
         """Last hidden states of the tokens ``ids`` ``[T]``, ``[T, D]``, or of first tokens alone, ``[N, D]``."""

@@ -23,7 +23,7 @@ from FlagEmbedding.modeling.families import own_forward, pad_id, try_out
 from FlagEmbedding.modeling.interchange import NO_INSTRUCTIONS, Instructions
 from FlagEmbedding.modeling.moe import token_mask
 from FlagEmbedding.modeling.options import MOST_SLAB_TOKENS, SLAB_TOKENS, EngineConfig
-from FlagEmbedding.modeling.packed import WordTable, packed_forward
+from FlagEmbedding.modeling.packed import WordTable, compiled_for_all, packed_forward
 from FlagEmbedding.modeling.pooling import check_method, pool_packed, pool_padded
 from FlagEmbedding.modeling.projections import Projection
 from FlagEmbedding.modeling.representations import Representations, join, split
@@ -226,18 +226,19 @@ class M3Encoder(nn.Module):
     def _infer(self, tokens: TokenBatch, kinds: frozenset[str], slab_tokens: int) -> Representations:
         padded = self.engine.engine == "padded"
         weight = next(self.parameters())
-        price = 0.0 if padded or weight.device.type != "cpu" else fill_price(weight.dtype)
+        compiles_by_size = weight.device.type == "cpu" and not padded and not compiled_for_all(self.model)
+        price = fill_price(weight.dtype) if compiles_by_size else 0.0
         slabs = Slabs(tokens, slab_tokens, padded, price)
-        layouts = dict(zip(map(id, slabs.batches), slabs.layouts, strict=True))
 
-        def one(slab: TokenBatch) -> Representations:
+        def one(slab: TokenBatch, layout: Layout) -> Representations:
             with torch.inference_mode():  # a thread's own state
                 if padded:
                     return self._encode_padded(slab, kinds)
-                return self._encode_slab(slab, layouts[id(slab)], kinds, None)
+                return self._encode_slab(slab, layout, kinds, None)
 
         with torch.inference_mode():
-            return join(each_on_one_thread(one, slabs.batches, weight.device), tokens, slabs.place, slabs.places)
+            parts = each_on_one_thread(one, slabs.batches, slabs.layouts, weight.device)
+            return join(parts, tokens, slabs.place, slabs.places)
 
     def _check_kinds(self, kinds: frozenset[str]) -> None:
         if not kinds or not kinds <= KINDS:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from FlagEmbedding.modeling.slabs import send
 from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.utils.hardware import send
 
 
 @dataclass

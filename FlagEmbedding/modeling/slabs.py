@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from FlagEmbedding.modeling.tokens import TokenBatch
-from FlagEmbedding.utils.hardware import onednn_takes_bf16
+from FlagEmbedding.modeling.tokens import TokenBatch, offsets
+from FlagEmbedding.utils.hardware import onednn_takes_bf16, send
 
 R = TypeVar("R")
 FILL = 32  # tokens of a filled slab, and of a filled expert, are a multiple of this
@@ -106,22 +106,26 @@ class Slabs:
 
     def _send(self, tokens: TokenBatch, slabs: Sequence[Sequence[int]]) -> None:
         """The same without filling up, on a device: every index of the batch goes there in one copy."""
-        starts, lengths, device = tokens.starts(), tokens.lengths, tokens.ids.device
+        starts, lengths, device = offsets(tokens.lengths), tokens.lengths, tokens.ids.device
         self.layouts = [Layout([lengths[number] for number in slab], device) for slab in slabs]
         order = [number for slab in slabs for number in slab]
         self.place = sorted(range(len(order)), key=order.__getitem__)
         taken = [token for number in order for token in range(starts[number], starts[number + 1])]
-        sent = send([taken, self.place, *(layout.ends() for layout in self.layouts)], device)
+        sent = send([taken, self.place, *(offsets(layout.lengths) for layout in self.layouts)], device)
         self.places = sent[1]
-        self.layouts = [layout.place(ends) for layout, ends in zip(self.layouts, sent[2:], strict=True)]
+        for layout, ends in zip(self.layouts, sent[2:], strict=True):
+            layout.offsets = ends
         ids = tokens.ids.index_select(0, sent[0]).split([layout.tokens for layout in self.layouts])  # type: ignore[no-untyped-call]
         self.batches = [
             TokenBatch(own, layout.lengths, layout.longest) for own, layout in zip(ids, self.layouts, strict=True)
         ]
 
 
-def each_on_one_thread(call: Callable[[TokenBatch], R], slabs: Sequence[TokenBatch], device: torch.device) -> list[R]:
-    """``call`` of every slab, in order; on a CPU the threads share out whole slabs.
+def each_on_one_thread(
+    call: Callable[[TokenBatch, Layout], R], slabs: Sequence[TokenBatch], layouts: Sequence[Layout],
+    device: torch.device,
+) -> list[R]:  # fmt: skip
+    """``call`` of every slab and its layout, in order; on a CPU the threads share out whole slabs.
 
     A matrix product that several threads share adds up in another order than one thread does, so its last bits depend
     on the number of cores. Here the vectors have the same bits on any number of threads and processes, every slab stays
@@ -129,23 +133,15 @@ def each_on_one_thread(call: Callable[[TokenBatch], R], slabs: Sequence[TokenBat
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or not slabs:
-        return [call(slab) for slab in slabs]
+        return list(map(call, slabs, layouts))
     try:
         if len(slabs) == 1:  # on one thread too: its bits must not depend on how many there are
             torch.set_num_threads(1)
-            return [call(slabs[0])]
+            return [call(slabs[0], layouts[0])]
         with ThreadPoolExecutor(min(threads, len(slabs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(call, slabs))
+            return list(pool.map(call, slabs, layouts))
     finally:
         torch.set_num_threads(threads)  # parts of torch keep this number for the whole process
-
-
-def send(numbers: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Lists of numbers as int64 tensors on ``device``: one page-locked buffer, one copy that nothing waits for."""
-    flat = torch.tensor([number for part in numbers for number in part], dtype=torch.int64)
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return list(flat.to(device, non_blocking=True).split([len(part) for part in numbers]))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -187,23 +183,15 @@ class Layout:
         self.tokens = token
         self.longest = max(self.lengths, default=0)
 
-    def ends(self) -> list[int]:
-        """Where each sequence begins, and T at the end: ``N + 1`` numbers."""
-        return [0, *accumulate(self.lengths)]
-
-    def place(self, ends: Tensor) -> Layout:
-        """Take ``ends`` (int64, on the device) for the index tensors; itself."""
-        self.__dict__["_ends"] = ends
-        return self
-
     @cached_property
-    def _ends(self) -> Tensor:
-        return send([self.ends()], self.device)[0]
+    def offsets(self) -> Tensor:
+        """``[N + 1]`` int64: where each sequence begins, and T at the end; set where they came with the batch."""
+        return send([offsets(self.lengths)], self.device)[0]
 
     @cached_property
     def cumulative(self) -> Tensor:
         """``[N + 1]`` int32: where each sequence begins, and T at the end (what variable-length kernels ask for)."""
-        return self._ends.to(torch.int32)
+        return self.offsets.to(torch.int32)
 
     @cached_property
     def row_numbers(self) -> Tensor:
@@ -213,12 +201,12 @@ class Layout:
     @cached_property
     def starts(self) -> Tensor:
         """``[N]`` int64: the first token of each sequence."""
-        return self._ends[:-1]
+        return self.offsets[:-1]
 
     @cached_property
     def sizes(self) -> Tensor:
         """``[N]`` int64: the length of each sequence."""
-        return self._ends[1:] - self._ends[:-1]
+        return self.offsets[1:] - self.offsets[:-1]
 
     @cached_property
     def row_of_token(self) -> Tensor:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from FlagEmbedding.utils.hardware import send
 
 
 @dataclass
@@ -61,13 +64,6 @@ class TokenBatch:
         """The same in page-locked memory. (This method is how a data loader with ``pin_memory`` does it.)"""
         return TokenBatch(self.ids.pin_memory(), self.lengths, self.padded_length)
 
-    def starts(self) -> list[int]:
-        """Where each row begins, and T at the end: ``N + 1`` numbers."""
-        ends = [0]
-        for length in self.lengths:
-            ends.append(ends[-1] + length)
-        return ends
-
     def select(self, rows: Sequence[int]) -> TokenBatch:
         """The given rows, in the given order; ``padded_length`` stays."""
         pieces = self.ids.split(self.lengths)  # type: ignore[no-untyped-call]
@@ -76,10 +72,7 @@ class TokenBatch:
 
     def mask(self, length: int | None = None) -> Tensor:
         """``[N, length]`` bool, True at real tokens; ``length`` defaults to ``padded_length``."""
-        lengths = torch.tensor(self.lengths)
-        if self.ids.device.type == "cuda":
-            lengths = lengths.pin_memory()
-        lengths = lengths.to(self.ids.device, non_blocking=True)
+        (lengths,) = send([self.lengths], self.ids.device)
         columns = torch.arange(self.padded_length if length is None else length, device=self.ids.device)
         return columns < lengths[:, None]
 
@@ -89,6 +82,11 @@ class TokenBatch:
         ids = self.ids.new_full(mask.shape, pad_id)
         ids[mask] = self.ids
         return ids, mask.long()
+
+
+def offsets(lengths: Sequence[int]) -> list[int]:
+    """Where each of N rows of these lengths begins, and T at the end: ``N + 1`` numbers."""
+    return [0, *accumulate(lengths)]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

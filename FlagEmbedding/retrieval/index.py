@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -127,9 +128,10 @@ class DocIds(Sequence[str]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDONLY)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 — closed with this object
+        self._lock = threading.Lock()  # the file's position is one for all threads
         parts, position, digest = [np.zeros(1, dtype=np.int64)], 0, hashlib.sha256()
-        while piece := os.pread(self._handle, _PIECE, position):
+        while piece := self._file.read(_PIECE):
             ends = np.flatnonzero(np.frombuffer(piece, dtype=np.uint8) == 10)
             parts.append(ends + position + 1)
             position += len(piece)
@@ -146,12 +148,9 @@ class DocIds(Sequence[str]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
-        # pread leaves no shared position behind, so threads may read together
-        return os.pread(self._handle, stop - start - 1, start).decode()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            os.close(self._handle)
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(stop - start - 1).decode()
 
 
 class FlatIndex:

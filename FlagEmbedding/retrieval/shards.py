@@ -112,15 +112,6 @@ class ShardStore:
             write_json_atomic(folder / MANIFEST, manifest)
         return cls(folder, manifest)
 
-    @classmethod
-    def open(cls, folder: Path, identity: dict[str, Any]) -> ShardStore | None:
-        """The store a former run left in ``folder``; None where there is none. A store that does not fit is refused."""
-        manifest = read_manifest(folder / MANIFEST)
-        if manifest is None:
-            return None
-        check_manifest(manifest, identity, folder / MANIFEST)
-        return cls(folder, manifest)
-
     def __len__(self) -> int:
         return (self.rows + self.shard_size - 1) // self.shard_size
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from FlagEmbedding.utils.distributed import local_rank
 
@@ -74,6 +76,14 @@ def tokens_that_fit(device: torch.device, bytes_per_token: int, most: int, fewes
         return fewest
     free, _ = torch.cuda.mem_get_info(device)
     return max(fewest, min(most, free // 2 // bytes_per_token))
+
+
+def send(numbers: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Lists of numbers as int64 tensors on ``device``: one page-locked buffer, one copy that nothing waits for."""
+    flat = torch.tensor([number for part in numbers for number in part], dtype=torch.int64)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    return list(flat.to(device, non_blocking=True).split([len(part) for part in numbers]))  # type: ignore[no-untyped-call]
 
 
 def tokenizer_workers(device_type: str) -> int:

@@ -260,10 +260,15 @@ def test_saving_over_an_older_checkpoint_leaves_nothing_that_contradicts_it(
     save_checkpoint(wrapped(tiny_moe_dir), tmp_path)
     (tmp_path / "trainer_state.json").write_text("{}", "utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(b"old")
+    for name in ("2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("an older checkpoint's, or somebody's")
     assert list(tmp_path.glob("*.py"))
     save_checkpoint(load_backbone(tiny_model_dir), tmp_path, normalize=False)
     assert not [*tmp_path.glob("*.py"), *tmp_path.glob("*.pt"), *tmp_path.glob("*.bin")]
     assert (tmp_path / "trainer_state.json").is_file()
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert folders == ["1_Pooling", "3_Dense"]
     assert len(json.loads((tmp_path / "modules.json").read_text("utf-8"))) == 2
     assert same_weights(load_backbone(tmp_path), load_backbone(tiny_model_dir))
 

@@ -20,9 +20,10 @@ from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
 from FlagEmbedding.modeling import kernels
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers
 from FlagEmbedding.modeling.compiled import FEW_ROWS, CompiledEncoder, can_compile
+from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.moe import MoEConfig, record_routing
 from FlagEmbedding.modeling.packed import packed_forward, prepack_weights
-from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.modeling.tokens import TokenBatch, offsets
 
 pytestmark = compiled
 # More than a block of rows (48) in all, rows around a tile's height (6, 12), a single token, and lengths met twice.
@@ -98,13 +99,36 @@ def test_states_are_those_of_the_reference(kind: str, place: str | None, request
     found = states(model, tokens)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     first = states(model, tokens, first=True)
-    starts = torch.tensor(tokens.starts()[:-1])
+    starts = torch.tensor(offsets(tokens.lengths)[:-1])
     assert torch.equal(first, found[starts])
     # Alone and in another order: the same bits.
     for number, piece in enumerate(found.split(tokens.lengths)):
         assert torch.equal(states(model, tokens.select([number])), piece)
     back = states(model, tokens.select([*reversed(range(len(LENGTHS)))]))
     assert torch.equal(torch.cat([*reversed(back.split(LENGTHS[::-1]))]), found)
+
+
+def test_its_slabs_are_not_filled_up(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filling up saves compiling code for a size, and the compiled encoder knows none."""
+    encoder = M3Encoder(build(tiny_model_dir)).eval()
+    prepack_weights(encoder.model, 2048)
+    kept = encoder.model.__dict__["_compiled"]
+    seen: list[int] = []
+    monkeypatch.setattr(kept, "takes", lambda tokens: seen.append(tokens) or False)
+    for most, expected in ((None, 60), (FEW_ROWS, 64)):
+        kept.most_tokens = most
+        encoder.infer(batch([30, 20, 10]), {"dense"}, 2048)
+        assert seen.pop() == expected
+
+
+def test_autocast_asks_for_another_dtype(tiny_model_dir: Path) -> None:
+    model, tokens = build(tiny_model_dir), batch([9, 4])
+    prepack_weights(model, 2048)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = states(model, tokens)
+        expected = packed_forward(copy.deepcopy(model), tokens)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, states(model, tokens))
 
 
 def test_no_layers_and_no_rows(tmp_path: Path) -> None:

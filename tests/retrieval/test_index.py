@@ -15,7 +15,7 @@ import pytest
 
 from FlagEmbedding.retrieval.index import DocIds, FlatIndex, assemble_index, index_folder, index_name
 from FlagEmbedding.retrieval.searcher import search
-from FlagEmbedding.retrieval.shards import ShardStore, clear_disk_errors
+from FlagEmbedding.retrieval.shards import ShardStore, check_manifest, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 
@@ -82,8 +82,11 @@ def test_name_of_a_relative_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
     fill(tmp_path, random_vectors(4, 2), 2, {"pooling": "cls", "max_passage_length": 512, "model": "a"})
+    path = tmp_path / "shards" / "manifest.json"
+    manifest = read_manifest(path)
+    assert manifest is not None
     with pytest.raises(UsageError, match=r"max_passage_length: 512 there, 256 here; pooling: cls there, mean here"):
-        ShardStore.open(tmp_path / "shards", {"pooling": "mean", "max_passage_length": 256, "model": "a"})
+        check_manifest(manifest, {"pooling": "mean", "max_passage_length": 256, "model": "a"}, path)
 
 
 @pytest.mark.parametrize("suffix", ["f32", "docid", "json"])
@@ -115,7 +118,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_shards_without_a_manifest_never_count(tmp_path: Path) -> None:
     store = fill(tmp_path, random_vectors(9, 4), 4)
     (store.folder / "manifest.json").unlink()
-    assert ShardStore.open(store.folder, {"model": "m"}) is None
+    assert read_manifest(store.folder / "manifest.json") is None
     before = sorted(path.name for path in store.folder.iterdir())
     with pytest.raises(UsageError, match=r"holds 'shard-000000.docid', which this program did not write or cannot"):
         ShardStore.create(store.folder, {"model": "other"}, 9, 4, 4)
