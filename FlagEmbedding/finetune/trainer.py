@@ -237,6 +237,7 @@ class BiEncoderTrainer(Trainer):
                 if self.args.should_save:
                     folder.mkdir(parents=True, exist_ok=True)
                     state = {"loss_sum": loss_sum, "last_logged": self._globalstep_last_logged}
+                    state |= {"micro_batches": self._micro_batches()}
                     self.window.save(folder, totals, forwards=self.bare_model.step, **state)
                     self.router.save(folder)
                 super()._save_checkpoint(model, trial)
@@ -296,12 +297,17 @@ class BiEncoderTrainer(Trainer):
         else:
             load_trained_state(self.bare_model, Path(resume_from_checkpoint))
 
+    def _micro_batches(self) -> int:
+        """In a step of the whole run."""
+        return self.args.gradient_accumulation_steps * world_size()
+
     def restore_window(self, folder: Path) -> None:
         """Put back what stood between the last log line and the checkpoint (called when training begins)."""
         state = self.window.load(folder, self.args.device, main=self.args.process_index == 0)
         if state is None:
             logger.warning("%s holds no log window: the first logged loss covers the steps since it", folder)
             return
+        self.window.weigh(self._micro_batches() / state.get("micro_batches", self._micro_batches()))
         self.bare_model.step = state["forwards"]
         self._tr_loss += state["loss_sum"]
         self._globalstep_last_logged = state["last_logged"]

@@ -43,7 +43,10 @@ def run_id(checkpoint: Path) -> str:
 
 
 def test_every_run_has_an_id_of_its_own(whole: Path, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    for name in (".saving-20260101-000000-0a1b2c", ".saving-mine"):  # killed before its first checkpoint was whole
+        (tmp_path / "B" / name / "checkpoint-1").mkdir(parents=True)
     answer = run_training(train_words(tiny_model_dir, data, tmp_path / "B", **OPTIONS))
+    assert names(tmp_path / "B") == ["checkpoint-1", "checkpoint-2", "checkpoint-3", ".saving-mine"]
     (said,) = re.findall(r"run (\S+): starts", answer.stderr)
     ids = {run_id(checkpoint) for checkpoint in (tmp_path / "B").glob("checkpoint-*")}
     assert ids == {said} != {run_id(whole / "checkpoint-1")}
@@ -158,7 +161,13 @@ def test_going_on_from_an_older_checkpoint_keeps_what_was_written_last(
 def test_a_record_never_reaches_out_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "photo.txt").write_text("mine")
-    record = {"format": 1, "run_id": "a", "files": ["../photo.txt", str(tmp_path / "photo.txt")]}
+    record = {
+        "format": 1,
+        "run_id": "a",
+        "fingerprint": {},
+        "changes": [],
+        "files": ["../photo.txt", str(tmp_path / "photo.txt")],
+    }
     (tmp_path / "checkpoint-1" / "run.json").write_text(json.dumps(record))
     remove_checkpoint(tmp_path / "checkpoint-1")
     assert (tmp_path / "photo.txt").read_text() == "mine"

@@ -7,7 +7,6 @@ trainer_state.json last: a folder in which that does not parse is passed over.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from FlagEmbedding.finetune.resume.runs import (
     new_id,
     read_record,
     refuse_foreign,
-    remove_foreign,
+    remove_checkpoint,
+    remove_drafts,
     step_of,
 )
-from FlagEmbedding.utils.distributed import gather_objects
+from FlagEmbedding.utils.distributed import gather_objects, local_rank
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
@@ -81,6 +81,8 @@ def begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTrai
     if folder is not None:
         blind = [rank for rank, sees in enumerate(gather_objects(not _missing(folder, training.sharded))) if not sees]
         on_main(lambda: _refuse_blind(folder, blind))
+    if local_rank() == 0:
+        remove_drafts(Path(str(training.output_dir)))
     return run, folder
 
 
@@ -98,12 +100,12 @@ def _begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTra
             run.changes.append({"step": step_of(folder), "changed": found.refused})
             logger.warning("--resume_anyway: another run from here on: %s", "; ".join(found.refused))
         if found.harmless:
-            logger.info("going on with other settings that change no number: %s", "; ".join(found.harmless))
+            logger.info("going on with harmless differences: %s", "; ".join(found.harmless))
     elif folder is not None:
         logger.warning("%s is of a version that kept no fingerprint: going on without comparing the options", folder)
     logger.info("run %s: %s", run.id, "starts" if folder is None else f"goes on from {folder}")
-    remove_foreign(output_dir, others)
-    shutil.rmtree(run.draft(output_dir), ignore_errors=True)  # what a kill in the middle of saving left
+    for other in others:
+        remove_checkpoint(other)
     return run, folder
 
 

@@ -50,6 +50,11 @@ class LossWindow:
             found[name] = (total, int(count))
         return found
 
+    def weigh(self, share: float) -> None:
+        """Let what was added so far count ``share`` times: a step had another number of micro-batches then."""
+        self._sums = {name: total * share for name, total in self._sums.items()}
+        self._counts = {name: round(count * share) for name, count in self._counts.items()}
+
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last flush, over all processes; starts again from zero."""
         means = {name: total / count for name, (total, count) in self.totals(accelerator).items()}

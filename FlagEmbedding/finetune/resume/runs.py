@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 RECORD_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so that it vouches for the rest of a checkpoint
-_FORMAT = 1
+_FORMAT, _KEYS = 1, {"run_id", "fingerprint", "changes", "files"}
 _DRAFTS = ".saving-"
 
 
@@ -68,7 +68,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = read_json(folder / RECORD_FILE)
     except (OSError, ValueError):
         return None
-    known = isinstance(record, dict) and record.get("format") == _FORMAT and "run_id" in record
+    known = isinstance(record, dict) and record.get("format") == _FORMAT and record.keys() >= _KEYS
     return record if known else None
 
 
@@ -116,12 +116,11 @@ def refuse_foreign(output_dir: Path, others: list[Path], overwrite: bool) -> Non
         )
 
 
-def remove_foreign(output_dir: Path, others: Iterable[Path]) -> None:
-    """Remove checkpoints of other runs, and what those left of a checkpoint that they were writing."""
-    for run in {run_of(folder) for folder in others}:
-        shutil.rmtree(output_dir / f"{_DRAFTS}{run}", ignore_errors=True)
-    for folder in others:
-        remove_checkpoint(folder)
+def remove_drafts(output_dir: Path) -> None:
+    """Remove what kills in the middle of saving left, be it of a run that has no checkpoint yet."""
+    for draft in output_dir.glob(f"{_DRAFTS}*"):
+        if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", draft.name.removeprefix(_DRAFTS)):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def remove_checkpoint(folder: Path) -> None:
