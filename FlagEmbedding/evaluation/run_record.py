@@ -34,7 +34,8 @@ def read_record(path: Path, index_folder: Path | None = None) -> Record:
         if not all(isinstance(record[key], dict) for key in ("encoder", "index", "arguments")):
             raise TypeError("encoder, index and arguments are not objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a record of step 1 ({error!r}); run step 1 again") from error
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: not a record of step 1 ({what}); run step 1 again") from error
     return record  # type: ignore[no-any-return]
 
 

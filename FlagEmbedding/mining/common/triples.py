@@ -115,7 +115,8 @@ def roles(names: tuple[str, ...]) -> tuple[Role, ...] | Fault:
 def _triple(names: tuple[str, ...], values: Sequence[Any]) -> Triple | Fault:
     if names and len(names) != len(values):
         return Fault(f"{len(values)} columns under a header of {len(names)}", _HINT)
-    by_place: tuple[Role, ...] = ("query", "pos", *["neg"] * (len(values) - 2))  # type: ignore[assignment]
+    rest: list[Role] = ["neg"] * (len(values) - 2)
+    by_place: tuple[Role, ...] = ("query", "pos", *rest)
     kinds = roles(names) if names else by_place[: len(values)]
     if isinstance(kinds, Fault):
         return kinds
