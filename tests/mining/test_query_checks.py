@@ -142,12 +142,12 @@ def test_what_repeats_the_prompt_is_no_query() -> None:
 
 def test_a_hostile_answer_is_judged_in_no_time() -> None:
     for text in (
-        "```" + " " * 10**6 + "x",
-        "?a" * 500_000,
-        "<think>" * 100_000,
-        "{ " * 500_000,
-        '"' * 10**6,
-        "1. " * 300_000,
+        "```" + " " * 100_000 + "x",
+        "?a" * 50_000,
+        "<think>" * 20_000,
+        "{ " * 50_000,
+        '"' * 100_000,
+        "1. " * 30_000,
     ):
         started = time.monotonic()
         assert judge(text, EN) in ("too_long", "several_lines", "markup")
