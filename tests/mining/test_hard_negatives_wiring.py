@@ -13,6 +13,7 @@ import torch
 from mining.corpora import TEXTS, brute_force, read_rows, write_rows
 from safetensors.torch import load_file, save_file
 
+from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.mining.__main__ import main as page_main
 from FlagEmbedding.mining.common.jobs import Job, journal_path
 from FlagEmbedding.mining.hard_negatives.command import main
@@ -80,6 +81,36 @@ def test_another_reranker_does_not_go_on_with_a_journal(
     assert mine(output, *words) == 2
     assert "cross_encoder: " in capsys.readouterr().err
     assert journal_path(output).read_bytes() == kept
+
+
+def test_a_chunk_is_embedded_as_a_whole_again(mine: Mine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vector's last bits depend on what is computed beside it: a resumed run computes the same chunks."""
+    embedded: list[list[str]] = []
+    embed, add = Retriever.embed_queries, Job.add
+
+    def watched(self: Retriever, texts: list[str]) -> np.ndarray:
+        embedded.append(list(texts))
+        return embed(self, texts)
+
+    def ending(self: Job, *entry: Any) -> None:
+        if self.done == 2:
+            raise ZeroDivisionError
+        add(self, *entry)
+
+    monkeypatch.setattr(Retriever, "embed_queries", watched)
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    words = ["--search_batch_size", "4", "--with_scores"]
+    assert mine(whole, *words) == 0
+    expected = [[str(row["query"]) for row in ROWS[i : i + 4]] for i in (0, 4)]
+    assert embedded == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "add", ending)
+        with pytest.raises(ZeroDivisionError):
+            mine(broken, *words)
+    embedded.clear()
+    assert mine(broken, *words) == 0
+    assert embedded == expected
+    assert broken.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("fill", ["random", "next"])

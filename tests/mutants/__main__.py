@@ -32,10 +32,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from compileall import compile_dir
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import Any
 
 import yaml
@@ -46,11 +48,16 @@ PRELOADED = (
     "pytest", "torch", "torch.distributed", "numpy", "scipy.stats", "yaml", "jinja2", "tabulate", "faiss",
     "safetensors.torch", "tokenizers", "datasets", "accelerate", "simple_parsing", "transformers.trainer",
     "transformers.models.bert.modeling_bert", "transformers.models.roberta.modeling_roberta",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "sentence_transformers", "matplotlib.pyplot", "ir_measures",
 )  # fmt: skip
-# No bytecode: a restored file of the same size and second would be taken for the one before. Hugging Face's libraries
-# read their setting when they are loaded, for which tests/conftest.py comes too late.
-SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+# No bytecode but what knows its source by checksum: a restored file of the same size and second would be taken for the
+# one before. Libraries read their setting when they are loaded, for which tests/conftest.py comes too late; of pytest's
+# plugins the tests use one.
+SETTINGS = {
+    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class Runner:
 
     def pytest(self, folder: Path, tests: tuple[str, ...]) -> tuple[int, list[str]]:
         """Exit code and what pytest printed; a test that hangs fails (pytest-timeout)."""
-        options = ["-x", "--no-header", "-p", "no:cacheprovider", "--timeout", f"{self.timeout:g}", *tests]
+        plugins = ["-p", "no:cacheprovider", "-p", "pytest_timeout"]
+        options = ["-x", "--no-header", *plugins, "--timeout", f"{self.timeout:g}", *tests]
         if folder in self.servers:
             code, printed = ask(self.servers[folder], folder.with_suffix(".log"), options)
         else:
@@ -190,6 +198,7 @@ def copy_tree(root: Path, folder: Path) -> Path:
         if (root / name).is_file():  # not one that was deleted and is still in git's index
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
+    compile_dir(folder, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     return folder
 
 
@@ -218,7 +227,7 @@ def cannot_plant(root: Path, fault: Fault) -> str:
     return ""
 
 
-def run(root: Path, faults: list[Fault], runner: Runner, jobs: int) -> Iterator[Outcome]:
+def run(root: Path, faults: list[Fault], runner: Runner, jobs: int, green: bool) -> Iterator[Outcome]:
     """First the tests as they are, all together, or each list by itself if not all pass; then one fault at a time."""
     to_plant = []
     for fault in faults:
@@ -230,7 +239,7 @@ def run(root: Path, faults: list[Fault], runner: Runner, jobs: int) -> Iterator[
     with ThreadPoolExecutor(jobs) as pool:
         lists = list(dict.fromkeys(fault.tests for fault in to_plant))
         before = dict.fromkeys(lists, ("", ""))
-        if lists and not runner.all_pass(lists):
+        if lists and not green and not runner.all_pass(lists):
             before = dict(zip(lists, pool.map(runner.unmodified, lists), strict=True))
         yield from (Outcome(fault, *before[fault.tests]) for fault in to_plant if before[fault.tests][0])
         yield from pool.map(runner.plant, (fault for fault in to_plant if not before[fault.tests][0]))
@@ -254,6 +263,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the faults and stop")
     parser.add_argument("--jobs", type=int, default=1, help="copies worked on at the same time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds per test; one that takes longer has failed")
+    parser.add_argument("--green", action="store_true", help="the tests are known to pass: go on to the faults at once")
     parser.add_argument("--no-fork", action="store_true", help="a new Python for every fault")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that runs the tests")
     parser.add_argument("--output", type=Path, help="write the results to this .json or .md")
@@ -267,7 +277,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         fork = hasattr(os, "fork") and not options.no_fork
         runner = Runner(root, Path(scratch), options.jobs, options.python, options.timeout, fork)
-        for outcome in run(root, faults, runner, options.jobs):
+        for outcome in run(root, faults, runner, options.jobs, options.green):
             print(f"{outcome.status:10} {outcome.fault.room}: {outcome.fault.name}  [{outcome.detail}]", flush=True)
             outcomes.append(outcome)
     counts = Counter(outcome.status for outcome in outcomes)
