@@ -29,7 +29,8 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.index_select(0, *ctx.saved_tensors), None, None
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back), None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -43,8 +44,8 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        whole = gradient.new_zeros(ctx.count, *gradient.shape[1:])
-        return whole.index_copy_(0, *ctx.saved_tensors, gradient), None
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, rows, gradient), None
 
 
 class _Products(torch.autograd.Function):

@@ -80,8 +80,10 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (y,) = ctx.saved_tensors
         precise = torch.promote_types(y.dtype, torch.float32)
-        pieces = zip(gradient.split(_ROWS), y.split(_ROWS), strict=True)  # few wider copies at a time
-        sums = [(a.to(precise) * b.to(precise)).sum(-1, keepdim=True) for a, b in pieces]
+        sums = []
+        for start in range(0, max(len(y), 1), _ROWS):  # few wider copies at a time
+            a, b = gradient[start : start + _ROWS], y[start : start + _ROWS]
+            sums.append((a.to(precise) * b.to(precise)).sum(-1, keepdim=True))
         return gradient, torch.cat(sums).to(ctx.dtype)
 
 
@@ -99,7 +101,7 @@ def weigh(y: Tensor, weights: Tensor | None) -> Tensor:
     Besides, a token near a tie may go to the other expert, which turns its sign: 0.2 % of the tokens, to whom a gate's
     gradient may owe a tenth. More tokens a step average the former out.
     """
-    return y if weights is None else _Weighted.apply(y, weights)  # type: ignore[no-any-return, no-untyped-call]
+    return y if weights is None else _Weighted.apply(y, weights)  # type: ignore[no-untyped-call]
 
 
 class MoELinear(ExpertLinear):
