@@ -200,7 +200,7 @@ def test_options_are_light() -> None:
 
 def test_plain_training_imports_nothing_of_mining_or_evaluation() -> None:
     """What ``run.py`` loads, and the check of its options; mining comes with ``finetune.refresh``, evaluation with
-    ``finetune.dev_evaluation`` alone."""
+    ``finetune.dev.evaluation`` alone."""
     there = loaded(
         "from FlagEmbedding.finetune import __main__, checks, parsing, runner\n"
         "words = '--model_name_or_path m --train_data d --output_dir /nowhere --report_to none'.split()\n"
