@@ -217,7 +217,7 @@ class BiEncoderTrainer(Trainer):
     def push_to_hub(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
         """Nothing: ``hub_upload`` uploads what was saved at the end."""
 
-    init_hf_repo = _push_from_checkpoint = push_to_hub  # type: ignore[assignment]
+    init_hf_repo = _push_from_checkpoint = push_to_hub
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside the others and move it into place when all processes are through.

@@ -35,7 +35,7 @@ class LiveEncoder(TextEncoder):
         self.dtype = resolve_dtype(options.dtype or "fp32", self.device)
         self.stored = StoredModules(model.pooling, model.normalize, instructions=model.instructions)
         self.pooling = model.pooling
-        backbone = copy.deepcopy(model.model).eval()
+        backbone = copy.deepcopy(model.model).eval()  # type: ignore[no-untyped-call]
         for module in backbone.modules():  # what training keeps beside its weights
             for name in ("_kept", "_prepacked", "_compiled"):
                 module.__dict__.pop(name, None)

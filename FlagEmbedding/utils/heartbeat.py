@@ -86,7 +86,7 @@ class _Watch:
         self.threads[0].join(INTERVAL)
         if self.store is not None and not self.threads[0].is_alive():
             with suppress(RuntimeError):  # the store may have gone with rank 0
-                self.store.set(self._key(rank()), last)
+                self.store.set(self._key(rank()), last.decode())
                 if rank() == 0 and last == _DONE:
                     self._wait_for_the_others(self.store)
 

@@ -97,8 +97,8 @@ class DevEvaluation:
         """
         with untouched_randomness():
             encoder = self._encoder(model)
-            asked = (self.options.eval_query_length, self.options.eval_passage_length)
-            lengths = TextLengths(*map(encoder.max_length, asked), with_title=self.options.eval_with_title)
+            query, passage = map(encoder.max_length, (self.options.eval_query_length, self.options.eval_passage_length))
+            lengths = TextLengths(query, passage, self.options.eval_with_title)
             files = self.files
             if self.options.eval_corpus == "pool" and self.options.eval_data_dir:
                 size = PoolSize(self.options.eval_pool_mined, self.options.eval_pool_random, self.seed)

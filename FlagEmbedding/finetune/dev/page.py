@@ -25,7 +25,7 @@ MOST = 1_000  # queries on the page, those that changed most
 _LENGTH = 600  # columns of a passage
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 # Characters that end a script, begin a comment, or end a line within JavaScript's text.
-_ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 def write_page(folder: Path, dev: DevEvaluation, step: int) -> Path | None:
@@ -50,12 +50,13 @@ def write_page(folder: Path, dev: DevEvaluation, step: int) -> Path | None:
 
 def as_script(value: Any) -> str:
     """JSON that may stand in a page's script element."""
-    return json.dumps(value, ensure_ascii=False).translate(str.maketrans(_ESCAPES))
+    return json.dumps(value, ensure_ascii=False).translate(_ESCAPES)
 
 
 def _data(dev: DevEvaluation, base: Evaluated, tuned: Evaluated) -> dict[str, Any]:
     """Queries with both rankings, and the texts of the passages in them once each."""
-    key, queries = dev.measures[0].key, []
+    key = dev.measures[0].key
+    queries: list[dict[str, Any]] = []
     for each in dev.collections:
         for qid in each.qrels:
             judged = each.qrels[qid]

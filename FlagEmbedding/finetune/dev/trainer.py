@@ -42,7 +42,7 @@ class DevTrainer(BiEncoderTrainer):
         if dev.options.early_stopping_patience:
             self.add_callback(Patience(dev.options.early_stopping_patience))
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; the base is measured first, and kept where it may turn out best."""
         self.dev.prepare(self.bare_model, fresh=resume_from_checkpoint is None)
         if self.args.load_best_model_at_end:
@@ -50,7 +50,8 @@ class DevTrainer(BiEncoderTrainer):
                 self.bare_model.save(str(self.dev.base_folder))
             barrier()
         if resume_from_checkpoint is not None and self._patience_is_used_up(Path(resume_from_checkpoint)):
-            result = self._finished(resume_from_checkpoint)
+            self._finished(resume_from_checkpoint)
+            result = None
         else:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._say_best()
@@ -60,7 +61,7 @@ class DevTrainer(BiEncoderTrainer):
             shutil.rmtree(self.dev.base_folder, ignore_errors=True)
         return result
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the model as it is, and log the figures."""
         metrics = self.dev.measure(self.bare_model, self.state.global_step)
         self.log(metrics)
@@ -131,14 +132,13 @@ class Patience(EarlyStoppingCallback):
     """Hugging Face's early stopping, whose count goes on in a resumed run, and which says why it stops."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        stored: dict[str, Any] = dict(state.stateful_callbacks.get(type(self).__name__, {}))
-        self.early_stopping_patience_counter = stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        kept: Any = state.stateful_callbacks  # a dictionary by name, whatever its annotation says
+        stored = kept.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
+        kept[type(self).__name__] = self.state()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
-        super().on_evaluate(args, state, control, metrics, **kwargs)
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             logger.info(
                 "step %d: no new best in %d evaluations, stopping", state.global_step, self.early_stopping_patience

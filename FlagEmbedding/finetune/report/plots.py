@@ -71,8 +71,8 @@ def _dev_curve(lines: list[dict[str, Any]], key: str, best_step: int | None, fig
     for name, color in zip(others, [*COLORS[:3], *COLORS[4:]] * len(others), strict=False):
         axis.plot(steps, [100 * line.get(name, np.nan) for line in lines], color=color, lw=1, label=_series(name))
     values = [100 * line[key] for line in lines]
-    name = _series(key) if others else None
-    axis.plot(steps, values, "o-", color=COLORS[3], linewidth=2, markersize=4, label=name)
+    label = _series(key) if others else None
+    axis.plot(steps, values, "o-", color=COLORS[3], linewidth=2, markersize=4, label=label)
     axis.axhline(values[0], color=GRAY, linestyle="--", label="base")
     if best_step in steps:
         axis.plot(best_step, values[steps.index(best_step)], "o", markersize=9, mfc="none", mec=COLORS[4], label="best")
