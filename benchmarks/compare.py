@@ -217,7 +217,7 @@ def summarise(case: Case, turns: list[dict[str, dict[str, Any]]], by_processor: 
         ]
         summary[name] = {
             "cost_seconds": statistics.median(costs),
-            "tokens_per_second": statistics.median(turn[name]["tokens_per_second"] for turn in turns),
+            "tokens_per_second": statistics.median(1 / cost(turn[name], True, by_processor) for turn in turns),
             "of_floor": statistics.median(turn[name]["of_floor"] for turn in turns),
             "peak_mb": statistics.median(turn[name].get("peak_gpu_mb", turn[name]["peak_rss_mb"]) for turn in turns),
             "times_first": round(statistics.median(ratios), 3),
