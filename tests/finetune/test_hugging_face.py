@@ -314,7 +314,7 @@ def test_every_flag_of_several_processes_acts(places: dict[str, Path]) -> None:
     worker = Path(__file__).with_name("two_flags.py")
     words = shlex.join(train_words(places["model"], places["rows"], places["base"] / "together"))
     command = [sys.executable, *TORCHRUN, str(worker), words, *TOGETHER.values()]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     same = [line for line in answer.stdout.splitlines() if line.startswith("nothing differs")]
     assert same == [] and answer.stdout.count("differs") == len(TOGETHER)
