@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from FlagEmbedding.collections.beir import beir_folder
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.hub import HubError, resolve_dataset
 from FlagEmbedding.utils.io import PathLike
@@ -31,17 +32,35 @@ _LANGUAGE = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 def check_languages(languages: list[str], data_dir: PathLike | None = None) -> list[str]:
     """The languages as given, each once; a folder of one's own may have any, the hub has MIRACL's.
 
-    Raises:
-        UsageError: one that MIRACL does not have and there is no folder, or what can be no name of a folder.
+    Raises ``UsageError`` for one that is neither MIRACL's nor in the folder.
     """
-    unknown = [lang for lang in languages if lang not in LANGUAGES]
-    if unknown and data_dir is None:
-        raise UsageError(f"--languages {' '.join(unknown)}: not in MIRACL; choose from {' '.join(LANGUAGES)}")
-    if odd := [lang for lang in unknown if not _LANGUAGE.fullmatch(lang)]:
-        raise UsageError(f"--languages {' '.join(odd)}: expected a code such as ko or pt-br (letters, digits, - and _)")
+    unknown = [lang for lang in languages if lang not in LANGUAGES and not _in_folder(lang, data_dir)]
+    if unknown:
+        where = "not in MIRACL" if data_dir is None else f"not in MIRACL, and nothing of it in --data_dir {data_dir}"
+        raise UsageError(f"--languages {' '.join(unknown)}: {where}; choose from {' '.join(LANGUAGES)}")
     if not languages:
         raise UsageError(f"--languages: name at least one of {' '.join(LANGUAGES)}")
     return list(dict.fromkeys(languages))
+
+
+def is_code(lang: str) -> bool:
+    """Whether a folder of one's own may call a language so: it becomes part of paths."""
+    return _LANGUAGE.fullmatch(lang) is not None
+
+
+def _in_folder(lang: str, data_dir: PathLike | None) -> bool:
+    if data_dir is None or not is_code(lang):
+        return False
+    names = (f"miracl-corpus-v1.0-{lang}", f"miracl-v1.0-{lang}")
+    return any((place / name).exists() for place in _places(data_dir) for name in names) or bool(
+        beir_folder(data_dir, lang)
+    )
+
+
+def _places(data_dir: PathLike) -> list[Path]:
+    """A folder in the hub's layout, and where clones of the hub's datasets may lie in it."""
+    root = Path(data_dir)
+    return [root, root / "miracl-corpus", root / "miracl", root / _CORPUS_HUB, root / _TOPICS_HUB]
 
 
 def corpus_files(lang: str, data_dir: PathLike | None = None, cache_dir: str | None = None) -> list[Path]:
@@ -97,7 +116,7 @@ def _find(repo: str, relative: str, pattern: str, data_dir: PathLike | None, cac
         root = Path(data_dir)
         if not root.is_dir():
             raise DataError(f"--data_dir {root}: no such folder")
-        places = [root, root / "miracl-corpus", root / "miracl", root / _CORPUS_HUB, root / _TOPICS_HUB]
+        places = _places(root)
     lang = relative.split("/")[0].rpartition("-v1.0-")[2]
     if lang not in LANGUAGES:
         found = next((place / relative for place in places if (place / relative).exists()), None)

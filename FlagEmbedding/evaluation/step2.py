@@ -43,8 +43,10 @@ def score_models(arguments: ScoreArguments) -> None:
     Raises:
         UserError: a run, qrels or measure that cannot be used; nothing has been written then.
     """
+    languages = list(dict.fromkeys(arguments.languages))
     # Judgments of any collection may lie in --qrels_dir; where they do not, a name that MIRACL lacks is a mistake.
-    languages = miracl.check_languages(arguments.languages, arguments.data_dir or arguments.qrels_dir)
+    if odd := [lang for lang in languages if not miracl.is_code(lang)]:
+        miracl.check_languages(odd)
     measures = parse_measures(arguments.metrics)
     names = [index_name(encoder) for encoder in arguments.encoder]
     for name in names:
@@ -84,12 +86,11 @@ def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Pat
         if found:
             return found
     names = qrels_names(lang, arguments.split)
+    miracl.check_languages([lang], arguments.data_dir)
     if arguments.data_dir:
         source = Source(lang, arguments.split, arguments.data_dir, arguments.cache_dir, only_language)
         if source.beir is not None or lang not in miracl.LANGUAGES:
             return source.qrels_file()
-    else:
-        miracl.check_languages([lang])
     logger.info("%s: no qrels in %s: asking the hub", lang, arguments.qrels_dir)
     try:
         return miracl.qrels_file(lang, arguments.split, None, arguments.cache_dir)

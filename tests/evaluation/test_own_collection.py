@@ -139,8 +139,8 @@ def test_own_languages_need_a_folder_and_a_name(tiny_model_dir: Path, tmp_path: 
     words = ["--encoder", tiny_model_dir, "--index_save_dir", tmp_path / "i", "--languages"]
     for more, message in (
         (["xx"], "--languages xx: not in MIRACL; choose from"),
-        (["xx", "--data_dir", tmp_path], "nothing of xx in it"),
-        (["../xx", "--data_dir", beir_layout], "expected a code such as ko or pt-br"),
+        (["xx", "--data_dir", tmp_path], "--languages xx: not in MIRACL, and nothing of it in --data_dir"),
+        (["../xx", "--data_dir", beir_layout], "--languages ../xx: not in MIRACL"),
         (["xx", "yy", "--data_dir", beir_layout], "one BEIR folder for several languages"),
     ):
         answer = run_script(STEPS[0], [*words, *more])
