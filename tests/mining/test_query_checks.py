@@ -36,6 +36,7 @@ def judge(query: str, passage: str, finish: str = "stop") -> str | None:
         ("서울의 강은 어느 바다에 닿나요?", KO, None),
         ("HTML5와 XHTML 차이는?", KO, None),  # foreign names are no other language
         ("What is 한강 about?", KO, "other_script"),
+        ("What is 한강 다리 about?", KO, "other_script"),
         ("Which river reaches the sea at Seoul?", KO, "other_script"),
         ("漢江 流域", KO, "other_script"),
         ("12345678", KO, "other_script"),
@@ -66,6 +67,7 @@ def judge(query: str, passage: str, finish: str = "stop") -> str | None:
         ("क्षमा करें, मैं यह नहीं लिख सकता।", HI, "refusal"),
         ("Sorry state of which river at Seoul?", EN, None),  # a question that begins like one
         ("I can see which sea from Seoul?", EN, None),
+        ("Who sang I'm sorry by the river at Seoul?", EN, None),
         ('{"query": "Which sea does it reach?"}', EN, "markup"),
         ("[Which sea does it reach?]", EN, "markup"),
         ("<query>Which sea does it reach?</query>", EN, "markup"),
@@ -142,8 +144,8 @@ def test_what_repeats_the_prompt_is_no_query() -> None:
 
 def test_a_hostile_answer_is_judged_in_no_time() -> None:
     for text in (
-        "```" + " " * 100_000 + "x",
-        "?a" * 50_000,
+        "```" + " " * 60_000 + "x",
+        "?a" * 30_000,
         "<think>" * 20_000,
         "{ " * 50_000,
         '"' * 100_000,
