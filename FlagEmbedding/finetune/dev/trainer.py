@@ -137,8 +137,10 @@ class Patience(EarlyStoppingCallback):
         self.early_stopping_patience_counter = stored.get("early_stopping_patience_counter", 0)
         kept[type(self).__name__] = self.state()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        super().on_evaluate(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+    def on_evaluate(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             logger.info(
                 "step %d: no new best in %d evaluations, stopping", state.global_step, self.early_stopping_patience
