@@ -85,7 +85,6 @@ def test_one_text_is_a_vector_and_none_a_matrix_of_no_lines(models: list[Any]) -
         (["a", "b\ud83dc"], r"texts\[1\]: holds half a surrogate pair at character 2"),
         ("\udc80", "texts: holds half a surrogate pair at character 1"),
     ],
-    ids=str,
 )
 def test_what_is_no_text_is_refused_by_every_verb(given: Any, message: str, models: list[Any]) -> None:
     for model in models:
@@ -144,7 +143,6 @@ def test_a_single_pair(models: list[Any]) -> None:
         ([None], r"pairs\[0\]: expected texts, got a NoneType"),
         ([("a", "\ud800")], r"pairs\[0\]\[1\]: holds half a surrogate pair"),
     ],
-    ids=str,
 )
 def test_what_is_no_pair_is_refused(given: Any, message: str, models: list[Any]) -> None:
     with pytest.raises(UsageError, match=message):
