@@ -166,7 +166,7 @@ def test_scores_and_lengths_agree_with_figures_computed_by_hand(
         losses.append(np.mean([np.log(1 + np.exp((n - one) / 0.05).sum()) for one in p]))
         for text, query in zip(row["neg"], row["neg_q"], strict=True):
             if query:
-                pair = model.encode_corpus([text, query], max_length=40)
+                pair = model.encode_corpus([text], max_length=40)[0], model.encode_queries([query], max_length=40)[0]
                 penalties.append(1 - pair[0] @ pair[1])
     flat = np.concatenate(margins)
     for name, values in (("positive", positive), ("negative", negative), ("margin", flat), ("penalty", penalties)):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mining.corpora import QUERIES, TEXTS, brute_force, read_rows, write_rows
 
+from FlagEmbedding.mining.doctor.command import main as doctor_main
 from FlagEmbedding.mining.hard_negatives.command import main
 
 
@@ -45,3 +46,17 @@ def test_scores_are_of_texts_behind_their_instructions(
         vector = brute_force(told, [query + row["query"]])[0]
         vectors = brute_force(told, [passage + text for text in row["pos"] + row["neg"]])
         np.testing.assert_allclose(row["pos_scores"] + row["neg_scores"], vectors @ vector, atol=5e-6)
+
+
+def test_the_doctor_reads_what_training_reads(told: Path, tmp_path: Path) -> None:
+    row = {"query": QUERIES["q0"], "pos": [TEXTS[3]], "neg": [TEXTS[8]], "neg_q": ["Which one?"]}
+    source = write_rows(tmp_path / "rows.jsonl", [row])
+    assert doctor_main([str(source), "--model", str(told), "--report_dir", str(tmp_path / "report")]) == 0
+    found = json.loads((tmp_path / "report/report.json").read_text())
+    query, own, positive, negative = brute_force(
+        told, [f"Q: {row['query']}", "Q: Which one?", f"P: {TEXTS[3]}", f"P: {TEXTS[8]}"]
+    )
+    expected = {"positive": positive @ query, "negative": negative @ query, "penalty": 1 - negative @ own}
+    for name, value in expected.items():
+        assert found["scores"][name]["mean"] == pytest.approx(value, abs=5e-6)
+    assert found["settings"]["query_instruction_for_retrieval"] == "Q: "

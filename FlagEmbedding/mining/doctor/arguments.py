@@ -38,8 +38,12 @@ class ScoreSettings:
     query_max_len: int = option(128, "tokens, as in training")
     passage_max_len: int = option(512, "tokens, as in training")
     temperature: float = option(0.02, "of the loss")
-    query_instruction_for_retrieval: str | None = option(None, "text put before every query", metavar="TEXT")
-    passage_instruction_for_retrieval: str | None = option(None, "text put before every passage", metavar="TEXT")
+    query_instruction_for_retrieval: str | None = option(
+        None, "text put before every query and neg_q; default: what the checkpoint says", metavar="TEXT"
+    )
+    passage_instruction_for_retrieval: str | None = option(
+        None, "text put before every passage; default: what the checkpoint says", metavar="TEXT"
+    )
 
     def __post_init__(self) -> None:
         check_least(self, query_max_len=1, passage_max_len=1)

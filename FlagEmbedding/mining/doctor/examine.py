@@ -9,7 +9,7 @@ Exits 2 when there are rows that training would refuse; the report is written al
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ def examine(options: DoctorOptions) -> tuple[dict[str, Any], Problems]:
 
         encoder = TextEncoder(options.encoder)
         tokenizer = encoder.tokenizer
+        settings = replace(
+            settings,
+            query_instruction_for_retrieval=encoder.instruction("query", settings.query_instruction_for_retrieval),
+            passage_instruction_for_retrieval=encoder.instruction(
+                "passage", settings.passage_instruction_for_retrieval
+            ),
+        )
         inputs = [[file["sha256"] for file in fingerprints(files)], reading.sample_rows, reading.seed]
         scores = score(found.texts, embed(work, found.texts, encoder, settings, inputs), settings.temperature)
         plot_scores(scores, folder / "scores.png")

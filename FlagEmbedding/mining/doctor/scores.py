@@ -140,11 +140,11 @@ def _window(page: list[tuple[str, str, int]], encoder: TextEncoder, settings: Sc
     from FlagEmbedding.inference.text_encoder import encode_texts
 
     vectors = np.empty((len(page), encoder.hidden_size), dtype=np.float32)
-    # As published: a negative's own query is read at the passages' length and without an instruction.
+    # As in training: a negative's own query is a query, read at the passages' length.
     for roles, instruction, length in (
         (("query",), settings.query_instruction_for_retrieval, settings.query_max_len),
         (("pos", "neg"), settings.passage_instruction_for_retrieval, settings.passage_max_len),
-        (("neg_q",), None, settings.passage_max_len),
+        (("neg_q",), settings.query_instruction_for_retrieval, settings.passage_max_len),
     ):
         places = [i for i, (role, _, _) in enumerate(page) if role in roles]
         vectors[places] = encode_texts(encoder, [page[i][1] for i in places], length, instruction)
