@@ -39,6 +39,13 @@ MINING_MAY_IMPORT = {
     "query_generation": {"common", "query_generation"},
     "doctor": {"common", "doctor"},
 }
+# And between those of finetune, where the files beside them may use all, and each may use those.
+FINETUNE_MAY_IMPORT = {
+    "data": {"data"},
+    "resume": {"resume", "data"},
+    "dev": {"dev", "resume", "data"},
+    "report": {"report", "dev"},
+}
 # One file's leave to import from a room that is closed to the rest of its own.
 FILE_MAY_IMPORT = {
     "finetune/refresh.py": {"mining"},  # negatives mined again between epochs
@@ -118,6 +125,17 @@ def test_the_commands_of_mining_do_not_know_each_other() -> None:
         allowed = MINING_MAY_IMPORT[rest[0]] if len(rest) > 1 else {"common"}
         names = {name.split(".")[2] for name in imports(path) if name.startswith("FlagEmbedding.mining.")}
         assert names <= allowed, f"{path.relative_to(REPOSITORY)} may not import mining's {sorted(names - allowed)}"
+
+
+def test_the_parts_of_training_are_in_one_order() -> None:
+    subrooms = {folder.name for folder in (PACKAGE / "finetune").iterdir() if (folder / "__init__.py").is_file()}
+    assert subrooms == set(FINETUNE_MAY_IMPORT), "a new subroom: give it a line in FINETUNE_MAY_IMPORT"
+    for path in modules():
+        room, *rest = path.relative_to(PACKAGE).parts
+        if room == "finetune" and len(rest) > 1:
+            used = {name.split(".")[2] for name in imports(path) if name.startswith("FlagEmbedding.finetune.")}
+            names = used & subrooms - FINETUNE_MAY_IMPORT[rest[0]]
+            assert not names, f"{path.relative_to(REPOSITORY)} may not import finetune's {sorted(names)}"
 
 
 def test_no_circle_between_files() -> None:

@@ -168,6 +168,7 @@ TRAINING = {
 HARMLESS = {
     "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "gradient_checkpointing",
+    "eval_data_dir", "early_stopping_patience",
 }  # fmt: skip
 # Their difference is named by what they bring.
 BY_CONTENT = {"model_name_or_path", "config_name", "cache_dir"}

@@ -40,7 +40,7 @@ _FIXED = {
 _HARMLESS = {
     # where things lie and what is reported
     "cache_dir", "cache_path", "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug",
-    "skip_memory_metrics", "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "skip_memory_metrics", "push_to_hub", "load_best_model_at_end", "greater_is_better",
     "include_num_input_tokens_seen", "include_for_metrics", "prediction_loss_only", "batch_eval_metrics",
     "label_names", "length_column_name", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size",
     "bf16_full_eval", "fp16_full_eval", "early_stopping_patience", "report",
@@ -52,7 +52,12 @@ _HARMLESS = {
 }  # fmt: skip
 _HARMLESS_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "ddp_", "dataloader_")
 # Of those prefixes: which rows and batches there are, and in what order they come.
-_DECISIVE = {"dataloader_drop_last", "dataloader_in_order", "eval_rows"}
+_DECISIVE = {
+    "dataloader_drop_last", "dataloader_in_order", "eval_rows",
+    # What is best of the evaluations before and after would be told by different figures.
+    "eval_languages", "eval_split", "eval_corpus", "eval_pool_mined", "eval_pool_random", "eval_metrics",
+    "eval_query_length", "eval_passage_length", "eval_with_title",
+}  # fmt: skip
 # Schedules whose rate at a step does not depend on how many steps follow.
 _OPEN_ENDED = {"constant", "constant_with_warmup", "inverse_sqrt"}
 
