@@ -26,7 +26,7 @@ from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache
 from FlagEmbedding.mining.query_generation.endpoint import parse_answer
 from FlagEmbedding.retrieval.index import DOCID, INDEX, FlatIndex, flat_header
-from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_manifest, read_manifest
 from FlagEmbedding.schema import Problems, find_files, read_records
 from FlagEmbedding.utils.errors import DataError
 from paper_table.plan import read_table
@@ -171,9 +171,12 @@ def read_index(folder: Path) -> object:
 
 
 def read_shards(folder: Path) -> object:
-    store = ShardStore.open(folder, {"model": "m", "pooling": "cls"})
-    if store is None:
+    path = folder / MANIFEST
+    manifest = read_manifest(path)
+    if manifest is None:
         return None
+    check_manifest(manifest, {"model": "m", "pooling": "cls"}, path)
+    store = ShardStore(folder, manifest)
     if len(store) > 100:
         return len(store)
     return [store.digests(shard) for shard in range(len(store)) if shard in store.finished()]
