@@ -324,6 +324,7 @@ def test_every_option_acts(
 # Hugging Face's options (and ours beside them) on which a run's numbers depend; all others are harmless, compared by
 # what they come to, or of one start alone. A new option of transformers is decisive until it is looked at.
 DECISIVE = {
+    "metric_for_best_model",
     "global_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args",
     "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32", "use_liger_kernel", "liger_kernel_config",
@@ -340,7 +341,8 @@ def test_every_option_is_harmless_or_decides() -> None:
     assert {name for name in DECISIVE & set(training) if training[name] not in ("decisive", "fixed")} == set()
     ours = {f.name for group in GROUPS for f in fields(group)}
     assert {name for name in ours if kind_of(name) == "harmless"} == {
-        "cache_dir", "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch",
+        "cache_dir", "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "eval_data_dir",
+        "early_stopping_patience", "report",
     }  # fmt: skip
     assert {name for name in {*ours, *training} if kind_of(name) == "meaning"} == {
         "train_data", "refresh_corpus", "model_name_or_path", "config_name", "tokenizer_name", "num_train_epochs",

@@ -84,7 +84,7 @@ REFUSED = {
 ALSO_REFUSED = [
     ("--save_strategy best", NEEDS),
     ("--lr_scheduler_type reduce_lr_on_plateau", "requires an eval strategy"),
-    ("--lr_scheduler_type greedy", NEEDS),
+    ("--lr_scheduler_type greedy", "requires an eval strategy"),
     ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: "),
     ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
     ("""--lr_scheduler_kwargs '{"cycles": 2}'""", "unexpected keyword argument 'cycles'"),

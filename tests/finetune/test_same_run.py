@@ -85,7 +85,6 @@ ANOTHER: list[tuple[Any, str]] = [
     ({"seed": 7}, "--data_seed: the checkpoint has 42, this run says 7"),
     ({"data_seed": 7}, "--data_seed: the checkpoint has 42, this run says 7"),
     ({"same_task_within_batch": False}, "--same_task_within_batch: the checkpoint has true, this run says false"),
-    ({"ignore_data_skip": True}, "--ignore_data_skip"),
     (half_of_the_rows, "a.jsonl has another content (the checkpoint has 14 rows, this run says"),
     (rows_turned_around, "--train_data: a.jsonl has another content"),
     (one_file, "the checkpoint has 2 file(s) of 24 rows (a.jsonl, b.jsonl), this run says 1 file(s) of 14"),

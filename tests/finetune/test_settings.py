@@ -48,7 +48,7 @@ def test_the_block_says_what_then_happens(tiny_model_dir: Path, data: Path, tmp_
         "sentence_pooling_method", "normalize_embeddings", "moe", "only_train", "num_experts", "train_group_size",
         "query_max_len", "passage_max_len", "same_task_within_batch", "penalty_weight", "learning_rate",
         "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
-        "logging_steps", "save_strategy", "disable_tqdm",
+        "logging_steps", "save_strategy", "disable_tqdm", "report",
     }  # fmt: skip
 
 

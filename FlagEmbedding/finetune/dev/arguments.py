@@ -169,8 +169,6 @@ def _needs_evaluation(training: TrainingArguments) -> Iterator[str]:
         yield f"--load_best_model_at_end {needed}"
     if _is(training.save_strategy, "best"):
         yield f"--save_strategy {SaveStrategy.BEST.value} {needed}"
-    if _text(training.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy"):
-        yield f"--lr_scheduler_type {_text(training.lr_scheduler_type)} {needed}"
     for name, default in (("metric_for_best_model", None), ("greater_is_better", None), ("eval_delay", 0)):
         if getattr(training, name) not in (default, None):
             yield f"--{name} {_text(getattr(training, name))} {needed}"
