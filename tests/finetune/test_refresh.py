@@ -204,7 +204,7 @@ def test_replaced_files_must_have_as_many_rows(tmp_path: Path) -> None:
     ],
 )
 def test_contradictions(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
-    words = train_words(tmp_path, tmp_path, tmp_path, **{**OPTIONS, **changes})
+    words = train_words(tmp_path / "model", tmp_path / "rows", tmp_path / "out", **{**OPTIONS, **changes})
     with pytest.raises(UsageError, match=expected):
         check_arguments(parse_arguments(words))
 
