@@ -34,6 +34,7 @@ from FlagEmbedding.utils.io import (
     atomic_open,
     numbered_lines,
     packing,
+    parse_json,
     read_json,
     sha256_file,
     write_json_atomic,
@@ -121,12 +122,11 @@ def _lies_ready(path: Path) -> bool:
     """Whether a file is lines of passages with docids, by its first line."""
     if is_table(path):
         return False
-    problems = Problems()
-    _, row = next(read_rows(path, problems), (0, {}))
-    problems.raise_if_any()
-    if not any(isinstance(row.get(key), str) for key in _IDS[:2]):
+    try:
+        row = parse_json(next(numbered_lines(path, "corpus"), (0, ""))[1])
+    except ValueError:  # the reader of rows, which all others go through, says what is wrong
         return False
-    return next(numbered_lines(path, "corpus"))[1].lstrip()[:1] == "{"
+    return isinstance(row, dict) and any(isinstance(row.get(key), str) for key in _IDS[:2])
 
 
 def _plain_passages(paths: Sequence[Path]) -> Iterator[Plain]:
