@@ -15,6 +15,7 @@ from FlagEmbedding.mining.query_generation.checks import bare, clean, guess_lang
 from FlagEmbedding.mining.query_generation.checks import judge as judge_answer
 from FlagEmbedding.mining.query_generation.prompting import make_prompter
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.texts import text_key
 
 KO = (
     "한강은 서울을 지나 서해로 흘러든다. 길이는 약 오백 킬로미터이며 예부터 뱃길로 쓰였고 "
@@ -158,7 +159,7 @@ def test_a_hostile_answer_is_judged_in_no_time() -> None:
 
 def test_texts_of_the_same_words_are_the_same() -> None:
     assert bare("How long, is the “River”?") == bare("how long is the river")
-    assert bare("پرآب\u200cترین رود") == bare("پرآبترین رود؟")
+    assert text_key(bare("پرآب\u200cترین رود")) == text_key(bare("پرآبترین رود؟"))
     assert bare("नदी") != bare("नद") and bare("C++") != bare("C#") != bare("C")
 
 
