@@ -7,6 +7,7 @@ any script can be encoded. The demo base is real (pretrained, four layers) and c
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def tiny_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     folder = tmp_path_factory.mktemp("tiny") / "tiny-moe"
     save_checkpoint(model, folder, tokenizer=AutoTokenizer.from_pretrained(tiny_model_dir))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_heads_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny XLM-R with random heads saved as upstream saves them; colbert vectors of width 16."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-m3"
+    shutil.copytree(tiny_model_dir, folder)
+    torch.manual_seed(5)
+    torch.save(torch.nn.Linear(32, 16).state_dict(), folder / "colbert_linear.pt")
+    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
     return folder
 
 

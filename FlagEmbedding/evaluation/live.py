@@ -26,7 +26,7 @@ from FlagEmbedding.evaluation.compare import score_run
 from FlagEmbedding.evaluation.metrics import Measure
 from FlagEmbedding.evaluation.systems import LanguageScores, System
 from FlagEmbedding.inference.arguments import WINDOW
-from FlagEmbedding.inference.live_encoder import LiveEncoder
+from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.inference.tokenization import TokenRows, tokenize
 from FlagEmbedding.retrieval.memory import MemoryIndex
 from FlagEmbedding.retrieval.searcher import Hit, search
@@ -45,12 +45,14 @@ FirstHits = dict[str, list[str]]  # qid -> docids, best first
 
 
 @dataclass(frozen=True)
-class TextLengths:
+class Reading:
     """How texts become tokens: at most so many each (and no more than the model reads), with or without titles."""
 
     query: int = 512
     passage: int = 512
     with_title: bool = False
+    query_instruction: str | None = None  # None: what the checkpoint says
+    passage_instruction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _Texts:
     sizes: list[int]  # of all windows
     own: dict[int, TokenRows]
 
-    def vectors(self, encoder: LiveEncoder) -> np.ndarray | None:
+    def vectors(self, encoder: TextEncoder) -> np.ndarray | None:
         """``[N, dimension]`` float32 of all texts, on the main process; every process must call this together."""
         world, found = world_size(), []
         for first in range(0, len(self.sizes), world):
@@ -88,24 +90,25 @@ class DevCollection:
         DataError: a corpus, topics or judgments that cannot be used.
     """
 
-    def __init__(self, source: Source, encoder: LiveEncoder, lengths: TextLengths) -> None:
+    def __init__(self, source: Source, encoder: TextEncoder, reading: Reading) -> None:
         self.source, self.name = source, source.lang
         self.topics: Topics = on_main(source.topics)
         self.qrels: Qrels = on_main(source.qrels)
         self.docids: list[str] = []  # of the main process alone
         found = on_main(self._survey)
         self.passages, self.queries = found.total, len(self.topics)
-        prefixes = [encoder.instruction(role, None) or "" for role in ROLES]
+        given = {"query": reading.query_instruction, "passage": reading.passage_instruction}
+        prefixes = [encoder.instruction(role, given[role]) or "" for role in ROLES]
         texts = [prefixes[0] + query for query in self.topics.values()]
         self.query_tokens = _tokenized(
-            encoder, lengths.query, len(texts), lambda spans: (texts[start:end] for start, end in spans)
+            encoder, reading.query, len(texts), lambda spans: (texts[start:end] for start, end in spans)
         )
 
         def passages(spans: Sequence[tuple[int, int]]) -> Iterator[list[str]]:
             for part in stream(source.corpus(), found.passages, spans):
-                yield [prefixes[1] + passage_text(passage, lengths.with_title) for passage in part]
+                yield [prefixes[1] + passage_text(passage, reading.with_title) for passage in part]
 
-        self.passage_tokens = _tokenized(encoder, lengths.passage, found.total, passages)
+        self.passage_tokens = _tokenized(encoder, reading.passage, found.total, passages)
 
     def _survey(self) -> Survey:
         def keep(passage: Passage) -> None:
@@ -120,7 +123,7 @@ class DevCollection:
             logger.warning("%s: %d of %d relevant passages are not in the corpus", self.name, len(missing), len(wanted))
         return found
 
-    def search(self, encoder: LiveEncoder, hits: int = HITS) -> Callable[[], dict[str, list[Hit]]]:
+    def search(self, encoder: TextEncoder, hits: int = HITS) -> Callable[[], dict[str, list[Hit]]]:
         """Encode everything, all processes together; what is returned searches, and is for the main process to call.
 
         It gives the best passages of every query.
@@ -139,7 +142,7 @@ class DevCollection:
 
         return found
 
-    def score(self, encoder: LiveEncoder, measures: Sequence[Measure]) -> tuple[LanguageScores, FirstHits]:
+    def score(self, encoder: TextEncoder, measures: Sequence[Measure]) -> tuple[LanguageScores, FirstHits]:
         """``measures`` and first hits of every judged query, the same on all processes, which call it together."""
         found = self.search(encoder)
 
@@ -167,7 +170,7 @@ class Evaluated:
 
 
 def score_model(
-    name: str, encoder: LiveEncoder, collections: Sequence[DevCollection], measures: Sequence[Measure]
+    name: str, encoder: TextEncoder, collections: Sequence[DevCollection], measures: Sequence[Measure]
 ) -> Evaluated:
     """``encoder`` as the system ``name``, the same on every process, which call it together."""
     found = {each.name: each.score(encoder, measures) for each in collections}
@@ -175,7 +178,7 @@ def score_model(
     return Evaluated(system, {lang: hits for lang, (_, hits) in found.items()})
 
 
-def _tokenized(encoder: LiveEncoder, max_length: int, count: int, read: _Read) -> _Texts:
+def _tokenized(encoder: TextEncoder, max_length: int, count: int, read: _Read) -> _Texts:
     """Tokens of every ``world_size``-th window of ``count`` texts; ``read`` gives the texts of some spans."""
     numbers = range(math.ceil(count / WINDOW))
     spans = [(WINDOW * number, min(count, WINDOW * (number + 1))) for number in numbers]

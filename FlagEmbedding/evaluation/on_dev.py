@@ -1,28 +1,22 @@
-"""Measures of an encoder on a dev collection: steps 0, 1 and 2 in one go, by their own code, with no file left.
+"""Measures of a checkpoint on a dev collection, and its comparison with others.
 
-The figures are those of the steps with their default flags: the same index, the same exact search, the same measures.
-The index lies in a temporary folder while it is searched (``TMPDIR`` says where), twice the size of the vectors.
+The figures are those of steps 0 to 2 with their default flags; see :mod:`evaluation.live`.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from FlagEmbedding.collections.source import Source, sources
 from FlagEmbedding.evaluation.arguments import DevArguments
-from FlagEmbedding.evaluation.compare import compare_runs, score_run
+from FlagEmbedding.evaluation.compare import compare_runs
+from FlagEmbedding.evaluation.live import DevCollection, Reading
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
 from FlagEmbedding.evaluation.systems import AVERAGE, Comparison, LanguageScores, System
-from FlagEmbedding.indexing.arguments import IndexArguments
-from FlagEmbedding.indexing.encoding import build_index
-from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.text_encoder import TextEncoder
-from FlagEmbedding.retrieval.index import FlatIndex
 
-HITS = 100
-NDCG, RECALL = MEASURES = parse_measures(["ndcg@10", f"recall@{HITS}"])
+MEASURES = parse_measures(["ndcg@10", "recall@100"])
+NDCG = MEASURES[0]
 
 
 def check_collection(dev: DevArguments) -> None:
@@ -41,22 +35,14 @@ def score_on_dev(name: str, encoder: TextEncoder, dev: DevArguments) -> System:
 
 
 def _score(encoder: TextEncoder, dev: DevArguments, source: Source) -> LanguageScores:
-    topics, qrels = source.topics(), source.qrels()
-    options = IndexArguments(
-        max_passage_length=dev.eval_passage_length,
-        passage_instruction_for_retrieval=dev.passage_instruction_for_retrieval,
+    query, passage = map(encoder.max_length, (dev.eval_query_length, dev.eval_passage_length))
+    reading = Reading(
+        query,
+        passage,
+        query_instruction=dev.query_instruction_for_retrieval,
+        passage_instruction=dev.passage_instruction_for_retrieval,
     )
-    with tempfile.TemporaryDirectory(prefix="dev-index-") as folder:
-        build_index(encoder, source.corpus(), Path(folder), source.lang, options)
-        retriever = Retriever(
-            encoder,
-            FlatIndex(folder),
-            query_length=dev.eval_query_length,
-            query_instruction=encoder.instruction("query", dev.query_instruction_for_retrieval),
-        )
-        hits = retriever.search(retriever.embed_queries(list(topics.values())), HITS)
-    run = {qid: {hit.docid: hit.score for hit in found} for qid, found in zip(topics, hits, strict=True)}
-    return score_run(qrels, run, MEASURES)
+    return DevCollection(source, encoder, reading).score(encoder, MEASURES)[0]
 
 
 def overall(system: System, measure: Measure = NDCG) -> float:

@@ -15,8 +15,8 @@ from pathlib import Path
 from FlagEmbedding.collections.corpus import read_file
 from FlagEmbedding.collections.source import Source
 from FlagEmbedding.collections.writing import write_collection
-from FlagEmbedding.evaluation.live import DevCollection, TextLengths
-from FlagEmbedding.inference.live_encoder import LiveEncoder
+from FlagEmbedding.evaluation.live import DevCollection, Reading
+from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.utils.identity import as_json, digest, fingerprints
 from FlagEmbedding.utils.io import read_json, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -39,9 +39,7 @@ class PoolSize:
     seed: int
 
 
-def pooled(
-    source: Source, encoder: LiveEncoder, lengths: TextLengths, size: PoolSize, folder: Path, base: str
-) -> Source:
+def pooled(source: Source, encoder: TextEncoder, reading: Reading, size: PoolSize, folder: Path, base: str) -> Source:
     """The pool of ``source`` below ``folder``: what lies there of the same inputs, or made now.
 
     Every process calls it, at the same time.
@@ -51,12 +49,12 @@ def pooled(
         base: says which base that is.
     """
     inputs = on_main(lambda: fingerprints(source.files()))
-    identity = digest(base, as_json(asdict(lengths)), as_json(asdict(size)), inputs)
+    identity = digest(base, as_json(asdict(reading)), as_json(asdict(size)), inputs)
     record = folder / f"{source.lang}.json"
     if on_main(lambda: record.is_file() and read_json(record)["identity"] == identity):
         return Source(source.lang, "dev", folder)
     logger.info("%s: the whole corpus goes through the base once, for the pool", source.lang)
-    collection = DevCollection(source, encoder, lengths)
+    collection = DevCollection(source, encoder, reading)
     found = collection.search(encoder, size.mined) if size.mined else dict
 
     def write() -> Source:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from FlagEmbedding.export.arguments import FoldOptions, OnnxOptions
-from FlagEmbedding.utils.cli import entry_point, parse_whole
-from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.cli import entry_point, parse_whole, run_command
 
 HELP = """usage: python -m FlagEmbedding.export COMMAND MODEL --output_dir OUT [options]
 
@@ -46,15 +45,7 @@ def onnx(argv: Sequence[str] | None = None) -> int:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or run a command."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    known = {"fold": fold, "onnx": onnx}
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0
-    if words[0] not in known:
-        raise UsageError(f"no command {words[0]!r}: choose from {' '.join(known)}")
-    sys.argv[0] = f"{sys.argv[0]} {words[0]}"
-    return known[words[0]](words[1:])
+    return run_command({"fold": fold, "onnx": onnx}, HELP, argv)
 
 
 if __name__ == "__main__":

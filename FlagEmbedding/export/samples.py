@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
-from FlagEmbedding.collections import miracl
 from FlagEmbedding.collections.corpus import read_file
-from FlagEmbedding.collections.trec import read_topics
+from FlagEmbedding.collections.source import Source, sources
 from FlagEmbedding.evaluation.arguments import DevArguments
 from FlagEmbedding.export.arguments import SampleArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder, encode_texts
@@ -67,15 +65,9 @@ def find_samples(asked: SampleArguments, dev: DevArguments) -> Samples:
     if asked.data:
         queries, passages = _of_files(asked.data)
     elif dev.eval_data_dir:
-        place, split = dev.eval_data_dir, dev.eval_split
-        queries = {
-            text: None
-            for lang in dev.eval_languages
-            for text in list(read_topics(miracl.topics_file(lang, split, place)).values())[: asked.samples]
-        }
-        passages = {
-            text: None for lang in dev.eval_languages for text in islice(_corpus(lang, place), asked.samples) if text
-        }
+        found = sources(dev.eval_languages, dev.eval_split, dev.eval_data_dir).values()
+        queries = {text: None for each in found for text in [*each.topics().values()][: asked.samples]}
+        passages = {text: None for each in found for text in islice(_corpus(each), asked.samples) if text}
     else:
         queries, passages = dict.fromkeys(BUILT_IN[:1]), dict.fromkeys(BUILT_IN[1:])
     return Samples(_some(list(queries), asked.samples), _some(list(passages), asked.samples))
@@ -98,8 +90,8 @@ def _of_files(paths: Sequence[str]) -> tuple[dict[str, None], dict[str, None]]:
     return queries or passages, passages
 
 
-def _corpus(lang: str, place: str) -> Iterator[str]:
-    for file in miracl.corpus_files(lang, Path(place)):
+def _corpus(source: Source) -> Iterator[str]:
+    for file in source.corpus():
         for passage in read_file(file):
             yield passage.text
 

@@ -115,6 +115,7 @@ def try_out(training: TrainingArguments) -> None:
         parameters = options.pop("params", None) or options.pop("optimizer_dict", None) or weight.parameters()
         optimizer = kind(parameters, **options) if isinstance(kind, type) and not isinstance(parameters, dict) else None
     except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        # Each optimizer's package says in its own kind of error what it does not take.
         if training.optim_target_modules and "No target modules" in str(error):
             return  # they are modules of the real model
         raise UsageError(f"{optim}: {_line(error)}") from error

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor
-
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.precision import resolve_dtype
-from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
-from FlagEmbedding.inference.tokenization import TokenizerPool, TokenRows
+from FlagEmbedding.inference.text_encoder import TextEncoder
+from FlagEmbedding.inference.tokenization import TokenizerPool
 from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.interchange import StoredModules
 from FlagEmbedding.modeling.options import SLAB_TOKENS, EngineConfig
@@ -56,13 +54,3 @@ class LiveEncoder(TextEncoder):
         self.hidden_size = self.encoder.dimension
         self.longest = longest_input(self.encoder.model)
         self.pool = TokenizerPool(tokenizer, self.folder)
-
-    def encode_rows(self, rows: TokenRows, max_length: int) -> Tensor:
-        """Dense vectors ``[N, dimension]`` of texts that are tokens already, as :meth:`encode` gives for their window.
-
-        Args:
-            max_length: at which the texts were cut.
-        """
-        found = self._launch(rows, DENSE, self.slab_tokens(self.options.batch_size, max_length))
-        assert found.dense is not None
-        return found.dense

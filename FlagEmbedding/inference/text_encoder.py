@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.precision import dtype_name, half_precision, resolve_device, resolve_dtype
@@ -189,6 +190,16 @@ class TextEncoder:
             previous = current
         if previous is not None:
             yield previous
+
+    def encode_rows(self, rows: TokenRows, max_length: int) -> Tensor:
+        """Dense vectors ``[N, dimension]`` of texts that are tokens already, as :meth:`encode` gives for their window.
+
+        Args:
+            max_length: at which the texts were cut.
+        """
+        found = self._launch(rows, DENSE, self.slab_tokens(self.options.batch_size, max_length))
+        assert found.dense is not None
+        return found.dense
 
     def _launch(self, rows: TokenRows, want: Collection[Kind], budget: int) -> Representations:
         ids = torch.from_numpy(rows.ids)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from FlagEmbedding.utils.cli import entry_point
-from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.cli import entry_point, run_command
 
 # In the order in which they are used. Modules are named, not imported: a command pays for its own libraries alone.
 COMMANDS = {
@@ -36,15 +36,14 @@ python -m FlagEmbedding.mining COMMAND --help lists a command's options."""
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or run a command's module as the program."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(_PAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())))
-        return 0
-    if words[0] not in COMMANDS:
-        raise UsageError(f"no command {words[0]!r}: choose from {' '.join(COMMANDS)}")
-    module = f"FlagEmbedding.{'finetune' if words[0] == 'check_data' else 'mining'}.{words[0]}"
-    sys.argv = [module, *words[1:]]
+    width = max(map(len, COMMANDS))
+    page = _PAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()))
+    return run_command({name: partial(_run_module, name) for name in COMMANDS}, page, argv)
+
+
+def _run_module(name: str, words: Sequence[str]) -> int:
+    module = f"FlagEmbedding.{'finetune' if name == 'check_data' else 'mining'}.{name}"
+    sys.argv = [module, *words]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 

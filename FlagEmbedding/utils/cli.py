@@ -178,6 +178,22 @@ def flag_values(*groups: Any) -> dict[str, Any]:
     return {f.name: getattr(g, f.name) for g in groups for f in fields(g) if f.metadata.get("cmd", True)}
 
 
+def run_command(commands: Mapping[str, Callable[[Sequence[str]], int]], page: str, argv: Sequence[str] | None) -> int:
+    """Run the command that the first word names with the words after it; without one, print the ``page``.
+
+    Raises:
+        UsageError: there is no such command.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(page)
+        return 0
+    if words[0] not in commands:
+        raise UsageError(f"no command {words[0]!r}: choose from {' '.join(commands)}")
+    sys.argv[0] = f"{sys.argv[0]} {words[0]}"
+    return commands[words[0]](words[1:])
+
+
 def entry_point(main: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap ``main``: configure logging, turn a ``UserError`` into ``error: …`` on stderr and exit code 2.
 

@@ -38,11 +38,6 @@ def unpacked(path: PathLike, stored: IO[bytes]) -> IO[bytes]:
     return stored
 
 
-def open_text(path: PathLike, newline: str | None = None) -> IO[str]:
-    """Open a UTF-8 text file for reading; unpacked on the way, a byte order mark left out."""
-    return io.TextIOWrapper(unpacked(path, open(path, "rb")), encoding="utf-8-sig", newline=newline)
-
-
 def decode_line(line: bytes) -> str:
     """A line of a UTF-8 text file; a byte order mark is left out (joined files have several).
 

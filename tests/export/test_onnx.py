@@ -36,9 +36,9 @@ def run(folder: Path, texts: list[str], file: str = "model.onnx") -> tuple[dict[
     return dict(zip(names, session.run(None, inputs), strict=True)), inputs["attention_mask"]
 
 
-def test_three_outputs_of_one_graph(tiny_m3_dir: Path, tmp_path: Path) -> None:
-    out = export(tiny_m3_dir, tmp_path / "out")
-    ours = BGEM3FlagModel(str(tiny_m3_dir))
+def test_three_outputs_of_one_graph(tiny_heads_dir: Path, tmp_path: Path) -> None:
+    out = export(tiny_heads_dir, tmp_path / "out")
+    ours = BGEM3FlagModel(str(tiny_heads_dir))
     expected = ours.encode(TEXTS, return_dense=True, return_sparse=True, return_colbert_vecs=True)
     tokens = AutoTokenizer.from_pretrained(out)(TEXTS, truncation=True, max_length=128)["input_ids"]
     for rows in (slice(0, 6), slice(2, 3), slice(1, 4)):  # other numbers of rows and tokens than at the export
@@ -114,9 +114,9 @@ def test_the_real_base_in_eight_bits(
 
 
 def test_only_the_heads_that_were_asked_for(
-    tiny_m3_dir: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_heads_dir: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = export(tiny_m3_dir, tmp_path / "out", "--heads", "sparse")
+    out = export(tiny_heads_dir, tmp_path / "out", "--heads", "sparse")
     found, _ = run(out, TEXTS[:2])
     assert set(found) == {"dense", "sparse", "last_hidden_state"}
     assert json.loads((out / "export.json").read_text())["heads"] == ["dense", "sparse"]
@@ -129,7 +129,7 @@ def test_only_the_heads_that_were_asked_for(
 
 @pytest.mark.parametrize("head", ["dense", "sparse", "colbert"])
 def test_a_graph_that_differs_is_not_kept(
-    tiny_m3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
+    tiny_heads_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: str
 ) -> None:
     """A real graph with one output a little off, as a wrong operation of an exporter would give it."""
     forward = onnx_graph.Graph.forward
@@ -140,18 +140,18 @@ def test_a_graph_that_differs_is_not_kept(
         return tuple(found)
 
     monkeypatch.setattr(onnx_graph.Graph, "forward", off)
-    assert main(["onnx", str(tiny_m3_dir), "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["onnx", str(tiny_heads_dir), "--output_dir", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert f"{head} is off by" in said and "nothing was written" in said
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_beyond_one_file(tiny_m3_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_beyond_one_file(tiny_heads_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 50_000)
-    out = export(tiny_m3_dir, tmp_path / "out", "--int8")
+    out = export(tiny_heads_dir, tmp_path / "out", "--int8")
     assert (out / "onnx/model.onnx_data").stat().st_size > (out / "onnx/model.onnx").stat().st_size
     assert not (out / "onnx/scratch").exists()
-    expected = FlagModel(str(tiny_m3_dir)).encode(TEXTS)
+    expected = FlagModel(str(tiny_heads_dir)).encode(TEXTS)
     np.testing.assert_allclose(run(out, TEXTS)[0]["dense"], expected, atol=1e-5)
     record = json.loads((out / "export.json").read_text())["kinds"]
     assert record["onnx"]["bytes"] == sum(path.stat().st_size for path in (out / "onnx").glob("model.onnx*"))

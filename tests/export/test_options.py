@@ -77,6 +77,6 @@ def test_every_option_of_fold_acts(name: str, place: dict[str, str], tiny_moe_di
 
 
 @pytest.mark.parametrize("name", ONNX)
-def test_every_option_of_onnx_acts(name: str, tiny_m3_dir: Path, tmp_path: Path) -> None:
+def test_every_option_of_onnx_acts(name: str, tiny_heads_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    assert_acts(ONNX[name], lambda words: observe("onnx", tiny_m3_dir, words, tmp_path / "out"))
+    assert_acts(ONNX[name], lambda words: observe("onnx", tiny_heads_dir, words, tmp_path / "out"))

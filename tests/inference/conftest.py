@@ -1,4 +1,4 @@
-"""A tiny checkpoint with BGE-M3's two heads, and the places that options name."""
+"""The places that options name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import write_tiny
 from hub_cache import keep
 
@@ -19,17 +18,6 @@ class LoudTokenizer(PreTrainedTokenizerFast):
     def __call__(self, text, **settings):
         return super().__call__([each.upper() for each in text], **settings)
 """
-
-
-@pytest.fixture(scope="session")
-def tiny_heads_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny XLM-R with random heads saved as upstream saves them; colbert vectors of width 16."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-m3"
-    shutil.copytree(tiny_model_dir, folder)
-    torch.manual_seed(5)
-    torch.save(torch.nn.Linear(32, 16).state_dict(), folder / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Part of the cached file's name: a new number makes every table be written again.
-_FORMAT = 1
+# Part of the cached file's name: a new number makes every file be checked and written again. 2: what is no text.
+_FORMAT = 2
 _ROWS_A_BATCH = 256
 
 _TEXT, _TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from FlagEmbedding.collections.source import Source, sources
-from FlagEmbedding.evaluation.live import DevCollection, Evaluated, TextLengths, score_model
+from FlagEmbedding.evaluation.live import DevCollection, Evaluated, Reading, score_model
 from FlagEmbedding.evaluation.pool import PoolSize, pooled
 from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
 from FlagEmbedding.evaluation.tables import points, signed_points
@@ -98,13 +98,13 @@ class DevEvaluation:
         with untouched_randomness():
             encoder = self._encoder(model)
             query, passage = map(encoder.max_length, (self.options.eval_query_length, self.options.eval_passage_length))
-            lengths = TextLengths(query, passage, self.options.eval_with_title)
+            reading = Reading(query, passage, self.options.eval_with_title)
             files = self.files
             if self.options.eval_corpus == "pool" and self.options.eval_data_dir:
                 size = PoolSize(self.options.eval_pool_mined, self.options.eval_pool_random, self.seed)
                 base = digest(self._base_weights(), self.dtype, model.pooling, asdict(model.instructions))
-                files = [pooled(each, encoder, lengths, size, self.folder / "pool", base) for each in files]
-            self.collections = [DevCollection(each, encoder, lengths) for each in files]
+                files = [pooled(each, encoder, reading, size, self.folder / "pool", base) for each in files]
+            self.collections = [DevCollection(each, encoder, reading) for each in files]
             started = time.monotonic()
             self.base = score_model(BASE, encoder, self.collections, self.measures)
             self._seconds = time.monotonic() - started
