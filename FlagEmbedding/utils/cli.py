@@ -190,7 +190,7 @@ def run_command(commands: Mapping[str, Callable[[Sequence[str]], int]], page: st
         return 0
     if words[0] not in commands:
         raise UsageError(f"no command {words[0]!r}: choose from {' '.join(commands)}")
-    sys.argv[0] = f"{sys.argv[0]} {words[0]}"
+    sys.argv[:1] = [" ".join((*sys.argv[:1], words[0]))]  # the name that the command's usage line shows
     return commands[words[0]](words[1:])
 
 
