@@ -48,6 +48,7 @@ FINETUNE_MAY_IMPORT = {
 }
 # One file's leave to import from a room that is closed to the rest of its own.
 FILE_MAY_IMPORT = {
+    "finetune/guide.py": {"inference"},  # a frozen model beside the one that is trained
     "finetune/refresh.py": {"mining"},  # negatives mined again between epochs
     # Evaluation while training goes by the measures of steps 0 to 2; evaluation itself knows no training.
     "finetune/dev/arguments.py": {"evaluation"},  # to read the names of measures

@@ -24,7 +24,7 @@ from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.families import own_forward
 from FlagEmbedding.modeling.moe import MoELinear
 from FlagEmbedding.modeling.pooling import pool_padded
-from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import expert_places
+from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import expert_places, hashed_experts
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 OPSET = 17
@@ -47,11 +47,16 @@ class AllExperts(nn.Module):
     def __init__(self, layer: MoELinear) -> None:
         super().__init__()
         self.gate, self.experts, self.per_token = layer.gate, layer.experts, layer.num_experts_per_tok
+        self.by_hash = layer.router == "hash"
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., I]``."""
-        chosen, experts = torch.topk(self.gate(x), self.per_token, dim=-1)  # [..., K]
-        weights = torch.softmax(chosen, dim=-1)
+        if self.by_hash:
+            experts = hashed_experts(len(self.experts)).unsqueeze(-1)  # [..., 1]
+            weights = torch.ones(1, dtype=x.dtype)
+        else:
+            chosen, experts = torch.topk(self.gate(x), self.per_token, dim=-1)  # [..., K]
+            weights = torch.softmax(chosen, dim=-1)
         y = torch.zeros(1, dtype=x.dtype)
         for number, expert in enumerate(self.experts):
             share = (weights * (experts == number).to(x.dtype)).sum(dim=-1, keepdim=True)  # [..., 1]

@@ -166,6 +166,11 @@ class RetrieverTrainingArguments(TrainingArguments):
     warmup_ratio: float | None = option(
         None, "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."
     )
+    ema_decay: float | None = option(
+        None,
+        "Average the trained weights over the steps: average ← d · average + (1 − d) · weights. The average is "
+        "evaluated on dev and saved at the end. Default: no average.",
+    )
 
     def __post_init__(self) -> None:
         refuse_unserved(self)
@@ -175,6 +180,10 @@ class RetrieverTrainingArguments(TrainingArguments):
             if not 0 <= self.warmup_ratio < 1:
                 raise UsageError(f"--warmup_ratio is a share of the steps, from 0 to below 1, got {self.warmup_ratio}")
             self.warmup_steps = self.warmup_ratio
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UsageError(
+                f"--ema_decay is the share of the average that a step keeps, between 0 and 1, got {self.ema_decay}"
+            )
         if self.enable_jit_checkpoint:
             # Hugging Face's counts the step that is broken off twice.
             logger.info("--enable_jit_checkpoint: run.py writes a checkpoint on SIGTERM without it, and by itself")

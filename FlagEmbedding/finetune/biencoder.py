@@ -9,7 +9,7 @@ K negative queries, D dimensions. With ``negatives_cross_device`` all of them ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,10 @@ from transformers.utils.generic import ModelOutput
 
 from FlagEmbedding.finetune.arguments import ModelArguments
 from FlagEmbedding.finetune.gather import Gathered, gather_batch
+from FlagEmbedding.finetune.negatives import FalseNegatives, Guided, add_neg_q
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
-from FlagEmbedding.losses.objective import (
-    ObjectiveArguments,
-    Terms,
-    add_penalty,
-    add_router_losses,
-    retrieval_objective,
-)
-from FlagEmbedding.losses.penalty import clp_penalty
+from FlagEmbedding.losses.false_negatives import TextKeys
+from FlagEmbedding.losses.objective import ObjectiveArguments, Terms, add_router_losses, retrieval_objective
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
@@ -116,6 +111,7 @@ class BiEncoder(M3Encoder):
         self.temperature = objective.temperature if self.normalize else 1.0
         self.all_rows = objective.has_router_loss
         self.all_terms = True  # False: router losses without a weight, which are only logged, are left out
+        self.guide: Callable[[Mapping[str, Sequence[str]]], Guided] | None = None  # of --guide_model
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
         select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
 
@@ -140,6 +136,8 @@ class BiEncoder(M3Encoder):
         teacher_scores: Tensor | None = None,
         neg_q: Features | None = None,
         owner: Tensor | None = None,
+        keys: TextKeys | None = None,
+        guide_texts: Mapping[str, Sequence[str]] | None = None,
     ) -> EncoderOutput:
         """Encode the roles that are given and, with queries and passages, compute the objective.
 
@@ -150,10 +148,12 @@ class BiEncoder(M3Encoder):
             neg_q: K queries that negatives answer.
             owner: ``[K]`` int64, the passage that each answers (may also be ``neg_q["owner"]``). Without it K must be
                 B·(G − 1), one for every negative in order.
+            keys: the texts as numbers, for ``--mask_twins``.
+            guide_texts: the plain texts of ``query`` and ``passage``, for ``--guide_model``.
         """
         if isinstance(neg_q, Mapping) and owner is None:
             owner = neg_q.get("owner")
-        roles = {"query": query, "passage": passage, "neg_q": neg_q if self.objective.penalty_weight > 0 else None}
+        roles = {"query": query, "passage": passage, "neg_q": neg_q if self._encodes_neg_q else None}
         batches = {role: _flat(features) for role, features in roles.items() if features is not None}
         full = {"dense", "sparse", "colbert"} if self.objective.unified_finetuning else {"dense"}
         wants = [{"dense"} if role == "neg_q" else full for role in batches]
@@ -168,7 +168,9 @@ class BiEncoder(M3Encoder):
             return output
 
         owner = self._owners(owner, encoded) if "neg_q" in encoded else None
-        output.scores, terms = self._objective(encoded, teacher_scores, owner)
+        guided = None if self.guide is None or guide_texts is None else self.guide(guide_texts)
+        false_negatives = FalseNegatives(self.objective, keys if self.objective.mask_twins else None, guided)
+        output.scores, terms = self._objective(encoded, teacher_scores, owner, false_negatives)
         if output.routing:
             terms = add_router_losses(terms, output.routing, self.objective, unweighted=self.all_terms)
         output.terms, output.loss = terms, terms["loss"]
@@ -188,14 +190,20 @@ class BiEncoder(M3Encoder):
         numbers = torch.arange(passages, device=_dense(encoded["passage"]).device)
         return numbers.view(queries, group)[:, 1:].reshape(-1)
 
+    @property
+    def _encodes_neg_q(self) -> bool:
+        return self.objective.encodes_neg_q(self.objective.penalty_weight)
+
     def _objective(
-        self, encoded: dict[str, Representations], teacher_scores: Tensor | None, owner: Tensor | None
-    ) -> tuple[Tensor, Terms]:
+        self, encoded: dict[str, Representations], teacher_scores: Tensor | None, owner: Tensor | None,
+        false_negatives: FalseNegatives,
+    ) -> tuple[Tensor, Terms]:  # fmt: skip
         """The retrieval objective and the penalty: dense scores and the named terms."""
         negative_reps = _dense(encoded["neg_q"]) if "neg_q" in encoded else None
         batch = Gathered(encoded["query"], encoded["passage"], negative_reps, owner, teacher_scores)
         if self.objective.negatives_cross_device and world_size() > 1:
-            batch = gather_batch(batch, with_penalty=self.objective.penalty_weight > 0)
+            batch = gather_batch(batch, with_penalty=self._encodes_neg_q)
+            false_negatives = false_negatives.shared(_dense(batch.queries).device)
         queries, passages, teacher_scores = batch.queries, batch.passages, batch.teacher_scores
         q_reps, p_reps = _dense(queries), _dense(passages)
         dense = dense_scores(q_reps, p_reps, self.temperature)
@@ -204,18 +212,27 @@ class BiEncoder(M3Encoder):
             sparse = sparse_scores(*_lexical(queries), *_lexical(passages), self.skip_ids, self.temperature)
             (q_vectors, q_mask), (p_vectors, _) = queries.colbert_padded(), passages.colbert_padded()
             colbert = colbert_scores(q_vectors, q_mask, p_vectors, self.temperature)
+        group_size, taught = p_reps.shape[0] // q_reps.shape[0], teacher_scores is not None
+        own = torch.arange(len(q_reps), device=q_reps.device) * group_size
         terms = retrieval_objective(
             dense,
             sparse,
             colbert,
-            group_size=p_reps.shape[0] // q_reps.shape[0],
-            teacher_targets=None if teacher_scores is None else torch.softmax(teacher_scores, dim=-1),
+            group_size=group_size,
+            teacher_targets=self._targets(teacher_scores),
             self_distill=self.objective.use_self_distill and self.step > self.objective.self_distill_start_step,
+            mask=false_negatives.mask(q_reps, p_reps, own, taught) if self.objective.masks else None,
+            distill_loss=self.objective.distill_loss,
         )
         if batch.negative_reps is not None and batch.owner is not None and len(batch.owner):
-            penalty = clp_penalty(p_reps, batch.negative_reps, batch.owner)
-            terms = add_penalty(terms, penalty, self.objective.penalty_weight)
-        return dense, terms
+            vectors = (q_reps, p_reps, batch.negative_reps)
+            terms = add_neg_q(terms, vectors, batch.owner, false_negatives, self.objective, self.temperature)
+        return dense, {**terms, **false_negatives.found}
+
+    def _targets(self, teacher_scores: Tensor | None) -> Tensor | None:
+        if teacher_scores is None:
+            return None
+        return torch.softmax(teacher_scores / self.objective.distill_temperature, dim=-1)
 
     @property
     def has_experts(self) -> bool:
@@ -226,6 +243,11 @@ class BiEncoder(M3Encoder):
     def num_experts_per_tok(self) -> int | None:
         """Experts a token is sent to; None for a dense model."""
         return int(self.model.config.num_experts_per_tok) if self.has_experts else None
+
+    @property
+    def router(self) -> str:
+        """``learned``, or what decides in its place (see ``MoEConfig``)."""
+        return str(getattr(self.model.config, "router", "learned"))
 
     def save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the checkpoint: backbone, heads, tokenizer and what other libraries need to load it."""

@@ -58,11 +58,12 @@ def check_lengths(data: DataArguments, tokenizer: Any) -> None:
             )
 
 
-def check_router(arguments: Arguments, num_experts_per_tok: int | None) -> None:
+def check_router(arguments: Arguments, num_experts_per_tok: int | None, router: str = "learned") -> None:
     """Refuse router options without experts; warn of a router that cannot learn.
 
     Args:
         num_experts_per_tok: of the model as it was made or loaded; None for a dense one.
+        router: its kind.
     """
     experts, objective = arguments.experts, arguments.objective
     values = {name: getattr(objective, name) for name in ("router_aux_loss_coef", "router_z_loss_coef")}
@@ -70,6 +71,17 @@ def check_router(arguments: Arguments, num_experts_per_tok: int | None) -> None:
     given = [f"--{name} {value}" for name, value in values.items() if value not in (0, "none")]
     if num_experts_per_tok is None and given:
         raise UsageError(f"{given[0]} has no effect without experts: add --moe, or start from a MoE checkpoint")
+    if router != "learned":
+        if given:
+            raise UsageError(f"{given[0]} has no effect with a router by {router}, which has nothing to learn")
+        training = arguments.training
+        padded = arguments.engine.engine == "padded" or (training.sharded and not training.sharded_by_layer)
+        if padded and training.gradient_checkpointing:
+            raise UsageError(
+                f"--gradient_checkpointing on the padded engine computes layers again without the token ids that a "
+                f"router by {router} reads: leave one of them out (--engine packed does both)"
+            )
+        return
     if num_experts_per_tok == 1 and experts.router_gradient == "none" and not objective.has_router_loss:
         logger.warning(
             "one expert per token and --router_gradient none: the router gets no gradient and routing stays random, as "
@@ -163,11 +175,37 @@ def _objective(a: Arguments) -> Iterator[str]:
     ):
         if given and not there:
             yield f"--{name} has no effect without --{needed} True"
+    yield from _beyond_the_published(a)
+
+
+def _beyond_the_published(a: Arguments) -> Iterator[str]:
+    loss, teacher = a.objective, a.data.knowledge_distillation
+    kl = loss.distill_loss == "kl"
+    for given, name in ((kl, "distill_loss kl"), (loss.distill_temperature != 1, "distill_temperature")):
+        if given and not teacher:
+            yield f"--{name} has no effect without --knowledge_distillation True"
+    if kl and loss.masks:
+        name = "mask_twins" if loss.mask_twins else "false_negative_margin"
+        yield f"--{name} has no effect with --distill_loss kl, which compares each query's own passages alone"
+    if loss.neg_q_as_rows and teacher:
+        yield "--neg_q_as_rows with --knowledge_distillation: there is no teacher of these rows; give one of them"
+    if loss.neg_q_as_rows and loss.unified_finetuning:
+        yield "--neg_q_as_rows with --unified_finetuning: neg_q has dense vectors alone; give one of them"
+    if loss.neg_q_as_rows and loss.guide_model:
+        yield "--neg_q_as_rows with --guide_model: the guide does not read neg_q; leave --guide_model out"
+    if a.data.train_group_size == 1 and (loss.neg_q_as_rows or loss.neg_q_control != "none"):
+        name = "neg_q_as_rows" if loss.neg_q_as_rows else f"neg_q_control {loss.neg_q_control}"
+        yield f"--{name} has no effect with --train_group_size 1, which draws no negatives"
 
 
 def _training(a: Arguments) -> Iterator[str]:
+    if a.experts.router == "hash" and a.objective.has_router_loss:
+        name = "router_aux_loss_coef" if a.objective.router_aux_loss_coef else "router_z_loss_coef"
+        yield f"--{name} has no effect with --router hash, which has nothing to learn"
     if a.engine.grad_cache and a.training.sharded:
         yield "--grad_cache does not work with --fsdp or --deepspeed: weights are gathered layer by layer"
+    if a.training.ema_decay is not None and a.training.sharded:
+        yield "--ema_decay does not work with --fsdp or --deepspeed, which divide the weights: leave it out"
     if a.training.fsdp and a.training.use_cpu:
         yield "--fsdp divides a model over accelerators, and there is none: leave it out (DDP trains on CPUs)"
 

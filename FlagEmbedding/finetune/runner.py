@@ -157,9 +157,16 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     if training.sharded and not training.sharded_by_layer:
         # FSDP1 and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
         engine = replace(engine, engine="padded")
-    model = BiEncoder(arguments.model, arguments.experts, arguments.objective, engine)
+    guide, objective = None, arguments.objective
+    if objective.guide_model is not None:
+        # Imported only where there is one: it brings inference with it.
+        from FlagEmbedding.finetune.guide import Guide
+
+        guide = Guide(arguments)
+    model = BiEncoder(arguments.model, arguments.experts, objective, engine)
+    model.guide = guide
     model.sharded = training.sharded
-    check_router(arguments, model.num_experts_per_tok)
+    check_router(arguments, model.num_experts_per_tok, model.router)
     arguments = as_the_model_says(arguments, model)
     check_lengths(arguments.data, model.tokenizer)
     dataset.options = arguments.data
@@ -167,7 +174,13 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
         model=model,
         args=training,
         train_dataset=dataset,
-        data_collator=TrainCollator(model.tokenizer, arguments.data, with_neg_q=arguments.objective.penalty_weight > 0),
+        data_collator=TrainCollator(
+            model.tokenizer,
+            arguments.data,
+            objective.encodes_neg_q(objective.penalty_weight),
+            objective,
+            training.sampling_seed,
+        ),
         processing_class=model.tokenizer,
         batch_sampler=sampler,
         train_arguments={**arguments.record(), "provenance": provenance()},

@@ -28,6 +28,7 @@ from transformers.trainer_utils import seed_worker
 from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder, EncoderOutput
 from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
+from FlagEmbedding.finetune.ema import WeightAverage
 from FlagEmbedding.finetune.resume.fingerprint import Fingerprint
 from FlagEmbedding.finetune.resume.interrupt import outlive_signals
 from FlagEmbedding.finetune.resume.loss_window import LossWindow
@@ -99,12 +100,19 @@ class BiEncoderTrainer(Trainer):
         self._draft: Path | None = None  # where a checkpoint is being written
         self.window, self.router = LossWindow(), RouterMonitor()
         self.watch = LossWatch(self.window, self.args.gradient_accumulation_steps)
+        self.average: WeightAverage | None = None
+        decay = cast(RetrieverTrainingArguments, self.args).ema_decay
+        if decay is not None:
+            self.average = WeightAverage(self.bare_model, decay)
+            self.add_callback(self.average)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train; with a checkpoint folder, go on as if the run had never stopped."""
         self.add_callback(_LetPacked())
         if resume_from_checkpoint is not None:
             self.add_callback(_RestoreWindow(self, Path(resume_from_checkpoint)))
+            if self.average is not None:
+                self.average.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -240,6 +248,8 @@ class BiEncoderTrainer(Trainer):
                     state |= {"micro_batches": self._micro_batches()}
                     self.window.save(folder, totals, forwards=self.bare_model.step, **state)
                     self.router.save(folder)
+                    if self.average is not None:
+                        self.average.save(folder)
                 super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(folder):  # the Trainer names the draft
                     self.state.best_model_checkpoint = str(output_dir / name)

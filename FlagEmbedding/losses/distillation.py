@@ -41,6 +41,24 @@ def knowledge_distillation(scores: Tensor, teacher_targets: Tensor, group_size: 
 
 
 @full_precision
+def group_kl(scores: Tensor, teacher_targets: Tensor, group_size: int) -> Tensor:
+    """Listwise distillation over each query's own group: ``mean_i Σ_j t[i, j] · (log t[i, j] − log s̃[i, j])``.
+
+    A scalar. s̃ is the softmax over the G scores of the group alone; other passages of the batch take no part. Use it where the
+    teacher's order within the group is what is to be learned. Source: Cao et al. 2007 (ListNet), as Kullback-Leibler
+    divergence.
+
+    Args:
+        scores: student's, ``[B, M]`` floating, already divided by the temperature.
+        teacher_targets: ``[B, G]`` floating, each row a distribution over the group.
+        group_size: G.
+    """
+    first = torch.arange(scores.shape[0], device=scores.device)[:, None] * group_size
+    own = scores.gather(1, first + torch.arange(group_size, device=scores.device))  # [B, G]
+    return F.kl_div(torch.log_softmax(own, dim=-1), teacher_targets, reduction="batchmean")
+
+
+@full_precision
 def self_distillation(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
     """Soft cross entropy, a scalar, ``−mean_i Σ_m softmax(t_i)[m] · log softmax(s_i)[m]``; no gradient to the teacher.
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from FlagEmbedding.losses.contrastive import info_nce
-from FlagEmbedding.losses.distillation import knowledge_distillation, self_distillation
+from FlagEmbedding.losses.distillation import group_kl, knowledge_distillation, self_distillation
+from FlagEmbedding.losses.options import ControlOptions, DistillationOptions, DistillLoss, FalseNegativeOptions, refuse
 from FlagEmbedding.losses.penalty import apply_penalty
 from FlagEmbedding.losses.router import load_balance_loss, z_loss
 from FlagEmbedding.utils.cli import option, switch
@@ -25,7 +26,7 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class ObjectiveArguments:
+class ObjectiveArguments(ControlOptions, DistillationOptions, FalseNegativeOptions):
     """Objective: what is minimized."""
 
     penalty_weight: float = option(
@@ -47,6 +48,7 @@ class ObjectiveArguments:
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative, got {getattr(self, name)}")
+        refuse(self.margin_complaints() + self.distillation_complaints() + self.control_complaints(self.penalty_weight))
 
     @property
     def has_router_loss(self) -> bool:
@@ -56,7 +58,8 @@ class ObjectiveArguments:
 
 def retrieval_objective(
     dense: Tensor, sparse: Tensor | None = None, colbert: Tensor | None = None, *, group_size: int,
-    teacher_targets: Tensor | None = None, self_distill: bool = False,
+    teacher_targets: Tensor | None = None, self_distill: bool = False, mask: Tensor | None = None,
+    distill_loss: DistillLoss = "published",
 ) -> Terms:  # fmt: skip
     """Contrastive loss, or knowledge distillation where a teacher speaks, over one or three representations.
 
@@ -72,6 +75,9 @@ def retrieval_objective(
         group_size: G.
         teacher_targets: ``[B, G]`` distributions, or None.
         self_distill: add self-distillation; has no effect on dense alone.
+        mask: ``[B, B·G]`` bool, passages that are no negatives of a query (``losses.false_negatives``).
+            Self-distillation compares all passages whatever they are: there is no negative in it.
+        distill_loss: with a teacher, how it is learned from.
 
     Returns:
         ``loss``; ``contrastive_loss`` (or ``distillation``), the part on dense scores; ``sparse``, ``colbert``,
@@ -83,6 +89,10 @@ def retrieval_objective(
     _check_shapes(dense, sparse, colbert, teacher_targets, group_size)
 
     def loss(scores: Tensor) -> Tensor:
+        if mask is not None:
+            scores = scores.masked_fill(mask, -torch.inf)
+        if teacher_targets is not None and distill_loss == "kl":
+            return group_kl(scores, teacher_targets, group_size)
         if teacher_targets is None:
             return info_nce(scores, group_size)
         return knowledge_distillation(scores, teacher_targets, group_size)

@@ -91,7 +91,8 @@ def agreed(sources: Sequence[Source], what: str, said: Sequence[T | None]) -> T 
 def _experts(experts: MoEConfig | None) -> str | None:
     if experts is None:
         return None
-    return f"{experts.num_experts} in {experts.moe}, {experts.num_experts_per_tok} per token"
+    router = "" if experts.router == "learned" else f", router {experts.router}"
+    return f"{experts.num_experts} in {experts.moe}, {experts.num_experts_per_tok} per token{router}"
 
 
 def _check_tokenizers(sources: Sequence[Source]) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "a report on training files: duplicates, false negatives, margins, lengths",
     "check_data": "every problem of training files, by file and line",
     "convert": "MIRACL, BEIR or sentence-transformers triples → rows",
+    "score": "rows → rows with pos_scores and neg_scores of a reranker, for distillation",
     "merge": "several files → one, without repeated rows",
     "sample": "some rows of a file, drawn by a seed",
     "split_data_by_length": "a file → files of rows of like length",
@@ -26,7 +27,7 @@ COMMANDS = {
 _PAGE = """usage: python -m FlagEmbedding.mining COMMAND [options]
 
 From any corpus to a training file. Commands give the same file for the same --seed. After a kill,
-hard_negatives, query_generation and doctor go on where they stopped; the others start over.
+hard_negatives, query_generation, score and doctor go on where they stopped; the others start over.
 
 {commands}
 

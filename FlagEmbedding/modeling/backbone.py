@@ -40,6 +40,7 @@ from FlagEmbedding.utils.logging import get_logger
 logger = get_logger(__name__)
 
 MOE_FIELDS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
+ROUTER_FIELD = "router"  # in config.json where the router is not the published one
 _EXPERT_KEY = re.compile(r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.experts\.(\d+)\.")
 
 
@@ -54,7 +55,10 @@ def stored_experts(config: PreTrainedConfig, source: PathLike) -> MoEConfig | No
     if missing:
         raise DataError(f"{source}/config.json says moe {config.moe!r} but lacks {' and '.join(missing)}")
     try:
-        return MoEConfig(moe=config.moe, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
+        return MoEConfig(
+            moe=config.moe, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok,
+            router=getattr(config, ROUTER_FIELD, "learned"),
+        )  # fmt: skip
     except UsageError as error:
         raise DataError(f"{source}/config.json: {str(error).removeprefix('--')}") from error
 
@@ -97,6 +101,8 @@ def load_backbone(
     for name in MOE_FIELDS:
         if stored is not None:
             setattr(config, name, getattr(own, name, None))
+    if stored is not None and stored.router != "learned":
+        setattr(config, ROUTER_FIELD, stored.router)
     model = read_model(folder, config, stored is not None, dtype)
     if stored is None and asked.moe is not None:
         insert_experts(model, asked)
@@ -111,10 +117,12 @@ def _refuse_contradiction(asked: MoEConfig, stored: MoEConfig, folder: Path) -> 
     if asked.moe is None:
         return
     counts = (asked.num_experts, asked.num_experts_per_tok)
-    if asked.moe == stored.moe and counts in ((1, 1), (stored.num_experts, stored.num_experts_per_tok)):
+    same = counts in ((1, 1), (stored.num_experts, stored.num_experts_per_tok))
+    if asked.moe == stored.moe and same and asked.router in ("learned", stored.router):
         return
     raise UsageError(
-        f"--moe {asked.moe} with {counts[0]} experts, {counts[1]} per token, contradicts {folder}, which has "
+        f"--moe {asked.moe} with {counts[0]} experts, {counts[1]} per token"
+        f"{f' and --router {asked.router}' if asked.router != 'learned' else ''}, contradicts {folder}, which has "
         f"{stored.num_experts} experts in {stored.moe}, {stored.num_experts_per_tok} per token: leave --moe out, the "
         "checkpoint says it itself"
     )
@@ -156,6 +164,8 @@ def insert_experts(model: PreTrainedModel, config: MoEConfig) -> None:
         place.dense = MoELinear.from_linear(place.dense, config)
     for name in MOE_FIELDS:
         setattr(model.config, name, getattr(config, name))
+    if config.router != "learned":
+        setattr(model.config, ROUTER_FIELD, config.router)
     # The class that the same model has when it is loaded: it knows how to save itself so that nobody misreads it.
     dense_class: Any = type(model)
     model.__class__ = trainable_class(dense_class)
@@ -192,6 +202,9 @@ def select_trainable(
             parameter.requires_grad_(False)
         else:
             parameter.requires_grad_(not (fix_position_embedding and "position_embeddings" in name))
+    for layer in moe_layers(model):
+        if layer.router != "learned":
+            layer.gate.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(
             "nothing would train: --fix_encoder needs --unified_finetuning True, --only_train needs an encoder with "

@@ -195,7 +195,7 @@ def can_compile(backbone: Any) -> bool:
         and all(type(each) is nn.LayerNorm and each.bias is not None for each in norms)
         and all(map(is_plain, linears))
         and all(each.in_features % 16 == each.out_features % 16 == 0 for each in linears)
-        and all(each.num_experts_per_tok == 1 for each in mixtures)
+        and all(each.num_experts_per_tok == 1 and each.router == "learned" for each in mixtures)
         and all(map(is_exact_gelu, activations))
         and len(heads) <= 1
         and all(out == width and out // count % 16 == 0 for count, out in heads)

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from FlagEmbedding.modeling.backbone import MOE_FIELDS, moe_layers
+from FlagEmbedding.modeling.backbone import MOE_FIELDS, ROUTER_FIELD, moe_layers
 from FlagEmbedding.modeling.moe import MoELinear
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, expert_places
 
@@ -24,7 +24,7 @@ def fold_experts(model: PreTrainedModel, shares: Sequence[Sequence[float]]) -> N
     folded = [_mean_of_experts(layer, own) for layer, own in zip(moe_layers(model), shares, strict=True)]
     for place, linear in zip(expert_places(model, model.config.moe), folded, strict=True):
         place.dense = linear
-    for name in MOE_FIELDS:
+    for name in (*MOE_FIELDS, ROUTER_FIELD):
         if hasattr(model.config, name):
             delattr(model.config, name)
     model.__class__ = getattr(transformers, type(model).__name__.removeprefix(CLASS_PREFIX))

@@ -120,8 +120,9 @@ class MoELinear(ExpertLinear):
         num_experts_per_tok: int,
         router_gradient: str = "none",
         router_jitter: float = 0.0,
+        router: str = "learned",
     ) -> None:
-        super().__init__(in_features, out_features, bias, num_experts, num_experts_per_tok)
+        super().__init__(in_features, out_features, bias, num_experts, num_experts_per_tok, router)
         self.router_gradient = router_gradient
         self.router_jitter = router_jitter
         self._recorders: list[Callable[[Routing, Tensor | None], None]] = []
@@ -140,10 +141,13 @@ class MoELinear(ExpertLinear):
                 per_token,
                 config.router_gradient,
                 config.router_jitter,
+                config.router,
             )
         layer.experts = nn.ModuleList(copy.deepcopy(linear) for _ in range(experts))
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         layer.gate = nn.Linear(linear.in_features, experts, bias=False, **like)
+        if config.router == "hash":
+            nn.init.zeros_(layer.gate.weight)
         return layer.train(linear.training)
 
     def router_logits(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from FlagEmbedding.utils.errors import UsageError
 
 FfnPart = Literal["intermediate", "output"]
 RouterGradient = Literal["none", "straight_through"]
+RouterKind = Literal["learned", "hash"]
 EngineName = Literal["packed", "padded"]
 Pooling = Literal["cls", "mean", "last_token"]
 POOLING_SPELLINGS = {"last": "last_token", "lasttoken": "last_token"}
@@ -32,6 +33,7 @@ class MoEConfig:
         router_gradient: ``none``: as published, so with K = 1 the router gets no gradient; ``straight_through``: the
             same forward to the bit, and the gradient of the softmax over all E reaches the router.
         router_jitter: while training, the router's input is multiplied by uniform noise in ``1 ± router_jitter``.
+        router: ``learned``: a gate, as published; ``hash``: the expert is a fixed function of the token's id.
 
     Raises:
         UsageError: values that do not fit together.
@@ -52,6 +54,11 @@ class MoEConfig:
         "the bit, and the gradient of the full softmax reaches the router.",
     )
     router_jitter: float = option(0.0, "The router's input is multiplied by uniform noise in 1 ± this while training.")
+    router: RouterKind = choice(
+        RouterKind,
+        "learned",
+        "learned: a gate over hidden states, as published; hash: a token's id alone decides, for good (a control).",
+    )
 
     def __post_init__(self) -> None:
         for complaint in self._complaints():
@@ -83,6 +90,23 @@ class MoEConfig:
             )
         if not 0 <= self.router_jitter < 1:
             found.append(f"--router_jitter must be in [0, 1), got {self.router_jitter}")
+        return found + self._of_the_router()
+
+    def _of_the_router(self) -> list[str]:
+        if self.router == "learned":
+            return []
+        if self.router not in get_args(RouterKind):
+            return [f"--router must be learned or hash, got {self.router!r}"]
+        found = []
+        if self.moe is None:
+            found.append("--router hash has no effect without --moe (a checkpoint with experts says its router itself)")
+        elif self.num_experts == 1:
+            found.append("--router hash has no effect with one expert: raise --num_experts")
+        if self.num_experts_per_tok > 1:
+            found.append("--router hash sends each token to one expert: leave --num_experts_per_tok at 1")
+        for name, value in (("router_gradient", self.router_gradient), ("router_jitter", self.router_jitter)):
+            if value not in ("none", 0):
+                found.append(f"--{name} has no effect with --router hash, which has nothing to learn")
         return found
 
 

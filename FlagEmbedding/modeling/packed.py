@@ -14,7 +14,7 @@ Shape legend: N sequences, T tokens in all, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from FlagEmbedding.modeling.compiled import CompiledEncoder, can_compile
 from FlagEmbedding.modeling.dropout import dropout
 from FlagEmbedding.modeling.feed_forward import feed_forward, residual_block
 from FlagEmbedding.modeling.linear import apply_linear, prepack, side_by_side
+from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import token_ids
 from FlagEmbedding.modeling.slabs import Layout
 from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.errors import UsageError
@@ -109,6 +110,8 @@ def packed_forward(
         first_only = first_tokens_only and number == len(layers) - 1
         own = layer.__dict__.get(LAYER_METHOD, partial(run_layer, layer))
         run = partial(own, layout=layout, first_only=first_only)
+        if getattr(backbone.config, "router", "learned") == "hash":
+            run = partial(_with_ids, run, tokens.ids.index_select(0, layout.starts) if first_only else tokens.ids)
         if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             x = layer._gradient_checkpointing_func(run, x)
         else:
@@ -116,6 +119,12 @@ def packed_forward(
     if first_tokens_only and not layers:
         x = x.index_select(0, layout.starts)
     return x
+
+
+def _with_ids(run: Callable[[Tensor], Tensor], ids: Tensor, x: Tensor) -> Tensor:
+    """A layer whose router goes by ids: ``[T]``, or ``[N]`` where its feed-forward sees first tokens alone."""
+    with token_ids(ids):
+        return run(x)
 
 
 def prepack_weights(backbone: nn.Module, rows: int) -> None:

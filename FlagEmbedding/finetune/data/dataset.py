@@ -42,6 +42,15 @@ SHUFFLED_FROM = 100  # a passage of at most this many characters is never cut
 
 
 @dataclass(frozen=True)
+class PlainTexts:
+    """What was drawn, as it stands in the row: no instructions, nothing shuffled."""
+
+    query: str
+    positives: list[str]  # all that the row has
+    passages: list[str]  # the G that were drawn
+
+
+@dataclass(frozen=True)
 class TrainExample:
     """One drawn row."""
 
@@ -52,6 +61,7 @@ class TrainExample:
     neg_q: list[list[str]] | None
     teacher_scores: list[float] | None  # G scores in the order of ``passages``
     row: str  # ``file:line``
+    plain: PlainTexts | None = None
 
 
 class TrainDataset(Dataset[TrainExample]):
@@ -120,6 +130,7 @@ class TrainDataset(Dataset[TrainExample]):
             negatives.sort(key=record.neg_scores.__getitem__, reverse=True)
             scores = [record.pos_scores[positive], *(record.neg_scores[i] for i in negatives)]
         texts = [record.pos[positive], *(record.neg[i] for i in negatives)]
+        plain = PlainTexts(record.query, record.pos, texts)
         if options.shuffle_ratio > 0:
             texts = [shuffle_text(text, options.shuffle_ratio, generator) for text in texts]
         prefix, ask = options.passage_instruction_for_retrieval or "", options.query_instruction_for_retrieval or ""
@@ -131,6 +142,7 @@ class TrainDataset(Dataset[TrainExample]):
             neg_q=neg_q,
             teacher_scores=scores,
             row=f"{stored.file.path}:{record.line}",
+            plain=plain,
         )
 
 

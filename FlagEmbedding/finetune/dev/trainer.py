@@ -11,6 +11,7 @@ patience counts.
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from FlagEmbedding.finetune.dev.evaluation import DevEvaluation
+from FlagEmbedding.finetune.ema import load_kept
 from FlagEmbedding.finetune.resume.runs import STATE_FILE
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
-from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.utils.distributed import barrier, is_main
 from FlagEmbedding.utils.io import read_json
 from FlagEmbedding.utils.logging import get_logger
@@ -62,8 +63,9 @@ class DevTrainer(BiEncoderTrainer):
         return result
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the model as it is, and log the figures."""
-        metrics = self.dev.measure(self.bare_model, self.state.global_step)
+        """Measure the model as it is (with ``--ema_decay`` its averaged weights), and log the figures."""
+        with nullcontext() if self.average is None else self.average.applied():
+            metrics = self.dev.measure(self.bare_model, self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -84,7 +86,7 @@ class DevTrainer(BiEncoderTrainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        load_trained_state(self.bare_model, Path(self.state.best_model_checkpoint))
+        load_kept(self.bare_model, Path(self.state.best_model_checkpoint))
 
     def measure_base(self) -> None:
         """Step 0 of the log."""
@@ -114,7 +116,7 @@ class DevTrainer(BiEncoderTrainer):
         logger.info("%s: the run had used up its --early_stopping_patience; nothing is left to train", folder)
         self.state = TrainerState.load_from_json(str(Path(folder) / STATE_FILE))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        load_trained_state(self.bare_model, Path(best or folder))
+        load_kept(self.bare_model, Path(best or folder))
 
 
 class _EvaluateBase(TrainerCallback):

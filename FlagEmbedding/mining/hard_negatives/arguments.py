@@ -57,7 +57,9 @@ class MinedOutput(ReportedOutput):
 class RerankerArguments:
     """Reranker."""
 
-    cross_encoder: str | None = option(None, "a reranker whose scores the filters see (one label, sigmoid)")
+    cross_encoder: str | None = option(
+        None, "a reranker whose scores the filters see, and --with_scores writes (one label, sigmoid)", "--reranker"
+    )
     cross_encoder_max_length: int = option(512, "tokens per pair")
     cross_encoder_batch_size: int = option(32, "pairs at a time")
 

@@ -12,6 +12,9 @@ import functools
 import inspect
 import json
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,27 @@ CLASS_PREFIX = "MoE"
 # transformers' own class would load this checkpoint with random feed-forward layers.
 GUARD = "this-model-has-experts--load-it-with-trust_remote_code=True.safetensors"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+_TOKENS: ContextVar[Tensor | None] = ContextVar("_TOKENS", default=None)  # a thread's own
+
+
+@contextmanager
+def token_ids(ids: Tensor | None) -> Iterator[None]:
+    """Say which tokens the rows of the next forwards are, for routers that go by them."""
+    before = _TOKENS.set(ids)
+    try:
+        yield
+    finally:
+        _TOKENS.reset(before)
+
+
+def hashed_experts(experts: int) -> Tensor:
+    """The expert of each token, as ``token_ids`` told of them: Knuth's multiplicative hash of the id, modulo E."""
+    ids = _TOKENS.get()
+    if ids is None:
+        raise ValueError("the experts of this model go by token ids: give input_ids, not inputs_embeds")
+    return ids * 2654435761 % 4294967296 // 65536 % experts
 
 
 class Routing(NamedTuple):
@@ -43,12 +67,24 @@ class Routing(NamedTuple):
 class ExpertLinear(nn.Module):
     """E linear layers in the place of one, and a gate that sends each token to K of them.
 
+    With ``router`` ``hash`` a token's expert is a fixed function of its id instead (Roller et al. 2021, Hash Layers),
+    and the gate, of zeros, is read by nobody.
+
     ``y = sum_k softmax(top_K(gate(x)))_k * expert_k(x)``, the softmax being over the K chosen logits alone. With
     K = 1 the weight is therefore the constant 1.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, num_experts: int, num_experts_per_tok: int):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        num_experts: int,
+        num_experts_per_tok: int,
+        router: str = "learned",
+    ):
         super().__init__()
+        self.router = router
         self.experts = nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(num_experts))
         self.gate = nn.Linear(in_features, num_experts, bias=False)
         self.num_experts_per_tok = num_experts_per_tok
@@ -61,9 +97,21 @@ class ExpertLinear(nn.Module):
 
     def route(self, x: Tensor) -> Routing:
         """Choose K experts for every row of ``x`` ``[T, H]``."""
+        if self.router == "hash":
+            return self.by_hash(x)
         logits = self.router_logits(x)
         chosen, experts = torch.topk(logits, self.num_experts_per_tok, dim=-1)
         return Routing(logits, experts, torch.softmax(chosen, dim=-1))
+
+    def by_hash(self, x: Tensor) -> Routing:
+        """The choice by token ids; its logits say that it is certain."""
+        experts = hashed_experts(len(self.experts)).reshape(-1, 1)
+        if len(experts) != len(x):
+            raise ValueError(f"{len(x)} rows came to a router that was told of {len(experts)} tokens")
+        precise = torch.promote_types(x.dtype, torch.float32)
+        logits = torch.full((len(x), len(self.experts)), -1e4, dtype=precise, device=x.device)
+        logits = logits.scatter(1, experts, 0.0)
+        return Routing(logits, experts, torch.ones_like(logits[:, :1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H]`` to ``[..., I]``."""
@@ -118,7 +166,13 @@ def encoder_with_experts(base: type[Any], layer_class: type[ExpertLinear] = Expe
                     dense.bias is not None,
                     config.num_experts,
                     config.num_experts_per_tok,
+                    router=getattr(config, "router", "learned"),
                 )
+
+        @functools.wraps(base.forward)
+        def forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+            with token_ids(input_ids):
+                return super().forward(input_ids, *args, **kwargs)
 
         @classmethod
         def from_pretrained(cls, name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
