@@ -51,6 +51,9 @@ PUBLISHED_DEFAULTS = {
 OURS = {
     "penalty_weight": 0.1, "router_gradient": "none", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0,
     "router_jitter": 0.0, "global_batch_size": None, "resume_anyway": False,
+    "mask_twins": False, "false_negative_margin": None, "margin_strategy": "absolute", "guide_model": None,
+    "distill_temperature": 1.0, "distill_loss": "published", "neg_q_control": "none", "neg_q_as_rows": False,
+    "router": "learned", "ema_decay": None,
 }  # fmt: skip
 MINIMAL = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
 
@@ -143,6 +146,10 @@ TOOLS = {
     "sample": {
         "input_file": ["i"], "number": 3, "share": None, "seed": 42, "output_file": "o", "overwrite": False,
     },
+    "score": {
+        "input_file": ["i"], "cache_dir": None, "trust_remote_code": False, "cross_encoder": "r",
+        "cross_encoder_max_length": 512, "cross_encoder_batch_size": 32, "output_file": "o", "overwrite": False,
+    },
     "split_data_by_length": {
         "input_path": "i", "output_dir": "o", "cache_dir": None, "log_name": ".split_log",
         "length_list": [0, 500, 1000, 2000, 3000, 4000, 5000, 6000, 7000], "model_name_or_path": "BAAI/bge-m3",
@@ -151,6 +158,7 @@ TOOLS = {
 }  # fmt: skip
 GIVEN = {
     "convert": "--format triples --input i --output_file o", "merge": "--input_file i --output_file o",
+    "score": "--input_file i --reranker r --output_file o",
     "sample": "--input_file i --number 3 --output_file o", "split_data_by_length": "--input_path i --output_dir o",
 }  # fmt: skip
 

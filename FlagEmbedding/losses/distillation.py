@@ -44,9 +44,9 @@ def knowledge_distillation(scores: Tensor, teacher_targets: Tensor, group_size: 
 def group_kl(scores: Tensor, teacher_targets: Tensor, group_size: int) -> Tensor:
     """Listwise distillation over each query's own group: ``mean_i Σ_j t[i, j] · (log t[i, j] − log s̃[i, j])``.
 
-    A scalar. s̃ is the softmax over the G scores of the group alone; other passages of the batch take no part. Use it where the
-    teacher's order within the group is what is to be learned. Source: Cao et al. 2007 (ListNet), as Kullback-Leibler
-    divergence.
+    A scalar. s̃ is the softmax over the G scores of the group alone; other passages of the batch take no part. Use it
+    where the teacher's order within the group is what is to be learned. Source: Cao et al. 2007 (ListNet), as
+    Kullback-Leibler divergence.
 
     Args:
         scores: student's, ``[B, M]`` floating, already divided by the temperature.

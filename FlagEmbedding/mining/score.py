@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from FlagEmbedding.mining.common.options import OutputArguments
-from FlagEmbedding.mining.hard_negatives.arguments import RerankerArguments
+from FlagEmbedding.mining.common.options import OutputArguments, RerankerArguments
 from FlagEmbedding.utils.cli import entry_point, option, parse, switch
 from FlagEmbedding.utils.errors import UsageError
 
@@ -34,8 +33,8 @@ def score_rows(given: ScoreRowsArguments, options: RerankerArguments, output: Ou
         raise UsageError("--reranker is missing: name the cross-encoder that scores the passages")
     from FlagEmbedding.inference.arguments import EncoderArguments
     from FlagEmbedding.mining.common.jobs import Job, check_output, progress
+    from FlagEmbedding.mining.common.reranker import Reranker
     from FlagEmbedding.mining.common.rows import data_files, valid_rows
-    from FlagEmbedding.mining.hard_negatives.reranker import Reranker
     from FlagEmbedding.schema import Problems
     from FlagEmbedding.utils.identity import fingerprints, model_fingerprint
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from FlagEmbedding import BGEM3Model
+from FlagEmbedding.losses.false_negatives import TextKeys
 from FlagEmbedding.modeling.backbone import moe_layers
 from FlagEmbedding.modeling.encoder import EngineConfig
 from FlagEmbedding.utils.distributed import leave
@@ -49,7 +51,11 @@ def batch(tokenizer, queries: range, group: int = 3):
         neg_q = features(tokenizer, [NEG_Q[o] for o in owners])
         neg_q["owner"] = torch.tensor(owners) - rows.start
     teacher = torch.linspace(0, 2, 12).view(4, 3)[queries.start : queries.stop]
+    # To the mask the last query's positive is that of the first again, and its first negative that of the second.
+    numbers = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 3, 11])
+    positives = torch.arange(queries.start * group, queries.stop * group, group)
     return {
+        "keys": TextKeys(torch.tensor(queries), numbers[list(rows)], numbers[positives], torch.arange(len(queries))),
         "query": features(tokenizer, [QUERIES[i] for i in queries]),
         "passage": features(tokenizer, [TEXTS[i] for i in rows]),
         "neg_q": neg_q,
@@ -59,13 +65,14 @@ def batch(tokenizer, queries: range, group: int = 3):
 def build(folder: str, options: dict, cross: bool) -> BGEM3Model:
     torch.manual_seed(3)
     settings = {"temperature": 0.05, "unified_finetuning": False, **options}
-    teacher = settings.pop("teacher", False)
+    teacher, beyond = settings.pop("teacher", False), settings.pop("beyond", {})
     settings["engine"] = EngineConfig(**settings.pop("engine", {}))
     model = BGEM3Model(folder, negatives_cross_device=cross, **settings).double().train()
     for layer in moe_layers(model.model):
         with torch.no_grad():
             layer.gate.weight[1] = layer.gate.weight[0] * 1.0
             layer.gate.weight[1] -= 1e-3 * torch.sign(layer.gate.weight[0])
+    model.objective = replace(model.objective, **beyond)
     model.with_teacher = teacher
     return model
 
@@ -91,6 +98,9 @@ def main() -> None:
         expected = alone(**everything, teacher_scores=teacher if model.with_teacher else None)
         expected.loss.backward()
         assert abs(float(output.loss) - float(expected.loss)) < 1e-9, (float(output.loss), float(expected.loss))
+        masked = {name: int(value) for name, value in output.terms.items() if name.startswith("masked")}
+        assert masked == {n: int(v) for n, v in expected.terms.items() if n.startswith("masked")}
+        assert not model.objective.masks or all(masked.values()), masked
         greatest = 0.0
         for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
             if theirs.grad is None:

@@ -22,8 +22,18 @@ from finetune.helpers import TORCHRUN, environment, log_lines, rows, run_trainin
         {"moe": "intermediate", "only_train": "intermediate", "num_experts": 2, "router_gradient": "straight_through"},
         {"neg_q_on_rank": 0},
         {"neg_q_on_rank": 1},
+        {"beyond": {"mask_twins": True, "false_negative_margin": 0.0, "neg_q_as_rows": True}},
     ],
-    ids=["dense", "unified-self-distill", "unified-teacher", "mean-grad-cache", "moe", "neg_q on 0", "neg_q on 1"],
+    ids=[
+        "dense",
+        "unified-self-distill",
+        "unified-teacher",
+        "mean-grad-cache",
+        "moe",
+        "neg_q on 0",
+        "neg_q on 1",
+        "masks",
+    ],
 )
 def test_cross_device_gradient_is_the_one_process_gradient(options: dict, tiny_model_dir: Path) -> None:
     worker = Path(__file__).with_name("ddp_worker.py")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny
+from finetune.beyond import BEYOND
 from finetune.dev_data import write_dev
 from finetune.helpers import rows, write_rows
 from hub_cache import keep
@@ -96,6 +97,7 @@ CASES = {
     "self_distill_start_step": Case("--self_distill_start_step 1", given=SELF, only=("terms",)),
     "router_aux_loss_coef": Case("--router_aux_loss_coef 0.1", given=MOE, only=("loss", "moved")),
     "router_z_loss_coef": Case("--router_z_loss_coef 0.1", given=MOE, only=("loss", "moved")),
+    **BEYOND,
     # engine: no loss depends on it, the calls do
     "engine": Case("--engine padded", only=("calls",)),
     "slab_tokens": Case("--slab_tokens 40", only=("calls",)),
@@ -163,6 +165,7 @@ TRAINING = {
     "warmup_ratio": Case("--warmup_ratio 0.5", only=("args",)),
     "learning_rate": Case("--learning_rate 0.1", only=("moved",)),
     "global_batch_size": Case("--global_batch_size 6", only=("batches", "args")),
+    "ema_decay": Case("--ema_decay 0.9", only=("args", "callbacks")),
 }
 # What changes no number: a run goes on with another value.
 HARMLESS = {
@@ -296,7 +299,9 @@ def test_no_field_is_left_out() -> None:
         # test_runs.py, test_same_run.py
         "overwrite_output_dir", "resume_anyway",
     }  # fmt: skip
-    assert set(TRAINING) - {"warmup_ratio", "global_batch_size"} <= set(TrainingArguments.__dataclass_fields__)
+    assert set(TRAINING) - {"warmup_ratio", "global_batch_size", "ema_decay"} <= set(
+        TrainingArguments.__dataclass_fields__
+    )
 
 
 @pytest.mark.parametrize("name", [*CASES, *ALSO, *TRAINING])
@@ -325,8 +330,8 @@ def test_every_option_acts(
 # what they come to, or of one start alone. A new option of transformers is decisive until it is looked at.
 DECISIVE = {
     "metric_for_best_model",
-    "global_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args",
-    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "ema_decay", "global_batch_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "optim",
+    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32", "use_liger_kernel", "liger_kernel_config",
     "average_tokens_across_devices", "auto_find_batch_size", "ignore_data_skip", "seed",
     "restore_callback_states_from_checkpoint", "accelerator_config", "parallelism_config", "dataloader_drop_last",

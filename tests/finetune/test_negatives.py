@@ -77,22 +77,21 @@ def test_twins_are_left_out_and_counted(
 
 
 def test_the_log_counts_and_the_published_run_says_it(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    words = train_words(tiny_model_dir, data, tmp_path / "plain", per_device_train_batch_size=8, max_steps=1)
-    said = run_training(words).stderr
-    assert said.count("its positive stands in the batch again, as a negative of the same query") == 0
-    exact = [json.loads(line) for line in (data / "a.jsonl").read_text().splitlines()]
-    for record in exact:
-        record["neg"][0] = record["pos"][0]
-    write_rows(tmp_path / "exact/a.jsonl", exact)
     options = {"per_device_train_batch_size": 4, "max_steps": 2}
-    said = run_training(train_words(tiny_model_dir, tmp_path / "exact", tmp_path / "said", **options)).stderr
+    said = run_training(train_words(tiny_model_dir, data, tmp_path / "said", **options)).stderr
     assert said.count("as published): --mask_twins True leaves them out") == 1, "once, not every step"
-    masked = train_words(tiny_model_dir, tmp_path / "exact", tmp_path / "masked", mask_twins=True, **options)
-    assert "--mask_twins True leaves them out" not in run_training(masked).stderr
+    masked = run_training(train_words(tiny_model_dir, data, tmp_path / "masked", mask_twins=True, **options))
+    assert "leaves them out" not in masked.stderr
     lines = log_lines(tmp_path / "masked")
-    assert all(line["masked_twins"] >= 4 and line["loss"] < plain["loss"] for line, plain in zip(
-        lines, log_lines(tmp_path / "said"), strict=True
-    )), lines  # fmt: skip
+    assert all(line["masked_twins"] > 0 for line in lines)
+    assert lines[0]["loss"] < log_lines(tmp_path / "said")[0]["loss"]
+    assert "twins of positives left out, per batch" in masked.stdout
+    alone = [json.loads(line) for line in (data / "a.jsonl").read_text().splitlines()]
+    for i, record in enumerate(alone):
+        record |= {"neg": [f"passage {i} of another world"], "neg_q": [""], "neg_scores": [0.1]}
+    write_rows(tmp_path / "alone/a.jsonl", alone)
+    words = train_words(tiny_model_dir, tmp_path / "alone", tmp_path / "quiet", **{**options, "max_steps": 1})
+    assert "stands in the batch again" not in run_training(words).stderr
 
 
 def test_a_guide_reads_the_plain_texts_by_its_own_tokenizer(
@@ -136,7 +135,7 @@ def test_the_teachers_temperature_and_the_listwise_form(tiny_model_dir: Path, da
     own = torch.stack([(output.q_reps[i] @ output.p_reps[3 * i : 3 * i + 3].T) / 0.02 for i in range(8)]).double()
     teacher = torch.tensor([e.teacher_scores for e in texts_of(trainer)], dtype=torch.float64) / 0.05
     expected = (teacher.softmax(1) * (teacher.log_softmax(1) - own.log_softmax(1))).sum(1).mean()
-    assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert output.loss.item() == pytest.approx(float(expected), rel=1e-5)
     # A twin of one's own group stays: the teacher says what it is worth. The rest is masked.
     trainer, batch = trainer_of(tiny_model_dir, data, tmp_path, **given, mask_twins=True)
     output = trainer.bare_model.eval()(**batch)
@@ -150,8 +149,8 @@ def test_the_teachers_temperature_and_the_listwise_form(tiny_model_dir: Path, da
         for j in range(3):
             left = [m for m in range(24) if not mask[i, m] and not 3 * i <= m < 3 * i + j]
             log_p = scores[i, 3 * i + j] - scores[i, left].logsumexp(0)
-            total -= float(teacher[i].softmax(0)[j] * log_p) / 8
-    assert float(output.loss) == pytest.approx(total, rel=1e-5)
+            total -= (teacher[i].softmax(0)[j] * log_p).item() / 8
+    assert output.loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_controls_at_equal_tokens(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -223,7 +222,7 @@ def test_refused_in_one_line(message: str, tiny_model_dir: Path, data: Path, tmp
 
 def test_unused_neg_q_moves_nothing(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     """Two steps with and without it, through grad_cache: the same weights, to rounding."""
-    options = {"max_steps": 2, "grad_cache": True, "slab_tokens": 60, "learning_rate": 1e-3}
+    options = {"max_steps": 2, "grad_cache": True, "slab_tokens": 60, "learning_rate": 0.01, "optim": "sgd"}
     run_training(train_words(tiny_model_dir, data, tmp_path / "a", neg_q_control="unused", **options))
     run_training(train_words(tiny_model_dir, data, tmp_path / "b", penalty_weight=0, **options))
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "ab")

@@ -90,7 +90,7 @@ def test_the_doctor_takes_model_and_paths_in_any_order() -> None:
 @pytest.mark.parametrize("words", [["--help"], ["--no_such_flag", "1"]])
 @pytest.mark.parametrize(
     "command",
-    ["hard_negatives", "query_generation", "doctor", "convert", "merge", "sample", "split_data_by_length"],
+    ["hard_negatives", "query_generation", "doctor", "convert", "merge", "sample", "score", "split_data_by_length"],
 )
 def test_help_and_mistyped_flags_are_answered_without_the_heavy_libraries(command: str, words: list[str]) -> None:
     code = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 from mining.corpora import TEXTS, write_collections, write_rows
 from options_walk import Case, assert_acts, assert_complete
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from FlagEmbedding.mining import convert, merge, sample, split_data_by_length
-from FlagEmbedding.mining.common.options import OutputArguments
+from FlagEmbedding.mining import convert, merge, sample, score, split_data_by_length
+from FlagEmbedding.mining.common.options import OutputArguments, RerankerArguments
 
 HUB = "only for what comes from the hub"
 OUTPUT = {"output_file": "every run writes its own"}
@@ -43,6 +45,13 @@ SAMPLE_CASES = {
     "seed": Case("--seed 7", given="--input_file a.jsonl --number 5", only=("rows",)),
     "overwrite": Case("--overwrite", given="--input_file a.jsonl --number 5 THERE", only=("code", "rows")),
 }
+SCORED = "--input_file few.jsonl --reranker reranker"
+SCORE_CASES = {
+    "input_file": Case("--input_file fewer.jsonl", given=SCORED, only=("rows",)),
+    "cross_encoder": Case("--reranker another", given=SCORED, only=("rows",)),
+    "cross_encoder_max_length": Case("--cross_encoder_max_length 8", given=SCORED, only=("rows",)),
+    "overwrite": Case("--overwrite", given=f"{SCORED} THERE", only=("code", "rows")),
+}
 SPLIT = "--input_path a.jsonl --length_list 0 20 --model_name_or_path model"
 SPLIT_CASES = {
     "input_path": Case("--input_path b.jsonl", given=SPLIT, only=("files",)),
@@ -56,7 +65,7 @@ SPLIT_CASES = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, cross_encoder_dir: Path) -> Path:
     """MIRACL collections in two languages, two splits and two folders, a BEIR folder, rows, tokenizers."""
     folder = tmp_path_factory.mktemp("tools")
     write_collections(folder)
@@ -67,6 +76,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pat
     for name, first in (("a", 0), ("b", 20)):
         rows = [{"query": f"q{i}", "pos": "P" * i, "neg": "a river " * (i % 9)} for i in range(first + 1, first + 30)]
         write_rows(folder / f"{name}.jsonl", [{**row, "neg": row["neg"] or "N"} for row in rows])
+    for name, first in (("few", 1), ("fewer", 4)):
+        row = {"query": "where?", "pos": "the river " * 9}
+        write_rows(folder / f"{name}.jsonl", [{**row, "neg": "a river " * i} for i in range(first, 6)])
+    shutil.copytree(cross_encoder_dir, folder / "another")
+    weights = load_file(folder / "another/model.safetensors")
+    save_file({name: weight * 1.1 for name, weight in weights.items()}, folder / "another/model.safetensors")
+    (folder / "reranker").symlink_to(cross_encoder_dir)
     (folder / "model").symlink_to(tiny_model_dir)
     words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -109,6 +125,16 @@ def observe(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ((convert.ConvertArguments, OutputArguments), CONVERT_CASES, {**OUTPUT, "cache_dir": HUB}),
         ((merge.MergeArguments, OutputArguments), MERGE_CASES, OUTPUT),
         ((sample.SampleArguments, OutputArguments), SAMPLE_CASES, OUTPUT),
+        (
+            (score.ScoreRowsArguments, RerankerArguments, OutputArguments),
+            SCORE_CASES,
+            {
+                **OUTPUT,
+                "cache_dir": HUB,
+                "trust_remote_code": "only for rerankers that come with code",
+                "cross_encoder_batch_size": "pairs at a time: no score depends on it beyond rounding",
+            },
+        ),
         ((split_data_by_length.SplitArguments,), SPLIT_CASES, {"cache_dir": HUB}),
     ],
 )
@@ -129,6 +155,11 @@ def test_every_option_of_merge_acts(name: str, observe: Observe) -> None:
 @pytest.mark.parametrize("name", SAMPLE_CASES)
 def test_every_option_of_sample_acts(name: str, observe: Observe) -> None:
     assert_acts(SAMPLE_CASES[name], lambda words: observe(sample, "--output_file", words))
+
+
+@pytest.mark.parametrize("name", SCORE_CASES)
+def test_every_option_of_score_acts(name: str, observe: Observe) -> None:
+    assert_acts(SCORE_CASES[name], lambda words: observe(score, "--output_file", words))
 
 
 @pytest.mark.parametrize("name", SPLIT_CASES)

@@ -12,7 +12,7 @@ from sentence_transformers import CrossEncoder
 
 from FlagEmbedding.mining import score
 from FlagEmbedding.mining.common.jobs import journal_path
-from FlagEmbedding.mining.hard_negatives.reranker import Reranker
+from FlagEmbedding.mining.common.reranker import Reranker
 
 ROWS = [
     {"query": "Which river runs through Seoul?", "pos": ["The Han river."], "neg": ["Kimchi is cabbage.", "Snow."]},

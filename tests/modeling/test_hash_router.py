@@ -49,7 +49,7 @@ def trained(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     answer = run_training(train_words(tiny_model_dir, folder / "data", folder / "out", **options, **HASH))
     assert "routing stays random" not in answer.stderr
     (last,) = log_lines(folder / "out")[-1:]
-    assert last["router_changed"] == 0 and last["router_entropy"] == 0 and 0 < last["router_load_min"] < 1
+    assert last["router_changed"] == 0 and last["router_entropy"] == 0
     return folder / "out"
 
 
@@ -70,7 +70,7 @@ def test_every_way_of_computing_gives_the_same(place: str, pooling: str, tiny_mo
         given = EngineConfig(slab_tokens=12) if engine == "recomputed" else engine
         encoder = M3Encoder(backbone, pooling=pooling, engine=given).train()
         if engine == "recomputed":
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.activation_checkpointing_enable({"use_reentrant": False})
         encoder.zero_grad()
         with record_routing(backbone) as tape:
             dense = encoder.encode([tokens], [{"dense"}])[0].dense

@@ -16,6 +16,9 @@ TERMS = {
     "loss": "loss (what is minimized)",
     "contrastive_loss": "contrastive loss",
     "penalty": "penalty: mean 1 − cos(negative, its own query)",
+    "pair_rows": "contrastive loss of the (neg_q, negative) rows",
+    "masked_twins": "twins of positives left out, per batch",
+    "masked_by_margin": "passages left out by the margin, per batch",
     "router_aux_loss": "router load balance loss",
     "router_z_loss": "router z-loss",
 }

@@ -58,6 +58,20 @@ class ReportedOutput(OutputArguments):
 
 
 @dataclass(frozen=True)
+class RerankerArguments:
+    """Reranker."""
+
+    cross_encoder: str | None = option(
+        None, "a reranker whose scores the filters see, and --with_scores writes (one label, sigmoid)", "--reranker"
+    )
+    cross_encoder_max_length: int = option(512, "tokens per pair")
+    cross_encoder_batch_size: int = option(32, "pairs at a time")
+
+    def __post_init__(self) -> None:
+        check_least(self, cross_encoder_batch_size=1)
+
+
+@dataclass(frozen=True)
 class MiningEncoder(EncoderArguments):
     """Encoder."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, SearchArguments, check_least
+from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, RerankerArguments, SearchArguments
 from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters
 from FlagEmbedding.utils.cli import choice, option, parse_whole, switch
 from FlagEmbedding.utils.errors import UsageError
@@ -51,20 +51,6 @@ class MinedOutput(ReportedOutput):
     """Output."""
 
     with_scores: bool = switch(False, "write pos_scores and neg_scores (teacher scores for distillation)")
-
-
-@dataclass(frozen=True)
-class RerankerArguments:
-    """Reranker."""
-
-    cross_encoder: str | None = option(
-        None, "a reranker whose scores the filters see, and --with_scores writes (one label, sigmoid)", "--reranker"
-    )
-    cross_encoder_max_length: int = option(512, "tokens per pair")
-    cross_encoder_batch_size: int = option(32, "pairs at a time")
-
-    def __post_init__(self) -> None:
-        check_least(self, cross_encoder_batch_size=1)
 
 
 @dataclass(frozen=True)

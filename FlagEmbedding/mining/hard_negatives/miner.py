@@ -19,8 +19,8 @@ from FlagEmbedding.indexing.retriever import Retriever, inner_products
 from FlagEmbedding.mining.common.alignment import realign, written
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.queries import Item
+from FlagEmbedding.mining.common.reranker import Reranker
 from FlagEmbedding.mining.hard_negatives.filters import Candidate, NegativeFilter, Sampling, ScoreFilters, choose
-from FlagEmbedding.mining.hard_negatives.reranker import Reranker
 from FlagEmbedding.retrieval.searcher import Hit
 
 _RANDOM_TRIES = 16

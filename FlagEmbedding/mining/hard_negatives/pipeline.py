@@ -22,12 +22,12 @@ from FlagEmbedding.mining.common.index import Corpus, named_corpus, open_retriev
 from FlagEmbedding.mining.common.jobs import Job, check_output, chunks, progress, work_folder
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.queries import Items, JudgedTopics, TrainingRows
+from FlagEmbedding.mining.common.reranker import Reranker
 from FlagEmbedding.mining.common.rows import data_files
 from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MiningOptions
 from FlagEmbedding.mining.hard_negatives.filters import Sampling
 from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
 from FlagEmbedding.mining.hard_negatives.report import summarize, write_report
-from FlagEmbedding.mining.hard_negatives.reranker import Reranker
 from FlagEmbedding.utils.identity import fingerprints, model_fingerprint
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import provenance

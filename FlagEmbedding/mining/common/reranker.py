@@ -11,7 +11,7 @@ import torch
 
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.reranker import load_cross_encoder
-from FlagEmbedding.mining.hard_negatives.arguments import RerankerArguments
+from FlagEmbedding.mining.common.options import RerankerArguments
 from FlagEmbedding.utils.hardware import choose_device
 
 
