@@ -76,7 +76,8 @@ def check_router(arguments: Arguments, num_experts_per_tok: int | None, router: 
             raise UsageError(f"{given[0]} has no effect with a router by {router}, which has nothing to learn")
         training = arguments.training
         padded = arguments.engine.engine == "padded" or (training.sharded and not training.sharded_by_layer)
-        if padded and training.gradient_checkpointing:
+        # transformers 5 has a second name for it.
+        if padded and (training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)):
             raise UsageError(
                 f"--gradient_checkpointing on the padded engine computes layers again without the token ids that a "
                 f"router by {router} reads: leave one of them out (--engine packed does both)"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_tiny
-from finetune.beyond import BEYOND
+from finetune.beyond import BEYOND, ELSEWHERE
 from finetune.dev_data import write_dev
 from finetune.helpers import rows, write_rows
 from hub_cache import keep
@@ -291,7 +291,7 @@ def take(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 
 
 def test_no_field_is_left_out() -> None:
-    assert_complete(GROUPS, CASES, {"report": "what is written when a run ends: test_report.py"})
+    assert_complete(GROUPS, CASES, {"report": "what is written when a run ends: test_report.py", **ELSEWHERE})
     ours = {f for f in RetrieverTrainingArguments.__annotations__ if f not in TRAINING}
     # Three are Hugging Face's with another default.
     assert ours == {
