@@ -122,11 +122,11 @@ def read_grid(path: Path) -> Grid:
         raise DataError(f"{path}: choose: expected a share between 0 and 1, found {choose!r}")
     base = str(value["base"])
     local = path.parent / base
+    train, index, search = (_mapping(path, key, value.get(key) or {}) for key in ("train", "index", "search"))
     return Grid(
         path, str(local.resolve()) if local.is_dir() else base, seeds, rows, collections,
-        parse_measures(value.get("measures") or ["ndcg@10"]), _pairs(path, value, rows),
-        *(_mapping(path, key, value.get(key) or {}) for key in ("train", "index", "search")),
-        choose, bool(value.get("elsewhere", False)),
+        parse_measures(value.get("measures") or ["ndcg@10"]), _pairs(path, value, rows), train, index, search, choose,
+        bool(value.get("elsewhere", False)),
     )  # fmt: skip
 
 

@@ -50,14 +50,14 @@ def write_report(grid: Grid, chain: Chain, records: dict[Cell, dict[str, Any]], 
     scores = {cell: score(grid, chain, cell, say) for cell in records}
     origin = provenance()
     with atomic_open(folder / "results.jsonl") as stream:
-        for cell, values in scores.items():
-            means = {key: statistics.fmean(by_query.values()) for key, by_query in values.items()}
-            line = {**_name(cell), "queries": len(next(iter(values.values()))), **means, "held_out": say}
+        for cell, scored in scores.items():
+            means = {key: statistics.fmean(by_query.values()) for key, by_query in scored.items()}
+            line = {**_name(cell), "queries": len(next(iter(scored.values()))), **means, "held_out": say}
             print(json.dumps({**line, "stages": records[cell], "provenance": origin}, ensure_ascii=False), file=stream)
     tests = _tests(grid, scores)
     looked = _looked(folder, say)
     shown = {of.name: _scores(grid, scores, of.name) for of in grid.collections}
-    values = {
+    values: dict[str, Any] = {
         "grid": grid.path.name, "base": Path(grid.base).name, "measures": grid.measures, "say": say, "looked": looked,
         "choose": grid.choose, "scores": {name: lines for name, lines in shown.items() if lines},
         "tests": [_line(*test) for test in tests], "seconds": _seconds(records),
@@ -80,17 +80,17 @@ def _tests(grid: Grid, scores: dict[Cell, Values]) -> list[tuple[dict[str, Any],
     """Every pair on every collection that both rows were scored on; Holm's correction over all of them."""
     key = grid.measures[0].key
     by_seed: dict[tuple[str, str, str], dict[int, dict[str, float]]] = {}
-    for cell, values in scores.items():
+    for cell, scored in scores.items():
         # The base is made for no collection and by no seed: it stands against each of them.
         made = [each.name for each in grid.collections] if cell.collection is None else [cell.collection.name]
         for name, seed in product(made, grid.seeds if cell.seed is None else [cell.seed]):
-            by_seed.setdefault((cell.row.name, name, cell.scored_on.name), {})[seed] = values[key]
+            by_seed.setdefault((cell.row.name, name, cell.scored_on.name), {})[seed] = scored[key]
     found: list[tuple[dict[str, Any], Effect]] = []
-    for (before, after), made, of in product(grid.pairs, grid.collections, grid.collections):
-        one, other = (by_seed.get((name, made.name, of.name), {}) for name in (before, after))
+    for (before, after), trained, of in product(grid.pairs, grid.collections, grid.collections):
+        one, other = (by_seed.get((name, trained.name, of.name), {}) for name in (before, after))
         rows = [(one[seed], other[seed]) for seed in grid.seeds if seed in one and seed in other]
         if rows:
-            named = {"row": after, "against": before, "trained_on": made.name, "scored_on": of.name}
+            named = {"row": after, "against": before, "trained_on": trained.name, "scored_on": of.name}
             found.append((named, effect(np.array([[b[qid] - a[qid] for qid in a] for a, b in rows]))))
     corrected = holm([each.p for _, each in found])
     return [(named, each, p) for (named, each), p in zip(found, corrected, strict=True)]
