@@ -27,6 +27,7 @@ from FlagEmbedding.finetune.resume.checkpoints import would_begin
 from FlagEmbedding.finetune.resume.runs import step_of
 from FlagEmbedding.finetune.runner import build_trainer, ready
 from FlagEmbedding.utils.distributed import world_size
+from FlagEmbedding.utils.heartbeat import watched
 from FlagEmbedding.utils.processes import on_main
 
 _FLAGS = {"query": "query_max_len", "passage": "passage_max_len", "neg_q": "passage_max_len"}
@@ -79,6 +80,7 @@ class Plan:
     def _tokens(self) -> str:
         looked_at = f"estimated from {self.counts.looked_at:,} of {self.counts.every:,} batches"
         how = "counted" if self.counts.counted else looked_at
+        how += ", with the negatives of now" * bool(self.arguments.refresh.refresh_negatives_every_n_epochs)
         return f"{self.tokens:,}, {round(self.tokens / self.steps):,} per step ({how})"
 
     def _negatives(self) -> str:
@@ -112,11 +114,13 @@ class Plan:
         return f"{text}, and the evaluations beside them" if self.arguments.evaluation.on else text
 
 
+@watched("Nothing was written: give the same command again")
 def plan(arguments: Arguments) -> Plan:
     """What a run with ``arguments`` will do. Raises ``UserError`` where it cannot work, as the run would."""
     candidates = ready(arguments)
     with _elsewhere(arguments) as shadow:
         trainer = build_trainer(shadow, ProbeTrainer)
+        _leave_out_refresh(trainer, arguments)
         resumed = on_main(lambda: would_begin(candidates, trainer.fingerprint, arguments.training))
         training, model = arguments.training, trainer.bare_model
         steps, per_epoch = planned_steps(trainer, training)
@@ -139,6 +143,14 @@ def plan(arguments: Arguments) -> Plan:
             base=sample(model, trainer.batch_sampler, trainer.data_collator),  # type: ignore[arg-type]
             cost=trainer.cost(),
         )
+
+
+def _leave_out_refresh(trainer: ProbeTrainer, arguments: Arguments) -> None:
+    """It was made, and so checked; but an epoch that ends within the probe would mine."""
+    if arguments.refresh.refresh_negatives_every_n_epochs:
+        from FlagEmbedding.finetune.refresh import RefreshNegatives
+
+        trainer.remove_callback(RefreshNegatives)
 
 
 def margins_text(found: Sampled) -> str:
@@ -175,11 +187,8 @@ def _router(arguments: Arguments, trainer: ProbeTrainer) -> str:
         return ""
     said = model.model.config
     learns = [f"--router_gradient {experts.router_gradient}"] if experts.router_gradient != "none" else []
-    learns += [
-        f"--{name} {value:g}"
-        for name in ("router_aux_loss_coef", "router_z_loss_coef")
-        if (value := getattr(objective, name))
-    ]
+    losses = {name: getattr(objective, name) for name in ("router_aux_loss_coef", "router_z_loss_coef")}
+    learns += [f"--{name} {value:g}" for name, value in losses.items() if value]
     if said.num_experts_per_tok > 1:
         learns.append("the weights of its choice")
     how = f"learns by {' and '.join(learns)}" if learns else "gets no gradient (--router_gradient none), as published"

@@ -120,6 +120,14 @@ def test_the_licence_and_the_card_of_the_base(base: Path, tiny_model_dir: Path, 
     assert not (tmp_path / "without/README.base.md").exists()
 
 
+@pytest.mark.parametrize("text", ["---\nlicense: [a\n---\nx", "---\n- a\n---\nx", "---\nlicense:\n---"])
+def test_a_base_whose_card_says_nothing(text: str, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    (folder / "README.md").write_text(text)
+    run_training(train_words(folder, data, tmp_path / "out", **OPTIONS))
+    assert "license" not in ModelCard.load(tmp_path / "out/README.md").data.to_dict()
+
+
 def test_a_card_that_somebody_wrote_or_changed_stays(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

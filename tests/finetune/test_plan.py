@@ -200,6 +200,18 @@ def test_a_collection_that_is_missing_and_one_that_is_there(tiny_model_dir: Path
     assert "and the evaluations beside them" in printed(words)["time"] and not (tmp_path / "out").exists()
 
 
+def test_no_negatives_are_mined_for_a_plan(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Three steps are more than an epoch here; the run itself mines after each."""
+    write_rows(tmp_path / "rows/a.jsonl", rows(4))
+    words = train_words(
+        tiny_model_dir, tmp_path / "rows", tmp_path / "out", refresh_negatives_every_n_epochs=1, max_steps=None,
+        num_train_epochs=3, refresh_range_for_sampling="0-9",
+    )  # fmt: skip
+    answer = run_training([*words, "--plan"])
+    assert "with the negatives of now" in answer.stdout and "mined" not in answer.stderr
+    assert re.search(r"steps +6, 2 per epoch", answer.stdout)
+
+
 def test_two_processes_with_shared_negatives(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     words = train_words(
         tiny_model_dir, data, tmp_path / "out", negatives_cross_device=True, same_task_within_batch=None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from FlagEmbedding.evaluation.tables import points, signed_points
@@ -100,7 +101,7 @@ def _base(name: str, cache_dir: str | None) -> _Base:
     if (folder / CARD).is_file():
         try:
             card = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
-        except (OSError, ValueError, TypeError, AttributeError) as error:  # also YAML's, which are ValueErrors there
+        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
             logger.warning("%s: its front matter cannot be read: %s", folder / CARD, " ".join(str(error).split()))
     return _Base(Path(name).resolve().name if local else name, folder, local, card)  # type: ignore[arg-type]
 
