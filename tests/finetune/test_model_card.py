@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from finetune.dev_data import dev_lines, write_dev
 from finetune.helpers import rows, run_training, train_words, write_rows
+from hub_cache import keep
 from huggingface_hub import ModelCard
 
 from FlagEmbedding import FlagModel
@@ -115,6 +116,11 @@ def test_the_licence_and_the_card_of_the_base(base: Path, tiny_model_dir: Path, 
     assert said.license == "apache-2.0" and said.language == ["ko", "fa"] and said.eval_results is None
     assert (tmp_path / "with/README.base.md").read_bytes() == (base / "README.md").read_bytes()
     assert "How the base was made." in (base / "README.md").read_text()
+    hub = keep(tmp_path / "hub", "org/tiny", base)
+    run_training(train_words(Path("org/tiny"), data, tmp_path / "hubs", **OPTIONS, cache_dir=hub))
+    said = ModelCard.load(tmp_path / "hubs/README.md").data
+    assert said.base_model == "org/tiny" and said.license == "apache-2.0"
+    assert not (tmp_path / "hubs/README.base.md").exists()  # everybody finds it there
     plain = ModelCard.load(tmp_path / "without/README.md").data.to_dict()
     assert not {"license", "language", "base_model", "model-index", "model_name"} & set(plain)
     assert not (tmp_path / "without/README.base.md").exists()
