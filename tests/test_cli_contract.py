@@ -51,6 +51,7 @@ PUBLISHED_DEFAULTS = {
 OURS = {
     "penalty_weight": 0.1, "router_gradient": "none", "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0,
     "router_jitter": 0.0, "global_batch_size": None, "resume_anyway": False,
+    "plan": False, "model_card": True, "license": None,
 }  # fmt: skip
 MINIMAL = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
 
