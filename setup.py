@@ -64,6 +64,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "tensorboard>=2.16",
+    "selenium>=4.20",  # the page of dev queries in a browser, where there is one
     "hypothesis>=6.100",  # tests/fuzz
 ]
 CHECK = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tabulate", "types-tqdm", "pre-commit>=4"]

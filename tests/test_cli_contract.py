@@ -54,6 +54,7 @@ OURS = {
     "mask_twins": False, "false_negative_margin": None, "margin_strategy": "absolute", "guide_model": None,
     "distill_temperature": 1.0, "distill_loss": "published", "neg_q_control": "none", "neg_q_as_rows": False,
     "router": "learned", "ema_decay": None,
+    "plan": False, "model_card": True, "license": None,
 }  # fmt: skip
 MINIMAL = ["--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
 

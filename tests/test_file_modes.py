@@ -22,8 +22,9 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_all_files_of_training_evaluation_and_mining(
-    umask: int, tiny_moe_dir: Path, sample_dir: Path, tmp_path: Path
+    umask: int, tiny_moe_dir: Path, sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where mining puts its index
     out, data = tmp_path / "out", write_rows(tmp_path / "rows/a.jsonl", rows(12))
     run_training(train_words(
         tiny_moe_dir, data, out, max_steps=1, save_strategy="steps", save_steps=1, report_to="tensorboard",

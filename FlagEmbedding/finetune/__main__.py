@@ -20,6 +20,14 @@ def main() -> int:
     from FlagEmbedding.finetune.runner import run
     from FlagEmbedding.utils.distributed import is_main, leave
 
+    if arguments.training.plan:
+        from FlagEmbedding.finetune.plan import plan
+
+        made = plan(arguments)
+        if is_main():
+            print(made.text())
+        leave()
+        return 0
     summary = run(arguments)
     if is_main():
         summary.show()

@@ -163,6 +163,9 @@ class RetrieverTrainingArguments(TrainingArguments):
     resume_anyway: bool = switch(
         False, "Go on from a checkpoint with other options than its run was started with; each is named."
     )
+    plan: bool = switch(
+        False, "Say what the run would do and cost, by three steps that are thrown away; write nothing."
+    )
     warmup_ratio: float | None = option(
         None, "Share of the steps for a linear warmup (older spelling of a warmup_steps < 1)."
     )

@@ -9,7 +9,7 @@ K negative queries, D dimensions. With ``negatives_cross_device`` all of them ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from FlagEmbedding.finetune.arguments import ModelArguments
 from FlagEmbedding.finetune.gather import Gathered, gather_batch
-from FlagEmbedding.finetune.negatives import FalseNegatives, Guided, add_neg_q
+from FlagEmbedding.finetune.negatives import FalseNegatives, GuideModel, add_neg_q
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
 from FlagEmbedding.losses.false_negatives import TextKeys
 from FlagEmbedding.losses.objective import ObjectiveArguments, Terms, add_router_losses, retrieval_objective
@@ -111,7 +111,7 @@ class BiEncoder(M3Encoder):
         self.temperature = objective.temperature if self.normalize else 1.0
         self.all_rows = objective.has_router_loss
         self.all_terms = True  # False: router losses without a weight, which are only logged, are left out
-        self.guide: Callable[[Mapping[str, Sequence[str]]], Guided] | None = None  # of --guide_model
+        self.guide: GuideModel | None = None  # of --guide_model
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
         select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
 

@@ -39,7 +39,7 @@ class WeightAverage(TrainerCallback):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
-        self._update = get_ema_multi_avg_fn(decay)
+        self._update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self._averages: dict[str, Tensor] = {}  # empty until the first step
 
     @property
@@ -53,11 +53,14 @@ class WeightAverage(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Say what it costs."""
         trained = self._trained()
-        count, held = sum(each.numel() for each in trained.values()), sum(_bytes(each) for each in trained.values())
-        device = next(iter(trained.values())).device
-        logger.info(
-            "weights averaged with decay %g: %d parameters, %.2f GB more on %s", self.decay, count, held / 1e9, device
-        )
+        count, device = sum(each.numel() for each in trained.values()), next(iter(trained.values())).device
+        said = "weights averaged with decay %g: %d parameters, %.2f GB more on %s"
+        logger.info(said, self.decay, count, self.held / 1e9, device)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the average."""
+        return sum(each.numel() * each.element_size() for each in self._trained().values())
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -125,7 +128,3 @@ def load_kept(model: nn.Module, folder: Path) -> None:
     if (folder / EMA_FILE).is_file():
         for name, value in read_average(model, folder).items():
             model.get_parameter(name).copy_(value)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

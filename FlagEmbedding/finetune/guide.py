@@ -44,8 +44,12 @@ class Guide:
         )
         self.lengths = (arguments.data.query_max_len, arguments.data.passage_max_len)
         self.instructions = (self.encoder.instruction("query", None), self.encoder.instruction("passage", None))
-        held = sum(each.numel() * each.element_size() for each in self.encoder.encoder.parameters())
-        logger.info("guide %s: %.1f GB beside the model", guide, held / 1e9)
+        logger.info("guide %s: %.2f GB beside the model", guide, self.held / 1e9)
+
+    @property
+    def held(self) -> int:
+        """Bytes of its weights."""
+        return sum(each.numel() * each.element_size() for each in self.encoder.encoder.parameters())
 
     def __call__(self, texts: Mapping[str, Sequence[str]]) -> Guided:
         """Unit vectors of ``texts["query"]`` and ``texts["passage"]``."""

@@ -5,6 +5,7 @@ The Trainer's own way copies some files of each checkpoint beside others of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
@@ -12,12 +13,10 @@ from FlagEmbedding.finetune.report.summary import TrainingSummary
 from FlagEmbedding.utils.distributed import is_main
 from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.hub import HubError, make_repository, upload, who_am_i
-from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-CARD = "README.md"
 _NOT_UPLOADED = ["checkpoint-*", "refresh/*", ".*", "*/.*"]
 
 
@@ -52,8 +51,11 @@ def make_target(training: RetrieverTrainingArguments) -> str:
         raise UsageError(f"--push_to_hub {name}: {error}") from error
 
 
-def upload_saved(summary: TrainingSummary) -> None:
-    """Upload the checkpoint of a run (main process), with a card where it has none.
+def upload_saved(summary: TrainingSummary, card: Callable[[str], object] | None) -> None:
+    """Upload the checkpoint of a run (main process).
+
+    Args:
+        card: writes the model card for the name that the model has on the hub.
 
     Raises:
         UserError: the hub did not take it; the checkpoint is on disk.
@@ -62,9 +64,8 @@ def upload_saved(summary: TrainingSummary) -> None:
     if not (training.push_to_hub and is_main()):
         return
     folder, name = Path(str(training.output_dir)), make_target(training)
-    if not (folder / CARD).exists():
-        with atomic_open(folder / CARD) as stream:
-            stream.write(_card(summary, name))
+    if card is not None:
+        card(name)
     try:
         address = upload(folder, name, training.hub_token, training.hub_revision, _NOT_UPLOADED)
     except HubError as error:
@@ -72,19 +73,3 @@ def upload_saved(summary: TrainingSummary) -> None:
             f"--push_to_hub {name}: {error}. The checkpoint is in {folder}: 'hf upload {name} {folder}' uploads it"
         ) from error
     logger.info("%s is uploaded: %s", folder, address)
-
-
-def _card(summary: TrainingSummary, name: str) -> str:
-    base = summary.arguments.model.model_name_or_path
-    origin = "" if Path(base).exists() else f"base_model: {base}\n"
-    return (
-        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-        f"tags:\n- feature-extraction\n- FlagEmbedding\n{origin}---\n\n"
-        f"# {name.rpartition('/')[2]}\n\nA retriever, trained for {summary.steps} steps (training_args.json).\n\n"
-        f"```python\n{_code(summary.usage(name))}\n```\n"
-    )
-
-
-def _code(usage: str) -> str:
-    lines = [line.strip() for line in usage.splitlines()[1:]]
-    return "\n".join("# or" if line == "or" else line for line in lines)

@@ -8,9 +8,10 @@ Shape legend: B queries, G passages each, M = B·G passages, K queries of negati
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ class Guided(NamedTuple):
 
     queries: Tensor
     passages: Tensor
+
+
+class GuideModel(Protocol):
+    """What a guide does; ``finetune.guide`` has it."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of its weights."""
+
+    def __call__(self, texts: Mapping[str, Sequence[str]]) -> Guided:
+        """Vectors of the plain texts of ``query`` and ``passage``."""
 
 
 @dataclass

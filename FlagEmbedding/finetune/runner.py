@@ -6,9 +6,11 @@ Each takes its group of options whole; nothing is copied field by field.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import transformers
 from transformers import set_seed
@@ -20,7 +22,7 @@ from FlagEmbedding.finetune.data.collator import TrainCollator
 from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
 from FlagEmbedding.finetune.hub_upload import check_upload, upload_saved
-from FlagEmbedding.finetune.report.settings import settings
+from FlagEmbedding.finetune.report.settings import block, settings_lines
 from FlagEmbedding.finetune.report.summary import TrainingSummary
 from FlagEmbedding.finetune.resume.checkpoints import begin, resumable, wants_to_resume
 from FlagEmbedding.finetune.resume.fingerprint import fingerprint
@@ -38,6 +40,7 @@ from FlagEmbedding.utils.processes import on_main
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
+Trained = TypeVar("Trained", bound=BiEncoderTrainer)
 
 
 @watched("The newest whole checkpoint goes on with --resume_from_checkpoint True")
@@ -46,6 +49,49 @@ def run(arguments: Arguments) -> TrainingSummary:
 
     Raises:
         UserError: contradicting options, unusable data (before the model is loaded), a loss that cannot go on.
+    """
+    training, output_dir = arguments.training, Path(str(arguments.training.output_dir))
+    candidates = ready(arguments)
+    trainer = build_trainer(arguments)
+    trainer.run, resume = begin(candidates, trainer.fingerprint, training)
+    trainer.train_arguments["run_id"], trainer.changed = trainer.run.id, training.resume_anyway
+    lines = settings_lines(trainer, arguments)
+    logger.info("%s", block("this run", lines))
+    stop, started = StopAtStep(), time.monotonic()
+    trainer.add_callback(stop)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if not stop.agreed:
+            with writing(output_dir, output_dir):
+                trainer.save_model()
+                trainer.save_state()
+    seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
+    history, steps, tokens = state.log_history, state.global_step, state.num_input_tokens_seen
+    summary = TrainingSummary(arguments, trainer.bare_model, history, seconds, steps, tokens, by)
+    if by:
+        return summary
+    dev, best = getattr(trainer, "dev", None), state.best_global_step
+    if arguments.evaluation.report and is_main():
+        # Imported last: it brings Jinja2, and matplotlib where that is installed.
+        from FlagEmbedding.finetune.report.change import measure_change
+        from FlagEmbedding.finetune.report.run_report import write_report
+
+        change = measure_change(trainer, arguments)
+        write_report(summary, dev, best, change)
+    card: Callable[..., Path] | None = None
+    if arguments.evaluation.model_card and is_main():
+        from FlagEmbedding.finetune.report.card import Outcome, write_card
+
+        card = partial(write_card, Outcome(summary, lines, dev, summary.kept_step(best)))
+        card()
+    upload_saved(summary, card)
+    return summary
+
+
+def ready(arguments: Arguments) -> list[Path]:
+    """What comes before anything is loaded: the checkpoints that a run may go on from, the newest first.
+
+    Raises ``UserError`` for what cannot work.
     """
     check_arguments(arguments)
     check_upload(arguments.training)
@@ -59,29 +105,7 @@ def run(arguments: Arguments) -> TrainingSummary:
     one_device(training)
     if is_main():
         transformers.utils.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
-    trainer = build_trainer(arguments)
-    trainer.run, resume = begin(candidates, trainer.fingerprint, training)
-    trainer.train_arguments["run_id"], trainer.changed = trainer.run.id, training.resume_anyway
-    logger.info("%s", settings(trainer, arguments))
-    stop, started = StopAtStep(), time.monotonic()
-    trainer.add_callback(stop)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        if not stop.agreed:
-            with writing(output_dir, output_dir):
-                trainer.save_model()
-                trainer.save_state()
-    seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
-    summary = TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step, by)
-    if by:
-        return summary
-    if arguments.evaluation.report and is_main():
-        # Imported last: it brings Jinja2, and matplotlib where that is installed.
-        from FlagEmbedding.finetune.report.run_report import write_report
-
-        write_report(summary, getattr(trainer, "dev", None), state.best_global_step)
-    upload_saved(summary)
-    return summary
+    return candidates
 
 
 def one_device(training: RetrieverTrainingArguments) -> None:
@@ -138,21 +162,27 @@ def make_sampler(arguments: Arguments, dataset: TrainDataset) -> TaskBatchSample
     )  # fmt: skip
 
 
-def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
-    """Everything that a run trains with: dataset, sampler, model, collator, and the Trainer that holds them."""
+def build_trainer(arguments: Arguments, kind: type[Trained] = BiEncoderTrainer) -> Trained:  # type: ignore[assignment]
+    """Everything that a run trains with: dataset, sampler, model, collator, and the Trainer that holds them.
+
+    Args:
+        kind: another Trainer, which evaluates nothing.
+    """
     training, engine = arguments.training, arguments.engine
     set_seed(training.seed)
     # Process 0 prepares the rows, the others then open what it wrote.
     with training.main_process_first(desc="reading the training data"):
         dataset = TrainDataset(arguments.data, training.sampling_seed)
     evaluates: dict[str, Any] = {}
-    trainer_class: type[BiEncoderTrainer] = BiEncoderTrainer
+    trainer_class: type[Any] = kind
     if arguments.evaluation.on:
         # Imported only where it is on: it brings evaluation and inference with it.
         from FlagEmbedding.finetune.dev.evaluation import dev_evaluation
         from FlagEmbedding.finetune.dev.trainer import DevTrainer
 
-        trainer_class, evaluates = DevTrainer, {"dev": dev_evaluation(arguments, dataset)}
+        dev = dev_evaluation(arguments, dataset)
+        if kind is BiEncoderTrainer:
+            trainer_class, evaluates = DevTrainer, {"dev": dev}
     sampler = make_sampler(arguments, dataset)
     if training.sharded and not training.sharded_by_layer:
         # FSDP1 and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
@@ -170,7 +200,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     arguments = as_the_model_says(arguments, model)
     check_lengths(arguments.data, model.tokenizer)
     dataset.options = arguments.data
-    trainer = trainer_class(
+    trainer: Trained = trainer_class(
         model=model,
         args=training,
         train_dataset=dataset,

@@ -34,9 +34,11 @@ from FlagEmbedding.finetune.resume.interrupt import outlive_signals
 from FlagEmbedding.finetune.resume.loss_window import LossWindow
 from FlagEmbedding.finetune.resume.runs import STATE_FILE, Run, keep_newest, new_id, publish, writing
 from FlagEmbedding.finetune.router_monitor import RouterMonitor, is_logged
+from FlagEmbedding.finetune.trackers import tell
 from FlagEmbedding.finetune.watch import LossWatch
 from FlagEmbedding.modeling.backbone import load_trained_state
 from FlagEmbedding.modeling.sharding import let_packed
+from FlagEmbedding.modeling.tokens import TokenBatch
 from FlagEmbedding.utils.distributed import gather_objects, rank, world_size
 from FlagEmbedding.utils.errors import UserError
 from FlagEmbedding.utils.io import write_json_atomic
@@ -96,6 +98,7 @@ class BiEncoderTrainer(Trainer):
         super().__init__(**kwargs)
         self.batch_sampler, self.train_arguments = batch_sampler, train_arguments
         self.fingerprint, self.run, self.changed = fingerprint, Run(new_id(), fingerprint.record()), False
+        self._tokens = 0  # of this process since they were last added up
         self._turn = (-1, -1)  # optimizer step, and which of its batches this process had last
         self._draft: Path | None = None  # where a checkpoint is being written
         self.window, self.router = LossWindow(), RouterMonitor()
@@ -113,7 +116,9 @@ class BiEncoderTrainer(Trainer):
             self.add_callback(_RestoreWindow(self, Path(resume_from_checkpoint)))
             if self.average is not None:
                 self.average.load(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._count_tokens()
+        return result
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of our sampler; accelerate gives every process its share of them."""
@@ -180,6 +185,7 @@ class BiEncoderTrainer(Trainer):
     ) -> Any:  # fmt: skip
         """The model's objective; its terms go to the log, its rows into the message when it breaks."""
         rows = inputs.pop("rows", [])
+        self._tokens += sum(sum(batch.lengths) for batch in inputs.values() if isinstance(batch, TokenBatch))
         if self.bare_model.has_experts:
             self.router.start_probe(self.bare_model, inputs["passage"])
             self.bare_model.all_terms = is_logged(self.args, self.state)
@@ -204,6 +210,7 @@ class BiEncoderTrainer(Trainer):
         self.watch.settle()
         details: dict[str, Any] = {}
         if "loss" in logs:
+            self._count_tokens()
             logs |= self.window.flush(self.accelerator)
             if self.bare_model.has_experts:
                 summary = self.router.summary(self.bare_model)
@@ -211,6 +218,13 @@ class BiEncoderTrainer(Trainer):
                 logs |= {key: value for key, value in summary.items() if key not in details}
         super().log(logs, start_time)
         self.state.log_history[-1].update(details)
+        if details and self.args.report_to:
+            tell(self.callback_handler.callbacks, details, self.args, self.state, self.control, model=self.bare_model)
+
+    def _count_tokens(self) -> None:
+        """Add what all processes have encoded to the state, which travels with checkpoints."""
+        own, self._tokens = self._tokens, 0
+        self.state.num_input_tokens_seen += sum(gather_objects(own))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -237,6 +251,7 @@ class BiEncoderTrainer(Trainer):
         output_dir = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         totals = self.window.totals(self.accelerator)
+        self._count_tokens()
         loss_sum = float(self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean"))
         self._draft = self.run.draft(output_dir)
         folder = self._draft / name

@@ -47,15 +47,12 @@ def score_rows(given: ScoreRowsArguments, options: RerankerArguments, output: Ou
     reranker = Reranker(options, hub)
     model = model_fingerprint(name) if Path(name).is_dir() else name
     identity = {"inputs": [file["sha256"] for file in fingerprints(files)], **asdict(options), "model": model}
-    with (
-        Job(output.path, identity, overwrite=output.overwrite) as job,
-        progress("scores", total=total, done=job.done) as bar,
-    ):
-        for row, record in islice(valid_rows(files, Problems()), job.done, None):
+    with Job(output.path, identity, overwrite=output.overwrite) as job:
+        left = islice(valid_rows(files, Problems()), job.done, None)
+        for row, record in progress("scores", left, total=total, done=job.done):
             scores = reranker.score(record.query, [*record.pos, *record.neg])
             count = len(record.pos)
             job.add([{**row, "pos_scores": scores[:count], "neg_scores": scores[count:]}])
-            bar.update()
         return job.finish()
 
 

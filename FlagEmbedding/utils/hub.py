@@ -20,7 +20,7 @@ from FlagEmbedding.utils.logging import get_logger
 logger = get_logger(__name__)
 
 # What a model's snapshot needs; the rest of a repository (ONNX, images) may be gigabytes.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "*_Pooling/*", "*_Dense/*")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "*_Pooling/*", "*_Dense/*", "README.md")
 
 
 _WAITS = (1, 4)  # seconds before a busy hub is asked again

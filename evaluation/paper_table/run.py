@@ -1,4 +1,4 @@
-"""Run a cell's commands one after the other, with time and peak memory of each, and remember what is done.
+"""Run a cell's commands one after the other, and remember what is done.
 
 A stage's record is written when its command has ended well, so a killed run starts again at the stage it was in (and
 step 0 goes on inside it). What a stage read has changed: it is run again, and everything after it.
@@ -7,26 +7,17 @@ step 0 goes on inside it). What a stage read has changed: it is run again, and e
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import shutil
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from FlagEmbedding.utils.commands import run_command
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
-from paper_table import measured
 from paper_table.plan import STAGES, Cell, Options
 
 logger = get_logger(f"FlagEmbedding.{__name__}")
-_GPU_SECONDS = 1.0
 
 
 def run_cell(
@@ -77,68 +68,3 @@ def _clear(options: Options, cell: Cell, stage: str) -> None:
         shutil.rmtree(options.encoder(cell), ignore_errors=True)
     elif stage in ("search", "score"):
         options.product(cell, stage).unlink(missing_ok=True)
-
-
-def run_command(command: list[str], log: Path, what: str) -> dict[str, Any]:
-    """Run ``command`` with its output in ``log``: seconds, peak memory of its largest process, GPU memory if any."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    peak = log.with_suffix(".peak")
-    words = [sys.executable, "-I", "-S", measured.__file__, str(peak), *command]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    started = time.monotonic()
-    with open(log, "w", encoding="utf-8") as stream:
-        stream.write(f"$ {shlex.join(command)}\n")
-        stream.flush()
-        channels: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        with _gpu_memory() as gpu_memory, subprocess.Popen(words, env=environment, **channels) as process:
-            try:
-                process.wait()
-            except BaseException:
-                process.terminate()  # which ends the command, too
-                raise
-    if process.returncode != 0:
-        killed = ", killed: out of memory?" if process.returncode == 137 else ""
-        raise DataError(f"{what} failed (exit {process.returncode}{killed}): {last_words(log)}; all of it in {log}")
-    kilobytes = int(peak.read_text()) / (1024 if sys.platform == "darwin" else 1)
-    peak.unlink()
-    seconds = round(time.monotonic() - started, 2)
-    found = {"command": shlex.join(command), "seconds": seconds, "peak_rss_mb": round(kilobytes / 1024)}
-    return {**found, "peak_gpu_mb": max(gpu_memory)} if gpu_memory else found
-
-
-def last_words(log: Path) -> str:
-    """The last ``error:`` line of a log, else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["no output"])[-1]
-
-
-@contextmanager
-def _gpu_memory() -> Iterator[list[int]]:
-    """Memory in use on the visible NVIDIA GPUs (all processes, MiB) each second of the block; empty without any."""
-    readings: list[int] = []
-    stop = threading.Event()
-
-    def watch() -> None:
-        while (used := gpu_memory_mb()) is not None:
-            readings.append(used)
-            if stop.wait(_GPU_SECONDS):
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield readings
-    finally:
-        stop.set()
-        thread.join()
-
-
-def gpu_memory_mb() -> int | None:
-    """Memory in use on all NVIDIA GPUs in MiB, as nvidia-smi says; None where it cannot say."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return sum(int(line) for line in answer.stdout.split())
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None

@@ -291,13 +291,14 @@ def take(loader: Any, count: int) -> Iterator[dict[str, Any]]:
 
 
 def test_no_field_is_left_out() -> None:
-    assert_complete(GROUPS, CASES, {"report": "what is written when a run ends: test_report.py", **ELSEWHERE})
+    at_the_end = {"report": "test_report.py", "model_card": "test_model_card.py", "license": "test_model_card.py"}
+    assert_complete(GROUPS, CASES, at_the_end | ELSEWHERE)
     ours = {f for f in RetrieverTrainingArguments.__annotations__ if f not in TRAINING}
     # Three are Hugging Face's with another default.
     assert ours == {
         "remove_unused_columns", "logging_nan_inf_filter", "ddp_find_unused_parameters",
-        # test_runs.py, test_same_run.py
-        "overwrite_output_dir", "resume_anyway",
+        # test_runs.py, test_same_run.py, test_plan.py
+        "overwrite_output_dir", "resume_anyway", "plan",
     }  # fmt: skip
     assert set(TRAINING) - {"warmup_ratio", "global_batch_size", "ema_decay"} <= set(
         TrainingArguments.__dataclass_fields__
@@ -347,7 +348,7 @@ def test_every_option_is_harmless_or_decides() -> None:
     ours = {f.name for group in GROUPS for f in fields(group)}
     assert {name for name in ours if kind_of(name) == "harmless"} == {
         "cache_dir", "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "eval_data_dir",
-        "early_stopping_patience", "report",
+        "early_stopping_patience", "report", "model_card", "license",
     }  # fmt: skip
     assert {name for name in {*ours, *training} if kind_of(name) == "meaning"} == {
         "train_data", "refresh_corpus", "model_name_or_path", "config_name", "tokenizer_name", "num_train_epochs",
@@ -356,7 +357,7 @@ def test_every_option_is_harmless_or_decides() -> None:
     }  # fmt: skip
     assert {name for name in training if kind_of(name) == "call"} == {
         "resume_from_checkpoint", "resume_anyway", "overwrite_output_dir", "local_rank", "hub_token",
-        "enable_jit_checkpoint",
+        "enable_jit_checkpoint", "plan",
     }  # fmt: skip
 
 

@@ -51,6 +51,10 @@ class EvaluationArguments:
     early_stopping_patience: int = option(0, "Stop after so many evaluations in a row without a new best; 0: never.")
 
     report: bool = switch(True, "Write report.md and report.png into the output folder when the run ends.")
+    model_card: bool = switch(True, "Write README.md, a model card for the hub; one that somebody wrote stays.")
+    license: str | None = option(
+        None, "Licence that the model card names; default: the base's, where its card says it."
+    )
 
     def __post_init__(self) -> None:
         if self.eval_data_dir and self.eval_rows is not None:
@@ -73,8 +77,10 @@ class EvaluationArguments:
 
     def _without_effect(self) -> Iterator[str]:
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        needs = dict.fromkeys(set(defaults) - {"report"}, ("--eval_data_dir or --eval_rows", self.on))
+        outcome = {"report", "model_card", "license"}
+        needs = dict.fromkeys(set(defaults) - outcome, ("--eval_data_dir or --eval_rows", self.on))
         needs |= dict.fromkeys(("eval_pool_random", "eval_pool_mined"), ("--eval_corpus pool", self.pool))
+        needs["license"] = ("--model_card", self.model_card)
         needs["eval_split"] = needs["eval_with_title"] = ("--eval_data_dir", bool(self.eval_data_dir))
         if self.eval_rows is not None:
             needs["eval_pool_mined"] = ("--eval_data_dir", False)

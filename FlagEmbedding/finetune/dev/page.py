@@ -21,7 +21,7 @@ from FlagEmbedding.utils.pages import printable, render
 logger = get_logger(__name__)
 
 PAGE = "dev.html"
-MOST = 1_000  # queries on the page, those that changed most
+MOST = 20_000  # queries on the page, those that changed most
 _LENGTH = 600  # columns of a passage
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 # Characters that end a script, begin a comment, or end a line within JavaScript's text.
@@ -62,7 +62,7 @@ def _data(dev: DevEvaluation, base: Evaluated, tuned: Evaluated) -> dict[str, An
             judged = each.qrels[qid]
             values = [of.system.languages[each.name].values[key][qid] for of in (base, tuned)]
             found = [of.hits[each.name].get(qid, []) for of in (base, tuned)]
-            sides = [[[docid, judged.get(docid, 0)] for docid in side] for side in found]
+            sides = [[[docid, judged.get(docid)] for docid in side] for side in found]
             query = printable(each.topics.get(qid, ""))
             queries.append({"lang": each.name, "qid": qid, "query": query, "values": values, "hits": sides})
     every = len(queries)

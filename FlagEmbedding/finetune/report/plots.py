@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from FlagEmbedding.evaluation.plots import COLORS, GRAY, INK, pyplot, save, tidy
 from FlagEmbedding.finetune.report.summary import term_names
 
+if TYPE_CHECKING:
+    from FlagEmbedding.finetune.report.change import Change
+
 _WIDE, _HIGH, _COLUMNS = 4.6, 3.3, 3
+_MOST_WRITTEN = 128  # cells of a heatmap in which the share can be read
 
 
-def plot_run(path: Path, history: list[dict[str, Any]], main_key: str, best_step: int | None) -> bool:
+def plot_run(
+    path: Path, history: list[dict[str, Any]], main_key: str, best_step: int | None, change: Change | None = None
+) -> bool:
     """Draw one panel for each thing that the log tells; False where it tells nothing.
 
     Args:
         main_key: log key of the dev measure that decides; empty without dev queries.
+        change: between base and what is kept.
 
     Raises:
         UsageError: matplotlib is not installed.
     """
     plt = pyplot()
     panels = _panels(history, main_key, best_step)
+    if change is not None:
+        panels += [partial(_margins, change)] if change.before.margins.size else []
+        panels.append(partial(_moved, change))
     if not panels:
         return False
     columns = min(_COLUMNS, len(panels))
@@ -92,6 +102,37 @@ def _loads(line: dict[str, Any], figure: Any, axis: Any) -> None:
     axis.set(xlabel="expert", ylabel="layer", xticks=range(loads.shape[1]), yticks=range(loads.shape[0]))
     axis.set_title(f"router load at step {line['step']} (% of the choices)", fontsize=10, color=INK)
     figure.colorbar(image, ax=axis)
+    if loads.size <= _MOST_WRITTEN:
+        for (layer, expert), share in np.ndenumerate(loads):
+            color = "white" if share < 0.6 * loads.max() else INK
+            axis.text(expert, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
+
+
+def _margins(change: Change, figure: Any, axis: Any) -> None:
+    """How far positives are above their negatives, before and after, in the same bins."""
+    both = {"base": (change.before, GRAY), "kept": (change.after, COLORS[3])}
+    values = np.concatenate([each.margins.ravel() for each, _ in both.values()])
+    bins = np.linspace(values.min(), values.max(), 31) if values.max() > values.min() else 3
+    for name, (each, color) in both.items():
+        filled = {"histtype": "stepfilled", "alpha": 0.7} if name == "base" else {"histtype": "step", "lw": 2}
+        label = f"{name}, median {np.median(each.margins):+.3f}"
+        axis.hist(each.margins.ravel(), bins, color=color, label=label, **filled)
+    axis.axvline(0, color=INK, linewidth=1)
+    axis.legend(frameon=False, fontsize=8)
+    tidy(axis, "y")
+    axis.set_title(f"positive minus negative, {len(change.before.margins)} training rows", fontsize=10, color=INK)
+    axis.set_xlabel("margin", fontsize=9)
+    axis.set_ylabel("negatives", fontsize=9)
+
+
+def _moved(change: Change, figure: Any, axis: Any) -> None:
+    parts = change.parts[::-1]
+    bars = axis.barh([each.name for each in parts], [100 * each.moved for each in parts], color=COLORS[3], height=0.6)
+    axis.bar_label(bars, fmt="%.2g", fontsize=8, padding=2, color=INK)
+    axis.margins(x=0.15)
+    tidy(axis, "x")
+    axis.set_title("how far the weights moved", fontsize=10, color=INK)
+    axis.set_xlabel("% of their norm", fontsize=9)
 
 
 def _finish(axis: Any, title: str) -> None:

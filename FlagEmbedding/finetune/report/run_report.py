@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from FlagEmbedding.evaluation.tables import points, shorten, signed_points
 from FlagEmbedding.finetune.report.summary import TERMS, TrainingSummary, term_names
 from FlagEmbedding.utils.errors import DataError, UsageError
@@ -17,8 +19,9 @@ from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.pages import literal, render, table
 
 if TYPE_CHECKING:
-    from FlagEmbedding.evaluation.report import Change
+    from FlagEmbedding.evaluation.report import Change as ChangedQuery
     from FlagEmbedding.finetune.dev.evaluation import DevEvaluation
+    from FlagEmbedding.finetune.report.change import Change
 
 logger = get_logger(__name__)
 
@@ -26,18 +29,21 @@ PAGE, PICTURE = "report.md", "report.png"
 _TEMPLATE = Path(__file__).with_name("run_report.md.j2")
 
 
-def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step: int | None) -> Path:
+def write_report(
+    summary: TrainingSummary, dev: DevEvaluation | None, best_step: int | None, change: Change | None
+) -> Path:
     """Write the page and its picture into the output folder; returns the page's path.
 
     Args:
         dev: the run's dev queries, where it had any.
         best_step: of the best evaluation (0: the base), where there was one.
+        change: between the base and what is kept.
 
     Raises:
         DataError: the folder cannot be written to.
     """
     folder = Path(str(summary.arguments.training.output_dir))
-    kept = _kept_step(summary, best_step)
+    kept = summary.kept_step(best_step)
     values = {
         "arguments": summary.arguments,
         "steps": summary.steps,
@@ -47,12 +53,16 @@ def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step:
         "pooled": dev is not None and dev.options.pool,
         "best_step": best_step,
         "kept": kept,
+        "change": change,
+        "parts": "" if change is None else _parts(change),
+        "moved": "" if change is None else _moved(change),
+        "tokens": summary.tokens,
         "changes": _changes(dev, kept or summary.steps),  # of a run that helped nothing: what it did
         "routers": _routers(summary.history),
-        "usage": summary.usage(),
+        "usage": summary.usage().every(),
     }
     try:
-        values["picture"] = PICTURE if _draw(folder / PICTURE, summary.history, dev, best_step) else None
+        values["picture"] = PICTURE if _draw(folder / PICTURE, summary, dev, best_step, change) else None
         with atomic_open(folder / PAGE) as stream:
             stream.write(render(_TEMPLATE, **values).rstrip() + "\n")
     except OSError as error:
@@ -65,21 +75,17 @@ def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step:
     return folder / PAGE
 
 
-def _draw(path: Path, history: list[dict[str, Any]], dev: DevEvaluation | None, best_step: int | None) -> bool:
+def _draw(
+    path: Path, summary: TrainingSummary, dev: DevEvaluation | None, best_step: int | None, change: Change | None
+) -> bool:
     from FlagEmbedding.finetune.report.plots import plot_run
 
     path.unlink(missing_ok=True)  # an older run's picture never stands beside this page
     try:
-        return plot_run(path, history, "" if dev is None else dev.main_key, best_step)
+        return plot_run(path, summary.history, "" if dev is None else dev.main_key, best_step, change)
     except UsageError as error:
         logger.warning("the report has no picture: %s", error)
         return False
-
-
-def _kept_step(summary: TrainingSummary, best_step: int | None) -> int:
-    """The step whose weights the run left."""
-    loaded = summary.arguments.training.load_best_model_at_end and best_step is not None
-    return best_step if loaded and best_step is not None else summary.steps
 
 
 def _losses(history: list[dict[str, Any]]) -> str:
@@ -140,7 +146,7 @@ def _changes(dev: DevEvaluation | None, step: int) -> list[dict[str, Any]]:
     ]
 
 
-def _shown(change: Change, topics: dict[str, dict[str, str]], texts: dict[str, dict[str, str]]) -> dict[str, Any]:
+def _shown(change: ChangedQuery, topics: dict[str, dict[str, str]], texts: dict[str, dict[str, str]]) -> dict[str, Any]:
     """A query and what was found for it, as the page shows them."""
     hits = {
         name.replace("first hit of step", "first hit at step"): literal(shorten(texts[change.lang].get(docid, ""), 200))
@@ -155,6 +161,22 @@ def _shown(change: Change, topics: dict[str, dict[str, str]], texts: dict[str, d
         "ranks": " → ".join("none" if rank is None else str(rank) for rank in change.ranks),
         "hits": hits,
     }
+
+
+def _parts(change: Change) -> str:
+    rows = [[each.name, each.parameters, f"{each.moved:.2%}"] for each in change.parts]
+    return table(["part", "trained parameters", "moved by"], rows, [1, 2])
+
+
+def _moved(change: Change) -> str:
+    """Vectors and margins of the sampled rows, before and after."""
+    both = (change.before, change.after)
+    rows = [[f"cosine of {n} with themselves", "1", f"{change.cosine(n):.4f}"] for n in ("queries", "passages")]
+    if change.before.margins.size:
+        rows.append(["margin over all negatives, median", *(f"{np.median(each.margins):+.4f}" for each in both)])
+        rows.append(["margin over the hardest, median", *(f"{np.median(each.hardest):+.4f}" for each in both)])
+        rows.append(["rows with a negative above", *(f"{(each.hardest < 0).mean():.1%}" for each in both)])
+    return table([f"{len(change.before.queries)} training rows", "base", "kept"], rows, [1, 2])
 
 
 def _routers(history: list[dict[str, Any]]) -> str:

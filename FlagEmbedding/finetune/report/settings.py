@@ -7,20 +7,34 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import Any
 
-from FlagEmbedding.finetune.arguments import Arguments
+from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.utils.provenance import STRUCK
 
 # Named in a line of their own, or set by the machine.
 _NOT_LISTED = {
     "model_name_or_path", "train_data", "output_dir", "use_cpu", "dataloader_pin_memory", "accelerator_config",
-    "gradient_checkpointing", "warmup_ratio", "do_train",
+    "gradient_checkpointing", "warmup_ratio", "do_train", "plan",
 }  # fmt: skip
 _NOTHING: tuple[Any, ...] = (None, False, "", "no", "none", [], {})
 
 
-def settings(trainer: BiEncoderTrainer, arguments: Arguments) -> str:
-    """The block, of what was built from ``arguments``."""
+def block(title: str, lines: dict[str, str]) -> str:
+    """One line each, below a title."""
+    width = max(map(len, lines))
+    return f"{title}:" + "".join(f"\n  {name:{width}}  {text}" for name, text in lines.items())
+
+
+def planned_steps(trainer: BiEncoderTrainer, training: RetrieverTrainingArguments) -> tuple[int, int]:
+    """Optimizer steps of the whole run, and of one epoch."""
+    per_step = training.world_size * training.gradient_accumulation_steps
+    per_epoch = max(1, math.ceil(len(trainer.batch_sampler) / per_step))
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    return steps, per_epoch
+
+
+def settings_lines(trainer: BiEncoderTrainer, arguments: Arguments) -> dict[str, str]:
+    """What the block says of what was built from ``arguments``, by the names of its lines."""
     model, training = trainer.bare_model, arguments.training
     dataset = trainer.batch_sampler.dataset
     data = dataset.options  # with lengths cut to the model's positions
@@ -31,12 +45,11 @@ def settings(trainer: BiEncoderTrainer, arguments: Arguments) -> str:
         training.world_size,
         training.gradient_accumulation_steps,
     )
-    per_epoch = max(1, math.ceil(len(trainer.batch_sampler) // world / times))
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    steps, per_epoch = planned_steps(trainer, training)
     vectors = f"{model.pooling}, {'' if model.normalize else 'not '}normalized, {training.dtype_name}"
     schedule = f"{_name(training.lr_scheduler_type)}, {training.get_warmup_steps(steps):,} of warmup"
     passages = f"{data.passage_max_len} of each of {data.train_group_size} passages"
-    lines = {
+    return {
         "model": f"{arguments.model.model_name_or_path} ({vectors})",
         "trained": f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters",
         "rows": f"{rows:,} of {', '.join(data.train_data)}, as {len(dataset.tasks)} task(s)",
@@ -44,10 +57,8 @@ def settings(trainer: BiEncoderTrainer, arguments: Arguments) -> str:
         "step": f"{batch * world * times:,} queries: {batch} at a time x {world} process(es) x {times} accumulated",
         "steps": f"{steps:,}, {per_epoch:,} per epoch; rate {training.learning_rate:g}, {schedule}",
         "output": f"{training.output_dir}, checkpoints {_when(training)}",
-        "changed": " ".join(_changed(arguments)) or "nothing",
+        "changed": " ".join(changed(arguments)) or "nothing",
     }
-    width = max(map(len, lines))
-    return "this run:" + "".join(f"\n  {name:{width}}  {text}" for name, text in lines.items())
 
 
 def _when(training: Any) -> str:
@@ -56,7 +67,7 @@ def _when(training: Any) -> str:
     return "at the end alone" if strategy == "no" else every
 
 
-def _changed(arguments: Arguments) -> Iterator[str]:
+def changed(arguments: Arguments) -> Iterator[str]:
     """Every flag that does not say its default, as it would be written."""
     for group in vars(arguments).values():
         for each in fields(group):

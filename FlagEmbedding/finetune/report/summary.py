@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
+from FlagEmbedding.finetune.report.usage import Usage
 
 TERMS = {
     "loss": "loss (what is minimized)",
@@ -41,6 +42,7 @@ class TrainingSummary:
         model: what was trained.
         history: the Trainer's log lines.
         seconds, steps: duration of this call and optimizer steps of the whole run.
+        tokens: encoded in the whole run, by all processes.
         signal: the number of the signal that ended it before its last step; 0: none.
     """
 
@@ -49,6 +51,7 @@ class TrainingSummary:
     history: list[dict[str, Any]]
     seconds: float
     steps: int
+    tokens: int = 0
     signal: int = 0
 
     @property
@@ -68,7 +71,7 @@ class TrainingSummary:
         if routed:
             print(_router_table(routed[-1]))
         folder = self.arguments.training.output_dir
-        print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {folder}\n{self.usage()}")
+        print(f"\n{self.steps} steps in {self.seconds:.1f} s. Checkpoint: {folder}\n{self.usage().printed()}")
 
     def stopped(self) -> str:
         """Where a run ended that a signal ended, and how it goes on."""
@@ -78,28 +81,22 @@ class TrainingSummary:
             return f"{line}it cannot be gone on from, as --save_only_model leaves out the optimizer's state"
         return f"{line}the same command with --resume_from_checkpoint True goes on from there"
 
-    def usage(self, place: str | None = None) -> str:
-        """How to use the checkpoint, which says itself how its vectors are made and what stands before a text.
+    def kept_step(self, best_step: int | None) -> int:
+        """The step whose weights the run left.
+
+        Args:
+            best_step: of the best evaluation, where there was one.
+        """
+        loaded = self.arguments.training.load_best_model_at_end and best_step is not None
+        return best_step if loaded and best_step is not None else self.steps
+
+    def usage(self, place: str | None = None) -> Usage:
+        """How to use the checkpoint.
 
         Args:
             place: where it is; None: in ``--output_dir``.
         """
-        folder = repr(place or str(self.arguments.training.output_dir))
-        instructions = "".join(
-            f", {role}_instruction_for_retrieval={text!r}"
-            for role, text in vars(self.model.instructions).items()
-            if text is not None
-        )
-        remote = ", trust_remote_code=True" if self.model.has_experts else ""
-        return (
-            f"Use it:\n"
-            f"  from FlagEmbedding import FlagModel\n"
-            f"  model = FlagModel({folder}, pooling_method={self.model.pooling!r}, "
-            f"normalize_embeddings={self.model.normalize}{instructions})\n"
-            f"  model.encode_queries(['…']) @ model.encode_corpus(['…', '…']).T\n"
-            f"or\n"
-            f"  SentenceTransformer({folder}{remote})"
-        )
+        return Usage(place or str(self.arguments.training.output_dir), self.model)
 
 
 def _loss_table(first: dict[str, Any], last: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from FlagEmbedding.finetune.arguments import RetrieverTrainingArguments
 from FlagEmbedding.finetune.resume.fingerprint import Differences, Fingerprint, compare
@@ -71,6 +72,13 @@ def wants_to_resume(resume: str | bool | None) -> bool:
     return resume is not None and str(resume).lower() not in _NO
 
 
+def would_begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTrainingArguments) -> Path | None:
+    """The checkpoint that :func:`begin` would go on from, refused as there; nothing is changed."""
+    folder, _ = _choose(candidates, here, training.resume_anyway)
+    _others(folder, None if folder is None else read_record(folder), training)
+    return folder
+
+
 def begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTrainingArguments) -> Start:
     """The run that starts or goes on now, and the checkpoint that it goes on from, the same for all processes.
 
@@ -90,10 +98,7 @@ def _begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTra
     folder, found = _choose(candidates, here, training.resume_anyway)
     record = None if folder is None else read_record(folder)
     run = Run(new_id() if record is None else str(record["run_id"]), here.record())
-    output_dir, overwrite = Path(str(training.output_dir)), training.overwrite_output_dir
-    others = foreign(output_dir, None if not wants_to_resume(training.resume_from_checkpoint) else run.id)
-    others = [other for other in others if folder is None or other.resolve() != folder.resolve()]
-    refuse_foreign(output_dir, others, overwrite)
+    others = _others(folder, record, training)
     if record is not None and folder is not None:
         run.changes = [*record["changes"]]
         if found.refused:
@@ -107,6 +112,16 @@ def _begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTra
     for other in others:
         remove_checkpoint(other)
     return run, folder
+
+
+def _others(folder: Path | None, record: dict[str, Any] | None, training: RetrieverTrainingArguments) -> list[Path]:
+    """Checkpoints of other runs in the output folder, which a run that goes on from ``folder`` removes, or refuses."""
+    own = "" if record is None else str(record["run_id"])
+    output_dir = Path(str(training.output_dir))
+    others = foreign(output_dir, own if wants_to_resume(training.resume_from_checkpoint) else None)
+    others = [other for other in others if folder is None or other.resolve() != folder.resolve()]
+    refuse_foreign(output_dir, others, training.overwrite_output_dir)
+    return others
 
 
 def _choose(candidates: Sequence[Path], here: Fingerprint, anyway: bool) -> tuple[Path | None, Differences]:

@@ -26,7 +26,7 @@ Kind = Literal["call", "meaning", "harmless", "decisive", "fixed"]
 
 _CALL = {
     "resume_from_checkpoint", "resume_anyway", "overwrite_output_dir", "local_rank", "hub_token",
-    "enable_jit_checkpoint",
+    "enable_jit_checkpoint", "plan",
 }  # fmt: skip
 _MEANING = {
     "train_data", "refresh_corpus", "model_name_or_path", "config_name", "tokenizer_name", "num_train_epochs",
@@ -43,7 +43,7 @@ _HARMLESS = {
     "skip_memory_metrics", "push_to_hub", "load_best_model_at_end", "greater_is_better",
     "include_num_input_tokens_seen", "include_for_metrics", "prediction_loss_only", "batch_eval_metrics",
     "label_names", "length_column_name", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size",
-    "bf16_full_eval", "fp16_full_eval", "early_stopping_patience", "report",
+    "bf16_full_eval", "fp16_full_eval", "early_stopping_patience", "report", "model_card", "license",
     # how the same numbers are computed: beyond rounding no result depends on these
     "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
