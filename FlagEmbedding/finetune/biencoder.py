@@ -30,6 +30,8 @@ from FlagEmbedding.losses.objective import (
     retrieval_objective,
 )
 from FlagEmbedding.losses.penalty import clp_penalty
+from FlagEmbedding.modeling.adapter_options import LoraOptions
+from FlagEmbedding.modeling.adapters import AdapterSource, add_adapters
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
@@ -72,6 +74,10 @@ class BiEncoder(M3Encoder):
         objective: what is minimized. Without normalized vectors the temperature is 1.
         engine: how the encoder is computed.
         config: another configuration than ``model`` names.
+        lora: adapters that train in the place of the weights; None: none.
+
+    Attributes:
+        adapter: with adapters, how they are saved.
 
     Raises:
         UsageError: options that contradict each other or the checkpoint.
@@ -87,6 +93,7 @@ class BiEncoder(M3Encoder):
         objective: ObjectiveArguments,
         engine: EngineConfig | None = None,
         config: PreTrainedConfig | None = None,
+        lora: LoraOptions | None = None,
     ) -> None:
         source, cache = model.model_name_or_path, model.cache_dir
         backbone = load_backbone(source, moe=experts, config=config or model.config_name, cache_dir=cache)
@@ -117,7 +124,19 @@ class BiEncoder(M3Encoder):
         self.all_rows = objective.has_router_loss
         self.all_terms = True  # False: router losses without a weight, which are only logged, are left out
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
-        select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
+        self.adapter: AdapterSource | None = None
+        if lora is not None and lora.lora_r:
+            self._adapt(lora, experts, source)
+        else:
+            select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
+
+    def _adapt(self, lora: LoraOptions, experts: MoEConfig, source: str) -> None:
+        """Adapters and heads train, ``Dense`` modules do not."""
+        add_adapters(self.model, lora, experts.only_train)
+        self.projections.requires_grad_(False)
+        # A folder by its whole path: the adapter is loaded from elsewhere later.
+        base = str(Path(source).resolve()) if Path(source).is_dir() else source
+        self.adapter = AdapterSource(base, alone=lora.lora_save == "adapter")
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

@@ -14,6 +14,7 @@ from typing import Any
 
 from FlagEmbedding.finetune.arguments import Arguments, DataArguments
 from FlagEmbedding.finetune.hugging_face import try_out
+from FlagEmbedding.modeling.adapters import require_peft
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -23,7 +24,7 @@ logger = get_logger(__name__)
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ``UsageError`` naming the first contradiction; warn of what merely has no effect."""
-    for rules in (_numbers, _places, _trained_parts, _objective, _training, _refresh):
+    for rules in (_numbers, _places, _trained_parts, _lora, _objective, _training, _refresh):
         for complaint in rules(arguments):
             raise UsageError(complaint)
     if arguments.model.normalize_embeddings is False and arguments.objective.temperature != 1.0:
@@ -146,6 +147,25 @@ def _trained_parts(a: Arguments) -> Iterator[str]:
         yield f"--fix_encoder freezes what --{frozen} would train: give one of them"
     if a.experts.only_train and a.model.fix_position_embedding:
         yield "--fix_position_embedding has no effect with --only_train, which freezes all embeddings: leave it out"
+
+
+def _lora(a: Arguments) -> Iterator[str]:
+    if not a.lora.lora_r:
+        return
+    require_peft("--lora_r")
+    if a.training.sharded:
+        yield "--lora_r does not work with --fsdp or --deepspeed: adapters are small, each process holds them whole"
+    if a.model.fix_encoder:
+        yield "--lora_r adapts the encoder, which --fix_encoder freezes: give one of them"
+    if a.model.fix_position_embedding:
+        yield "--fix_position_embedding has no effect with --lora_r, which freezes all embeddings: leave it out"
+    if a.experts.moe and set(a.lora.lora_target) == {"attention"}:
+        yield f"--moe {a.experts.moe} with --lora_target attention leaves all experts the same: say ffn or all"
+    if a.experts.moe and a.experts.num_experts > 1 and a.lora.lora_save == "adapter":
+        yield (
+            f"--lora_save adapter names a base to go into, which has no experts where --moe {a.experts.moe} makes "
+            "them: say --lora_save merged"
+        )
 
 
 def _objective(a: Arguments) -> Iterator[str]:

@@ -157,7 +157,7 @@ def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
     if training.sharded and not training.sharded_by_layer:
         # FSDP1 and ZeRO-3 gather a layer's weights in its own forward, which the packed engine goes around.
         engine = replace(engine, engine="padded")
-    model = BiEncoder(arguments.model, arguments.experts, arguments.objective, engine)
+    model = BiEncoder(arguments.model, arguments.experts, arguments.objective, engine, lora=arguments.lora)
     model.sharded = training.sharded
     check_router(arguments, model.num_experts_per_tok)
     arguments = as_the_model_says(arguments, model)
