@@ -229,4 +229,4 @@ def merge_adapter(backbone: PreTrainedModel, folder: Path, dtype: torch.dtype) -
     except Exception as error:  # PEFT's own code for a kind of adapter, which may raise anything
         raise DataError(f"{folder}: this adapter does not go into its base: {first_line(error)[:300]}") from error
     logger.info("%s: an adapter, merged into its base", folder)
-    return backbone.requires_grad_(True).to(dtype)  # type: ignore[arg-type]
+    return backbone.requires_grad_(True).to(dtype)  # type: ignore[arg-type,no-any-return]

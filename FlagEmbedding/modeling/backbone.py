@@ -380,7 +380,8 @@ def _move_into_place(draft: Path, target: Path) -> None:
     owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, interchange.PROMPTS_FILE}
     stale = [target / name for name in owned]
     stale += [*target.glob("model-*-of-*.safetensors"), *target.glob("pytorch_model*.bin*")]
-    stale += [target / name for name in ("model.safetensors", "model.safetensors.index.json", "config.json")]
+    stale += [target / "model.safetensors.index.json"]
+    stale += [target / name for name in ("model.safetensors", "config.json")]  # where an adapter is alone now
     stale += [target / place / name for place in ("", adapters.FOLDER) for name in (ADAPTER_CONFIG, adapters.WEIGHTS)]
     modules = [*target.glob("[0-9]_Dense"), *target.glob("[0-9]_Normalize"), *target.glob(adapters.FOLDER)]
     stale += [folder / name for folder in modules for name in ("config.json", "model.safetensors")]

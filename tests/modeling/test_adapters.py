@@ -108,7 +108,9 @@ def test_an_adapter_alone_loads_as_the_merged_checkpoint(tiny_model_dir: Path, t
     if made == "ours":
         model.save(str(folder))
     else:  # PEFT's own two files, no tokenizer and no modules
-        reference = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model_dir), tmp_path / "merged/adapter")
+        reference = peft.PeftModel.from_pretrained(
+            AutoModel.from_pretrained(tiny_model_dir), tmp_path / "merged/adapter"
+        )
         reference.save_pretrained(folder)
     assert not (folder / "config.json").exists()
     assert not (folder / "model.safetensors").exists()
