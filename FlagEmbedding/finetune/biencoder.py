@@ -22,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 from FlagEmbedding.finetune.arguments import ModelArguments
 from FlagEmbedding.finetune.gather import Gathered, gather_batch
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
+from FlagEmbedding.losses.matryoshka import ScoresByWidth, Widths, mean_over_widths
 from FlagEmbedding.losses.objective import (
     ObjectiveArguments,
     Terms,
@@ -121,6 +122,9 @@ class BiEncoder(M3Encoder):
         self.skip_ids = special_ids(self.tokenizer)
         self.objective = objective
         self.temperature = objective.temperature if self.normalize else 1.0
+        objective.check_widths(self.dimension)
+        self.widths = Widths.of(objective, self.normalize)
+        self._say_widths(source)
         self.all_rows = objective.has_router_loss
         self.all_terms = True  # False: router losses without a weight, which are only logged, are left out
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
@@ -129,6 +133,20 @@ class BiEncoder(M3Encoder):
             self._adapt(lora, experts, source)
         else:
             select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
+
+    def _say_widths(self, source: str) -> None:
+        """The widths in config.json, under the name that servers look for (vLLM: ``matryoshka_dimensions``)."""
+        config: Any = self.model.config
+        if self.widths is not None:
+            config.matryoshka_dimensions = list(self.widths.dims)
+            if self.widths.dims[0] < self.dimension:
+                full, widest = self.dimension, self.widths.dims[0]
+                logger.warning("--matryoshka_dims: whole vectors of %d are not trained, the widest is %d", full, widest)
+        elif getattr(config, "matryoshka_dimensions", None):
+            logger.warning(
+                "%s was trained at widths %s; --matryoshka_dims keeps them", source, config.matryoshka_dimensions
+            )
+            config.matryoshka_dimensions = None
 
     def _adapt(self, lora: LoraOptions, experts: MoEConfig, source: str) -> None:
         """Adapters and heads train, ``Dense`` modules do not."""
@@ -217,7 +235,7 @@ class BiEncoder(M3Encoder):
             batch = gather_batch(batch, with_penalty=self.objective.penalty_weight > 0)
         queries, passages, teacher_scores = batch.queries, batch.passages, batch.teacher_scores
         q_reps, p_reps = _dense(queries), _dense(passages)
-        dense = dense_scores(q_reps, p_reps, self.temperature)
+        dense, widths = dense_scores(q_reps, p_reps, self.temperature), self.widths
         sparse = colbert = None
         if self.objective.unified_finetuning:
             sparse = sparse_scores(*_lexical(queries), *_lexical(passages), self.skip_ids, self.temperature)
@@ -230,10 +248,14 @@ class BiEncoder(M3Encoder):
             group_size=p_reps.shape[0] // q_reps.shape[0],
             teacher_targets=None if teacher_scores is None else torch.softmax(teacher_scores, dim=-1),
             self_distill=self.objective.use_self_distill and self.step > self.objective.self_distill_start_step,
+            by_width=widths and ScoresByWidth(widths, widths.scores(q_reps, p_reps, self.temperature)),
         )
         if batch.negative_reps is not None and batch.owner is not None and len(batch.owner):
-            penalty = clp_penalty(p_reps, batch.negative_reps, batch.owner)
-            terms = add_penalty(terms, penalty, self.objective.penalty_weight)
+            owner = batch.owner
+            found = mean_over_widths(
+                widths, "penalty", lambda p, n: clp_penalty(p, n, owner), p_reps, batch.negative_reps
+            )
+            terms = {**add_penalty(terms, found["penalty"], self.objective.penalty_weight), **found}
         return dense, terms
 
     @property

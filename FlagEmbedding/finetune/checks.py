@@ -15,8 +15,12 @@ from typing import Any
 from FlagEmbedding.finetune.arguments import Arguments, DataArguments
 from FlagEmbedding.finetune.hugging_face import try_out
 from FlagEmbedding.modeling.adapters import require_peft
+from FlagEmbedding.modeling.files import load_config
+from FlagEmbedding.modeling.interchange import read_modules
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.io import read_json
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -42,6 +46,19 @@ def check_arguments(arguments: Arguments) -> None:
     try_out(training)
     if training.sharded and not training.sharded_by_layer and arguments.engine.engine == "packed":
         logger.warning("--deepspeed and FSDP version 1 run the padded engine; --fsdp with version 2 runs packed")
+
+
+def check_dimension(arguments: Arguments) -> None:
+    """Refuse ``--matryoshka_dims`` wider than the model's vectors, as its folder's configuration tells them."""
+    if not arguments.objective.matryoshka_dims:
+        return
+    name, cache = arguments.model.model_name_or_path, arguments.model.cache_dir
+    folder = resolve_folder(name, cache_dir=cache)
+    config = load_config(arguments.model.config_name or name, cache_dir=cache)
+    width = int(getattr(config, "hidden_size", 0)) or None
+    for projection in read_modules(folder).dense:
+        width = int(read_json(projection / "config.json")["out_features"])
+    arguments.objective.check_widths(width)
 
 
 def check_lengths(data: DataArguments, tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
-from FlagEmbedding.finetune.checks import check_arguments, check_lengths, check_router
+from FlagEmbedding.finetune.checks import check_arguments, check_dimension, check_lengths, check_router
 from FlagEmbedding.finetune.data.collator import TrainCollator
 from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
@@ -49,6 +49,7 @@ def run(arguments: Arguments) -> TrainingSummary:
     """
     check_arguments(arguments)
     check_upload(arguments.training)
+    check_dimension(arguments)
     training = arguments.training
     output_dir, asked = Path(str(training.output_dir)), training.resume_from_checkpoint
     candidates = on_main(lambda: resumable(asked, output_dir, training.sharded))
@@ -71,6 +72,8 @@ def run(arguments: Arguments) -> TrainingSummary:
             with writing(output_dir, output_dir):
                 trainer.save_model()
                 trainer.save_state()
+            if (dev := getattr(trainer, "dev", None)) is not None:
+                dev.measure_widths(trainer.bare_model)
     seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
     summary = TrainingSummary(arguments, trainer.bare_model, state.log_history, seconds, state.global_step, by)
     if by:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from FlagEmbedding.losses.contrastive import info_nce
 from FlagEmbedding.losses.distillation import knowledge_distillation, self_distillation
+from FlagEmbedding.losses.matryoshka import MatryoshkaOptions, ScoresByWidth
 from FlagEmbedding.losses.penalty import apply_penalty
 from FlagEmbedding.losses.router import load_balance_loss, z_loss
 from FlagEmbedding.utils.cli import option, switch
@@ -25,7 +26,7 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class ObjectiveArguments:
+class ObjectiveArguments(MatryoshkaOptions):
     """Objective: what is minimized."""
 
     penalty_weight: float = option(
@@ -48,6 +49,8 @@ class ObjectiveArguments:
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative, got {getattr(self, name)}")
 
+        self.check_widths()
+
     @property
     def has_router_loss(self) -> bool:
         """True when a loss of the router is added, which reads the routing of all tokens."""
@@ -56,7 +59,7 @@ class ObjectiveArguments:
 
 def retrieval_objective(
     dense: Tensor, sparse: Tensor | None = None, colbert: Tensor | None = None, *, group_size: int,
-    teacher_targets: Tensor | None = None, self_distill: bool = False,
+    teacher_targets: Tensor | None = None, self_distill: bool = False, by_width: ScoresByWidth | None = None,
 ) -> Terms:  # fmt: skip
     """Contrastive loss, or knowledge distillation where a teacher speaks, over one or three representations.
 
@@ -72,6 +75,7 @@ def retrieval_objective(
         group_size: G.
         teacher_targets: ``[B, G]`` distributions, or None.
         self_distill: add self-distillation; has no effect on dense alone.
+        by_width: dense scores at several widths: losses of the dense representation are means over these.
 
     Returns:
         ``loss``; ``contrastive_loss`` (or ``distillation``), the part on dense scores; ``sparse``, ``colbert``,
@@ -88,7 +92,7 @@ def retrieval_objective(
         return knowledge_distillation(scores, teacher_targets, group_size)
 
     name = "contrastive_loss" if teacher_targets is None else "distillation"
-    terms = {name: loss(dense)}
+    terms = {name: loss(dense)} if by_width is None else by_width.mean(name, loss)
     if sparse is None or colbert is None:
         return {**terms, "loss": terms[name]}
     ensemble = dense + SPARSE_IN_ENSEMBLE * sparse + colbert
@@ -97,6 +101,8 @@ def retrieval_objective(
     if self_distill:
         for part, scores in (("dense", dense), ("sparse", sparse), ("colbert", colbert)):
             terms[f"self_{part}"] = self_distillation(scores, ensemble)
+        if by_width is not None:
+            terms |= by_width.mean("self_dense", lambda scores: self_distillation(scores, ensemble))
         soft = terms["self_dense"] + SPARSE_WEIGHT * terms["self_sparse"] + terms["self_colbert"]
         total = (total + soft / 3) / 2
     return {**terms, "loss": total}

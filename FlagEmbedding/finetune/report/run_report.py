@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from FlagEmbedding.evaluation.tables import points, shorten, signed_points
 from FlagEmbedding.finetune.report.summary import TERMS, TrainingSummary, term_names
+from FlagEmbedding.finetune.report.widths import widths_table
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
@@ -44,6 +45,7 @@ def write_report(summary: TrainingSummary, dev: DevEvaluation | None, best_step:
         "seconds": summary.seconds,
         "losses": _losses(summary.history),
         "evaluations": _evaluations(summary.history, dev),
+        "by_width": widths_table(dev),
         "pooled": dev is not None and dev.options.pool,
         "best_step": best_step,
         "kept": kept,
