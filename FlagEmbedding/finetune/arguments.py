@@ -21,6 +21,7 @@ from FlagEmbedding.finetune.dev.arguments import EvaluationArguments, before
 from FlagEmbedding.finetune.hugging_face import refuse_reporters, refuse_unserved
 from FlagEmbedding.finetune.resume.global_batch import divide
 from FlagEmbedding.losses.objective import ObjectiveArguments
+from FlagEmbedding.modeling.adapter_options import LoraOptions
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS, EngineConfig, MoEConfig, Pooling
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.distributed import check_launcher, world_size
@@ -255,6 +256,7 @@ class Arguments:
 
     model: ModelArguments
     experts: MoEConfig
+    lora: LoraOptions
     data: DataArguments
     objective: ObjectiveArguments
     engine: EngineConfig

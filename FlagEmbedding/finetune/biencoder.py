@@ -24,7 +24,10 @@ from FlagEmbedding.finetune.gather import Gathered, gather_batch
 from FlagEmbedding.finetune.negatives import FalseNegatives, GuideModel, add_neg_q
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
 from FlagEmbedding.losses.false_negatives import TextKeys
+from FlagEmbedding.losses.matryoshka import ScoresByWidth, Widths
 from FlagEmbedding.losses.objective import ObjectiveArguments, Terms, add_router_losses, retrieval_objective
+from FlagEmbedding.modeling.adapter_options import LoraOptions
+from FlagEmbedding.modeling.adapters import AdapterSource, add_adapters
 from FlagEmbedding.modeling.backbone import load_backbone, moe_layers, save_checkpoint, select_trainable
 from FlagEmbedding.modeling.encoder import M3Encoder, Representations
 from FlagEmbedding.modeling.heads import load_heads
@@ -67,6 +70,10 @@ class BiEncoder(M3Encoder):
         objective: what is minimized. Without normalized vectors the temperature is 1.
         engine: how the encoder is computed.
         config: another configuration than ``model`` names.
+        lora: adapters that train in the place of the weights; None: none.
+
+    Attributes:
+        adapter: with adapters, how they are saved.
 
     Raises:
         UsageError: options that contradict each other or the checkpoint.
@@ -82,6 +89,7 @@ class BiEncoder(M3Encoder):
         objective: ObjectiveArguments,
         engine: EngineConfig | None = None,
         config: PreTrainedConfig | None = None,
+        lora: LoraOptions | None = None,
     ) -> None:
         source, cache = model.model_name_or_path, model.cache_dir
         backbone = load_backbone(source, moe=experts, config=config or model.config_name, cache_dir=cache)
@@ -109,11 +117,40 @@ class BiEncoder(M3Encoder):
         self.skip_ids = special_ids(self.tokenizer)
         self.objective = objective
         self.temperature = objective.temperature if self.normalize else 1.0
+        objective.check_widths(self.dimension)
+        self.widths = Widths.of(objective, self.normalize)
+        self._say_widths(source)
         self.all_rows = objective.has_router_loss
         self.all_terms = True  # False: router losses without a weight, which are only logged, are left out
         self.guide: GuideModel | None = None  # of --guide_model
         self.step = 0  # forwards while training; part of a checkpoint's state, since self-distillation counts them
-        select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
+        self.adapter: AdapterSource | None = None
+        if lora is not None and lora.lora_r:
+            self._adapt(lora, experts, source)
+        else:
+            select_trainable(self, experts.only_train, model.fix_encoder, model.fix_position_embedding)
+
+    def _say_widths(self, source: str) -> None:
+        """The widths in config.json, under the name that servers look for (vLLM: ``matryoshka_dimensions``)."""
+        config: Any = self.model.config
+        if self.widths is not None:
+            config.matryoshka_dimensions = list(self.widths.dims)
+            if self.widths.dims[0] < self.dimension:
+                full, widest = self.dimension, self.widths.dims[0]
+                logger.warning("--matryoshka_dims: whole vectors of %d are not trained, the widest is %d", full, widest)
+        elif getattr(config, "matryoshka_dimensions", None):
+            logger.warning(
+                "%s was trained at widths %s; --matryoshka_dims keeps them", source, config.matryoshka_dimensions
+            )
+            config.matryoshka_dimensions = None
+
+    def _adapt(self, lora: LoraOptions, experts: MoEConfig, source: str) -> None:
+        """Adapters and heads train, ``Dense`` modules do not."""
+        add_adapters(self.model, lora, experts.only_train)
+        self.projections.requires_grad_(False)
+        # A folder by its whole path: the adapter is loaded from elsewhere later.
+        base = str(Path(source).resolve()) if Path(source).is_dir() else source
+        self.adapter = AdapterSource(base, alone=lora.lora_save == "adapter")
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -206,7 +243,7 @@ class BiEncoder(M3Encoder):
             false_negatives = false_negatives.shared(_dense(batch.queries).device)
         queries, passages, teacher_scores = batch.queries, batch.passages, batch.teacher_scores
         q_reps, p_reps = _dense(queries), _dense(passages)
-        dense = dense_scores(q_reps, p_reps, self.temperature)
+        dense, widths = dense_scores(q_reps, p_reps, self.temperature), self.widths
         sparse = colbert = None
         if self.objective.unified_finetuning:
             sparse = sparse_scores(*_lexical(queries), *_lexical(passages), self.skip_ids, self.temperature)
@@ -223,10 +260,11 @@ class BiEncoder(M3Encoder):
             self_distill=self.objective.use_self_distill and self.step > self.objective.self_distill_start_step,
             mask=false_negatives.mask(q_reps, p_reps, own, taught) if self.objective.masks else None,
             distill_loss=self.objective.distill_loss,
+            by_width=widths and ScoresByWidth(widths, widths.scores(q_reps, p_reps, self.temperature)),
         )
         if batch.negative_reps is not None and batch.owner is not None and len(batch.owner):
             vectors = (q_reps, p_reps, batch.negative_reps)
-            terms = add_neg_q(terms, vectors, batch.owner, false_negatives, self.objective, self.temperature)
+            terms = add_neg_q(terms, vectors, batch.owner, false_negatives, self.objective, self.temperature, widths)
         return dense, {**terms, **false_negatives.found}
 
     def _targets(self, teacher_scores: Tensor | None) -> Tensor | None:

@@ -14,8 +14,13 @@ from typing import Any
 
 from FlagEmbedding.finetune.arguments import Arguments, DataArguments
 from FlagEmbedding.finetune.hugging_face import try_out
+from FlagEmbedding.modeling.adapters import require_peft
+from FlagEmbedding.modeling.files import load_config
+from FlagEmbedding.modeling.interchange import read_modules
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.io import read_json
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -23,7 +28,7 @@ logger = get_logger(__name__)
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ``UsageError`` naming the first contradiction; warn of what merely has no effect."""
-    for rules in (_numbers, _places, _trained_parts, _objective, _training, _refresh):
+    for rules in (_numbers, _places, _trained_parts, _lora, _objective, _training, _refresh):
         for complaint in rules(arguments):
             raise UsageError(complaint)
     if arguments.model.normalize_embeddings is False and arguments.objective.temperature != 1.0:
@@ -41,6 +46,19 @@ def check_arguments(arguments: Arguments) -> None:
     try_out(training)
     if training.sharded and not training.sharded_by_layer and arguments.engine.engine == "packed":
         logger.warning("--deepspeed and FSDP version 1 run the padded engine; --fsdp with version 2 runs packed")
+
+
+def check_dimension(arguments: Arguments) -> None:
+    """Refuse ``--matryoshka_dims`` wider than the model's vectors, as its folder's configuration tells them."""
+    if not arguments.objective.matryoshka_dims:
+        return
+    name, cache = arguments.model.model_name_or_path, arguments.model.cache_dir
+    folder = resolve_folder(name, cache_dir=cache)
+    config = load_config(arguments.model.config_name or name, cache_dir=cache)
+    width = int(getattr(config, "hidden_size", 0)) or None
+    for projection in read_modules(folder).dense:
+        width = int(read_json(projection / "config.json")["out_features"])
+    arguments.objective.check_widths(width)
 
 
 def check_lengths(data: DataArguments, tokenizer: Any) -> None:
@@ -159,6 +177,25 @@ def _trained_parts(a: Arguments) -> Iterator[str]:
         yield f"--fix_encoder freezes what --{frozen} would train: give one of them"
     if a.experts.only_train and a.model.fix_position_embedding:
         yield "--fix_position_embedding has no effect with --only_train, which freezes all embeddings: leave it out"
+
+
+def _lora(a: Arguments) -> Iterator[str]:
+    if not a.lora.lora_r:
+        return
+    require_peft("--lora_r")
+    if a.training.sharded:
+        yield "--lora_r does not work with --fsdp or --deepspeed: adapters are small, each process holds them whole"
+    if a.model.fix_encoder:
+        yield "--lora_r adapts the encoder, which --fix_encoder freezes: give one of them"
+    if a.model.fix_position_embedding:
+        yield "--fix_position_embedding has no effect with --lora_r, which freezes all embeddings: leave it out"
+    if a.experts.moe and set(a.lora.lora_target) == {"attention"}:
+        yield f"--moe {a.experts.moe} with --lora_target attention leaves all experts the same: say ffn or all"
+    if a.experts.moe and a.experts.num_experts > 1 and a.lora.lora_save == "adapter":
+        yield (
+            f"--lora_save adapter names a base to go into, which has no experts where --moe {a.experts.moe} makes "
+            "them: say --lora_save merged"
+        )
 
 
 def _objective(a: Arguments) -> Iterator[str]:

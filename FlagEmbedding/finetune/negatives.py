@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from FlagEmbedding.losses.contrastive import dense_scores
-from FlagEmbedding.losses.controls import positive_penalty, unused, with_pair_rows
+from FlagEmbedding.losses.controls import pair_rows, positive_penalty, unused, with_pair_rows
 from FlagEmbedding.losses.false_negatives import TextKeys, margin_mask, pair_twin_mask, twin_mask, without_group
+from FlagEmbedding.losses.matryoshka import Widths, mean_over_widths
 from FlagEmbedding.losses.objective import ObjectiveArguments, Terms, add_penalty
 from FlagEmbedding.losses.penalty import clp_penalty
 from FlagEmbedding.utils.distributed import all_gather_rows, gather_counts
@@ -116,7 +117,7 @@ class FalseNegatives:
 
 def add_neg_q(
     terms: Terms, vectors: tuple[Tensor, Tensor, Tensor], owner: Tensor, false_negatives: FalseNegatives,
-    options: ObjectiveArguments, temperature: float,
+    options: ObjectiveArguments, temperature: float, widths: Widths | None = None,
 ) -> Terms:  # fmt: skip
     """``terms`` with what the negatives' own queries add: the penalty, or what ``options`` put in its place.
 
@@ -126,21 +127,26 @@ def add_neg_q(
         false_negatives: of the batch.
         options: the penalty's weight, and the control.
         temperature: of the contrastive loss.
+        widths: that each of these is the mean over; None: whole vectors.
     """
     q_reps, p_reps, negative_reps = vectors
     if options.neg_q_as_rows:
-        scores = dense_scores(negative_reps, p_reps, temperature)  # [K, M]
-        mask = false_negatives.pair_mask(negative_reps, p_reps, owner)
-        scores = scores if mask is None else scores.masked_fill(mask, -torch.inf)
-        loss, pairs = with_pair_rows(terms["loss"], len(q_reps), scores, owner)
-        terms = {**terms, "pair_rows": pairs, "loss": loss}
+        mask = false_negatives.pair_mask(negative_reps, p_reps, owner)  # [K, M]
+
+        def rows(negative_queries: Tensor, passages: Tensor) -> Tensor:
+            scores = dense_scores(negative_queries, passages, temperature)
+            return pair_rows(scores if mask is None else scores.masked_fill(mask, -torch.inf), owner)
+
+        pairs = mean_over_widths(widths, "pair_rows", rows, negative_reps, p_reps)
+        terms = {**terms, **pairs, "loss": with_pair_rows(terms["loss"], len(q_reps), pairs["pair_rows"], len(owner))}
     if options.neg_q_control == "positive":
+        pull = mean_over_widths(widths, "penalty", lambda q, p: positive_penalty(q, p, owner), q_reps, p_reps)
         # What was encoded takes part in the backward (with zeros), as the penalty has it.
-        penalty = positive_penalty(q_reps, p_reps, owner) + 0 * negative_reps.sum()
-        return add_penalty(terms, penalty, options.penalty_weight)
-    if options.neg_q_control == "unused":
-        penalty = clp_penalty(p_reps, negative_reps, owner)
-        return {**terms, "penalty": penalty, "loss": unused(terms["loss"], penalty)}
-    if options.penalty_weight == 0:
+        pull["penalty"] = pull["penalty"] + 0 * negative_reps.sum()
+    elif options.neg_q_control == "unused" or options.penalty_weight > 0:
+        pull = mean_over_widths(widths, "penalty", lambda p, n: clp_penalty(p, n, owner), p_reps, negative_reps)
+    else:
         return terms
-    return add_penalty(terms, clp_penalty(p_reps, negative_reps, owner), options.penalty_weight)
+    if options.neg_q_control == "unused":
+        return {**terms, **pull, "loss": unused(terms["loss"], pull["penalty"])}
+    return {**add_penalty(terms, pull["penalty"], options.penalty_weight), **pull}

@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
-from FlagEmbedding.finetune.checks import check_arguments, check_lengths, check_router
+from FlagEmbedding.finetune.checks import check_arguments, check_dimension, check_lengths, check_router
 from FlagEmbedding.finetune.data.collator import TrainCollator
 from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
@@ -65,6 +65,8 @@ def run(arguments: Arguments) -> TrainingSummary:
             with writing(output_dir, output_dir):
                 trainer.save_model()
                 trainer.save_state()
+            if (dev := getattr(trainer, "dev", None)) is not None:
+                dev.measure_widths(trainer.bare_model)
     seconds, state, by = time.monotonic() - started, trainer.state, stop.received if stop.agreed else 0
     history, steps, tokens = state.log_history, state.global_step, state.num_input_tokens_seen
     summary = TrainingSummary(arguments, trainer.bare_model, history, seconds, steps, tokens, by)
@@ -95,6 +97,7 @@ def ready(arguments: Arguments) -> list[Path]:
     """
     check_arguments(arguments)
     check_upload(arguments.training)
+    check_dimension(arguments)
     training = arguments.training
     output_dir, asked = Path(str(training.output_dir)), training.resume_from_checkpoint
     candidates = on_main(lambda: resumable(asked, output_dir, training.sharded))
@@ -193,7 +196,7 @@ def build_trainer(arguments: Arguments, kind: type[Trained] = BiEncoderTrainer) 
         from FlagEmbedding.finetune.guide import Guide
 
         guide = Guide(arguments)
-    model = BiEncoder(arguments.model, arguments.experts, objective, engine)
+    model = BiEncoder(arguments.model, arguments.experts, objective, engine, lora=arguments.lora)
     model.guide = guide
     model.sharded = training.sharded
     check_router(arguments, model.num_experts_per_tok, model.router)

@@ -39,6 +39,7 @@ class EncoderArguments:
     workers: int | None = option(None, "processes that tokenize ahead; 0: a thread. Default: 0, on a GPU up to 8")
     cache_dir: str | None = option(None, "where the hub's files are kept")
     trust_remote_code: bool = switch(False, "run code that comes with the checkpoint")
+    truncate_dim: int | None = option(None, "cut dense vectors to this many dimensions (--matryoshka_dims trains that)")
     # What the Python classes set; no flags.
     device: str | None = internal(None)
     heads: bool = internal(False)  # load the sparse and colbert heads
@@ -47,5 +48,7 @@ class EncoderArguments:
     def __post_init__(self) -> None:
         if self.fp16 and self.dtype is not None:
             raise UsageError("--fp16 and --dtype say the same thing: give one of them")
+        if self.truncate_dim is not None and self.truncate_dim < 1:
+            raise UsageError(f"--truncate_dim must be at least 1, got {self.truncate_dim}")
         if self.batch_size < 1:
             raise UsageError(f"--batch_size must be at least 1, got {self.batch_size}")

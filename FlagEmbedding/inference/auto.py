@@ -16,6 +16,7 @@ from FlagEmbedding.inference.reranker import FlagReranker
 from FlagEmbedding.inference.texts import PLAIN_FORMAT
 from FlagEmbedding.modeling.heads import HEAD_FILES
 from FlagEmbedding.modeling.options import Pooling
+from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hub import resolve_folder
 
@@ -64,6 +65,7 @@ class FlagAutoModel:
         """
         if model_class is None:
             folder = resolve_folder(model_name_or_path, cache_dir=keywords.get("cache_dir"))
+            folder = files_of(folder, *HEAD_FILES.values(), "modules.json")
             has_heads = any((folder / name).is_file() for name in HEAD_FILES.values())
             model_class = "encoder-only-m3" if has_heads else "encoder-only-base"
         path = Path(model_name_or_path)

@@ -9,6 +9,7 @@ from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.precision import resolve_dtype
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.inference.tokenization import TokenizerPool
+from FlagEmbedding.modeling.adapters import merge_in_place
 from FlagEmbedding.modeling.encoder import M3Encoder
 from FlagEmbedding.modeling.interchange import StoredModules
 from FlagEmbedding.modeling.options import SLAB_TOKENS, EngineConfig
@@ -34,6 +35,7 @@ class LiveEncoder(TextEncoder):
         self.stored = StoredModules(model.pooling, model.normalize, instructions=model.instructions)
         self.pooling = model.pooling
         backbone = copy.deepcopy(model.model).eval()  # type: ignore[no-untyped-call]
+        merge_in_place(backbone)
         for module in backbone.modules():  # what training keeps beside its weights
             for name in ("_kept", "_prepacked", "_compiled"):
                 module.__dict__.pop(name, None)

@@ -74,10 +74,17 @@ class TextEncoder:
         self.tokenizer = load_tokenizer(
             self.folder, self.encoder.model, trust_remote_code=self.options.trust_remote_code
         )
-        self.hidden_size = self.encoder.dimension
+        self.hidden_size = self._dimension(self.encoder.dimension)
         self.longest = longest_input(self.encoder.model)
         workers = tokenizer_workers(self.device.type) if options.workers is None else options.workers
         self.pool = TokenizerPool(self.tokenizer, self.folder, workers, options.trust_remote_code)
+
+    def _dimension(self, whole: int) -> int:
+        """Of the vectors that come out."""
+        asked = self.options.truncate_dim
+        if asked is not None and asked > whole:
+            raise UsageError(f"--truncate_dim {asked}: the vectors of {self.name} have {whole} dimensions")
+        return whole if asked is None else asked
 
     def _load(self) -> M3Encoder:
         self._check_moe()
@@ -217,6 +224,9 @@ class TextEncoder:
                 found.dense = F.normalize(found.dense.float(), dim=-1)
             if found.colbert is not None:
                 found.colbert = F.normalize(found.colbert.float(), dim=-1)
+        if found.dense is not None and found.dense.shape[1] > self.hidden_size:
+            cut = found.dense[:, : self.hidden_size]
+            found.dense = F.normalize(cut, dim=-1) if self.options.normalize_embeddings else cut.contiguous()
         return found
 
     def _check_want(self, want: Collection[Kind]) -> None:

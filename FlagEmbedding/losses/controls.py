@@ -47,18 +47,20 @@ def positive_penalty(q_reps: Tensor, p_reps: Tensor, owner: Tensor) -> Tensor:
 
 
 @full_precision
-def with_pair_rows(loss: Tensor, rows: int, scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """The contrastive loss over the batch's ``rows`` and K rows more: the mean over all, and the mean over the latter.
+def pair_rows(scores: Tensor, owner: Tensor) -> Tensor:
+    """The contrastive loss of the pairs, each a row of its own: the mean over K.
 
     Args:
-        loss: the mean over the batch's own rows, a scalar.
-        rows: B.
         scores: of the K queries with all passages, ``[K, M]`` floating, over the temperature, −∞ where masked.
         owner: ``[K]`` int64, the passage that each query's answer is.
     """
-    pairs = F.cross_entropy(scores, owner)
-    share = len(owner) / (rows + len(owner))
-    return (1 - share) * loss + share * pairs, pairs
+    return F.cross_entropy(scores, owner)
+
+
+def with_pair_rows(loss: Tensor, rows: int, pairs: Tensor, count: int) -> Tensor:
+    """The contrastive loss over the batch's ``rows`` and ``count`` pairs: the mean over all of them, of two means."""
+    share = count / (rows + count)
+    return (1 - share) * loss + share * pairs
 
 
 def unused(loss: Tensor, penalty: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from FlagEmbedding.losses.contrastive import info_nce
 from FlagEmbedding.losses.distillation import group_kl, knowledge_distillation, self_distillation
+from FlagEmbedding.losses.matryoshka import MatryoshkaOptions, ScoresByWidth
 from FlagEmbedding.losses.options import ControlOptions, DistillationOptions, DistillLoss, FalseNegativeOptions, refuse
 from FlagEmbedding.losses.penalty import apply_penalty
 from FlagEmbedding.losses.router import load_balance_loss, z_loss
@@ -26,7 +27,7 @@ Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class ObjectiveArguments(ControlOptions, DistillationOptions, FalseNegativeOptions):
+class ObjectiveArguments(MatryoshkaOptions, ControlOptions, DistillationOptions, FalseNegativeOptions):
     """Objective: what is minimized."""
 
     penalty_weight: float = option(
@@ -49,6 +50,7 @@ class ObjectiveArguments(ControlOptions, DistillationOptions, FalseNegativeOptio
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} must not be negative, got {getattr(self, name)}")
         refuse(self.margin_complaints() + self.distillation_complaints() + self.control_complaints(self.penalty_weight))
+        self.check_widths()
 
     @property
     def has_router_loss(self) -> bool:
@@ -59,7 +61,7 @@ class ObjectiveArguments(ControlOptions, DistillationOptions, FalseNegativeOptio
 def retrieval_objective(
     dense: Tensor, sparse: Tensor | None = None, colbert: Tensor | None = None, *, group_size: int,
     teacher_targets: Tensor | None = None, self_distill: bool = False, mask: Tensor | None = None,
-    distill_loss: DistillLoss = "published",
+    distill_loss: DistillLoss = "published", by_width: ScoresByWidth | None = None,
 ) -> Terms:  # fmt: skip
     """Contrastive loss, or knowledge distillation where a teacher speaks, over one or three representations.
 
@@ -78,6 +80,7 @@ def retrieval_objective(
         mask: ``[B, B·G]`` bool, passages that are no negatives of a query (``losses.false_negatives``).
             Self-distillation compares all passages whatever they are: there is no negative in it.
         distill_loss: with a teacher, how it is learned from.
+        by_width: dense scores at several widths: losses of the dense representation are means over these.
 
     Returns:
         ``loss``; ``contrastive_loss`` (or ``distillation``), the part on dense scores; ``sparse``, ``colbert``,
@@ -98,7 +101,7 @@ def retrieval_objective(
         return knowledge_distillation(scores, teacher_targets, group_size)
 
     name = "contrastive_loss" if teacher_targets is None else "distillation"
-    terms = {name: loss(dense)}
+    terms = {name: loss(dense)} if by_width is None else by_width.mean(name, loss)
     if sparse is None or colbert is None:
         return {**terms, "loss": terms[name]}
     ensemble = dense + SPARSE_IN_ENSEMBLE * sparse + colbert
@@ -107,6 +110,8 @@ def retrieval_objective(
     if self_distill:
         for part, scores in (("dense", dense), ("sparse", sparse), ("colbert", colbert)):
             terms[f"self_{part}"] = self_distillation(scores, ensemble)
+        if by_width is not None:
+            terms |= by_width.mean("self_dense", lambda scores: self_distillation(scores, ensemble))
         soft = terms["self_dense"] + SPARSE_WEIGHT * terms["self_sparse"] + terms["self_colbert"]
         total = (total + soft / 3) / 2
     return {**terms, "loss": total}

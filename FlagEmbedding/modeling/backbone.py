@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from FlagEmbedding.modeling import interchange
+from FlagEmbedding.modeling import adapters, interchange
 from FlagEmbedding.modeling.files import first_line, load_config, weight_files, weight_keys
 from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear, trainable_class
@@ -32,8 +32,9 @@ from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.reading import POOLER_KEY, read_model
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, expert_places
+from FlagEmbedding.utils.adapter_folder import base_of, is_adapter
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.hub import ADAPTER_CONFIG, resolve_folder
 from FlagEmbedding.utils.io import PathLike, follow_umask, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
@@ -41,6 +42,7 @@ logger = get_logger(__name__)
 
 MOE_FIELDS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 ROUTER_FIELD = "router"  # in config.json where the router is not the published one
+_LAST = ("config.json", ADAPTER_CONFIG)  # moved into place when the rest is there
 _EXPERT_KEY = re.compile(r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.experts\.(\d+)\.")
 
 
@@ -75,7 +77,7 @@ def load_backbone(
     """An encoder without pooler, exactly as stored; a dense one becomes a mixture of experts where ``moe`` says so.
 
     Args:
-        name_or_path: checkpoint folder or hub id.
+        name_or_path: checkpoint folder or hub id; of an adapter alone, its base with it merged.
         moe: experts asked for, and how the router learns. On a checkpoint that has experts, ``moe.moe`` None or equal
             settings load it as it is (one expert a layer, the default, counts as not said).
         config: another configuration than the checkpoint's; where the experts are is always the checkpoint's word.
@@ -91,7 +93,8 @@ def load_backbone(
     asked = moe or MoEConfig()
     if stored is not None:
         _refuse_contradiction(asked, stored, folder)
-    _check_expert_keys(stored, weight_keys(folder), folder)
+    if not is_adapter(folder):
+        _check_expert_keys(stored, weight_keys(folder), folder)
     if config is None:
         config = own
     elif isinstance(config, PreTrainedConfig):
@@ -103,7 +106,11 @@ def load_backbone(
             setattr(config, name, getattr(own, name, None))
     if stored is not None and stored.router != "learned":
         setattr(config, ROUTER_FIELD, stored.router)
-    model = read_model(folder, config, stored is not None, dtype)
+    if is_adapter(folder):
+        model = load_backbone(base_of(folder, cache_dir), config=config, cache_dir=cache_dir)
+        model = adapters.merge_adapter(model, folder, dtype)
+    else:
+        model = read_model(folder, config, stored is not None, dtype)
     if stored is None and asked.moe is not None:
         insert_experts(model, asked)
     if moe is not None:
@@ -218,15 +225,17 @@ def load_trained_state(model: nn.Module, folder: PathLike) -> None:
     Raises:
         DataError: the checkpoint does not hold exactly this model's tensors.
     """
-    source = Path(folder)
+    source, adapted = Path(folder), adapters.has_adapters(model)
     state: dict[str, Tensor] = {}
-    for file in weight_files(source):
+    for file in [] if adapted else weight_files(source):
         state |= load_file(file)
     try:
+        if adapted:
+            adapters.load_adapter_state(model.model, source)  # type: ignore[arg-type]
         own = model.model.state_dict()  # type: ignore[union-attr]
         stored = {own[key].data_ptr(): value for key, value in state.items() if key in own}
         tied = {key: stored[value.data_ptr()] for key, value in own.items() if value.data_ptr() in stored}
-        model.model.load_state_dict(tied | state)  # type: ignore[union-attr]
+        model.model.load_state_dict(tied | state, strict=not adapted)  # type: ignore[union-attr]
         for number, projection in enumerate(getattr(model, "projections", ()), 2):
             projection.load_state_dict(load_file(source / f"{number}_Dense" / "model.safetensors"))
         for name, head_file in HEAD_FILES.items():
@@ -270,12 +279,17 @@ def save_checkpoint(
         pooling, normalize = str(model.pooling), bool(model.normalize)
         heads = {name: head for name in HEAD_FILES if (head := getattr(model, f"{name}_linear")) is not None}
     projections: Any = list(getattr(model, "projections", ()))
+    adapter: adapters.AdapterSource | None = getattr(model, "adapter", None)
+    alone = adapter is not None and adapter.alone
     parts = _split_state(model, backbone, heads or {}, state_dict)
     target = Path(output_dir)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
         draft = Path(temporary)
-        _save_tensors(parts.weights, draft / "model.safetensors")
+        if adapter is not None:
+            adapters.write_adapter(backbone, draft if adapter.alone else draft / adapters.FOLDER, adapter.base)
+        if not alone:
+            _save_tensors(parts.weights, draft / "model.safetensors")
         save_heads(draft, parts.heads)
         for number, state in enumerate(parts.projections, 2):
             (draft / f"{number}_Dense").mkdir()
@@ -292,9 +306,10 @@ def save_checkpoint(
         )
         for path, content in described.items():
             write_json_atomic(draft / path, content)
-        if moe_layers(backbone):
+        if moe_layers(backbone) and not alone:
             shutil.copyfile(interchange.REMOTE_FILE, draft / interchange.REMOTE_FILE.name)
-        write_json_atomic(draft / "config.json", _config_fields(backbone))
+        if not alone:
+            write_json_atomic(draft / "config.json", _config_fields(backbone))
         _move_into_place(draft, target)
 
 
@@ -317,7 +332,7 @@ def _split_state(
     if state is None or backbone is model:
         head_states = {name: head.state_dict() for name, head in heads.items()}
         dense = [_portable(projection.state_dict()) for projection in projections]
-        return _Parts(_portable(backbone.state_dict() if state is None else state), head_states, dense)
+        return _Parts(_portable(adapters.merged_state(backbone) if state is None else state), head_states, dense)
     everything = state
 
     def below(prefix: str) -> dict[str, Tensor]:
@@ -372,14 +387,16 @@ def _max_length(backbone: PreTrainedModel, tokenizer: Any) -> int | None:
 
 def _move_into_place(draft: Path, target: Path) -> None:
     files = [path.relative_to(draft) for path in draft.rglob("*") if path.is_file()]
-    for file in sorted(files, key=lambda file: file.name == "config.json" and file.parent == Path()):
+    for file in sorted(files, key=lambda file: file.name in _LAST and file.parent == Path()):
         (target / file.parent).mkdir(parents=True, exist_ok=True)
         os.replace(draft / file, target / file)
     owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, interchange.PROMPTS_FILE}
     stale = [target / name for name in owned]
     stale += [*target.glob("model-*-of-*.safetensors"), *target.glob("pytorch_model*.bin*")]
     stale += [target / "model.safetensors.index.json"]
-    modules = [*target.glob("[0-9]_Dense"), *target.glob("[0-9]_Normalize")]
+    stale += [target / name for name in ("model.safetensors", "config.json")]  # where an adapter is alone now
+    stale += [target / place / name for place in ("", adapters.FOLDER) for name in (ADAPTER_CONFIG, adapters.WEIGHTS)]
+    modules = [*target.glob("[0-9]_Dense"), *target.glob("[0-9]_Normalize"), *target.glob(adapters.FOLDER)]
     stale += [folder / name for folder in modules for name in ("config.json", "model.safetensors")]
     for path in {*stale} - {target / file for file in files}:
         path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
+from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.io import PathLike
@@ -23,6 +24,7 @@ def load_config(
 ) -> PreTrainedConfig:
     """The configuration of a checkpoint folder or hub id, expert fields included."""
     folder = resolve_folder(name_or_path, cache_dir=cache_dir, revision=revision)
+    folder = files_of(folder, "config.json", cache_dir=cache_dir)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import PathLike, atomic_open
 
@@ -34,6 +35,7 @@ def load_heads(folder: PathLike | None, hidden_size: int, colbert_dim: int = -1)
         DataError: only one of the files is there, or one does not fit.
         UsageError: ``colbert_dim`` contradicts the stored head.
     """
+    folder = None if folder is None else files_of(folder, *HEAD_FILES.values(), "modules.json")
     paths = {name: Path(folder) / file for name, file in HEAD_FILES.items()} if folder is not None else {}
     present = [name for name, path in paths.items() if path.is_file()]
     if not present:

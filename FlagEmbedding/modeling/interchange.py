@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from FlagEmbedding.modeling.options import POOLING_SPELLINGS
 from FlagEmbedding.modeling.pooling import METHODS
 from FlagEmbedding.modeling.remote_code import modeling_moe_encoder as remote
+from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import PathLike
 from FlagEmbedding.utils.logging import get_logger
@@ -64,7 +65,7 @@ def read_modules(folder: PathLike) -> StoredModules:
     Raises:
         DataError: they describe what this package does not compute, so that its vectors would be others.
     """
-    root = Path(folder)
+    root = files_of(folder, "modules.json")
     instructions = _instructions(root)
     listed = _json(root / "modules.json", list)
     if listed is None:

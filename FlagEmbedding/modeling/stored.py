@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, read one at a time from its files: no model is built, and memory holds one tensor."""
+"""A checkpoint's tensors by name, read one at a time from its files: no model is built (but of an adapter)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from FlagEmbedding.modeling.backbone import load_backbone
 from FlagEmbedding.modeling.files import first_line, weight_files
+from FlagEmbedding.utils.adapter_folder import is_adapter
 from FlagEmbedding.utils.errors import DataError
 
 
@@ -27,7 +29,10 @@ class StoredTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
-        for file in weight_files(folder):
+        if is_adapter(folder):  # whose tensors are there once it is merged
+            state = load_backbone(folder).state_dict()
+            self._files = dict.fromkeys(state, state)
+        for file in [] if self._files else weight_files(folder):
             try:
                 opened = _open(file)
             except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from FlagEmbedding.modeling.files import first_line
+from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.io import PathLike
@@ -37,6 +38,7 @@ def load_tokenizer(
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = resolve_folder(name_or_path, cache_dir=cache_dir)
+    folder = files_of(folder, "tokenizer.json", "tokenizer_config.json", cache_dir=cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a tokenizer's own code and libraries, which may raise anything

@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*_linear.pt", "*_Pooling/*", "*_Dense/*", "README.md")
 
 
+ADAPTER_CONFIG = "adapter_config.json"  # of a PEFT adapter (``utils.adapter_folder``)
 _WAITS = (1, 4)  # seconds before a busy hub is asked again
 
 
@@ -158,7 +159,7 @@ def resolve_folder(
     """
     folder, name = Path(name_or_path), str(name_or_path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise UsageError(f"{folder} is no checkpoint: it holds no config.json")
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

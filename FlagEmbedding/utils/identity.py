@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from FlagEmbedding.utils.adapter_folder import base_of, is_adapter
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.hub import ADAPTER_CONFIG
 from FlagEmbedding.utils.io import PathLike, read_json, sha256_file
 
 Identity = Mapping[str, Any]
@@ -83,12 +85,16 @@ def fingerprints(files: Sequence[Path]) -> list[dict[str, str]]:
 
 
 def model_fingerprint(folder: PathLike) -> str:
-    """SHA-256 over a checkpoint's configuration, weight, head and tokenizer files (names and bytes)."""
+    """SHA-256 over a checkpoint's configuration, weight, head and tokenizer files (names and bytes); of an adapter with
+    its base's."""
     files = sorted({path for pattern in _MODEL_FILES for path in Path(folder).glob(pattern)})
     whole = hashlib.sha256()
     for path in files:
         whole.update(path.name.encode())
         whole.update(file_digest(path).encode())
+    if is_adapter(folder):
+        whole.update(file_digest(Path(folder) / ADAPTER_CONFIG).encode())
+        whole.update(model_fingerprint(base_of(folder)).encode())
     return whole.hexdigest()
 
 

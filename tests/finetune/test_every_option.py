@@ -34,12 +34,15 @@ from FlagEmbedding.finetune.refresh import RefreshNegatives
 from FlagEmbedding.finetune.resume.fingerprint import compare, kind_of
 from FlagEmbedding.finetune.runner import build_trainer
 from FlagEmbedding.modeling import encoder as engine_module
+from FlagEmbedding.modeling.adapter_options import LoraOptions
 from FlagEmbedding.modeling.backbone import load_trained_state
 
 GROUPS = (
     ModelArguments, MoEConfig, DataArguments, ObjectiveArguments, EngineConfig, RefreshArguments, EvaluationArguments,
+    LoraOptions,
 )  # fmt: skip
 UNIFIED, MOE = "--unified_finetuning True", "--moe intermediate --num_experts 2"
+LORA = "--lora_r 3"
 SELF = f"{UNIFIED} --use_self_distill True"
 REFRESH = "--refresh_negatives_every_n_epochs 1 --num_train_epochs 3"
 DEV = "--eval_data_dir {dev} --eval_languages ko"
@@ -64,6 +67,14 @@ CASES = {
     "num_experts_per_tok": Case("--num_experts_per_tok 2", given=MOE, only=("moved",)),
     "router_gradient": Case("--router_gradient straight_through", given=MOE, only=("moved",)),
     "router_jitter": Case("--router_jitter 0.5", given=f"{MOE} --router_aux_loss_coef 0.1", only=LOSS),
+    # adapters
+    "lora_r": Case("--lora_r 4", only=("trained", "shapes")),
+    "lora_alpha": Case("--lora_alpha 64", given=LORA, only=("moved",)),
+    "lora_dropout": Case("--lora_dropout 0.5", given=LORA, only=("moved",)),
+    "lora_target": Case("--lora_target attention", given=LORA, only=("trained",)),
+    "use_dora": Case("--use_dora", given=LORA, only=("trained", "moved")),
+    "use_rslora": Case("--use_rslora", given=LORA, only=("moved",)),
+    "lora_save": Case("--lora_save adapter", given=LORA, only=("saved",)),
     # data
     "train_data": Case("--train_data {other_rows}", only=ROWS),
     "knowledge_distillation": Case("--knowledge_distillation", given="--train_data {scored}", only=("drawn", "loss")),
@@ -171,7 +182,7 @@ TRAINING = {
 HARMLESS = {
     "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "gradient_checkpointing",
-    "eval_data_dir", "early_stopping_patience",
+    "eval_data_dir", "early_stopping_patience", "lora_save",
 }  # fmt: skip
 # Their difference is named by what they bring.
 BY_CONTENT = {"model_name_or_path", "config_name", "cache_dir"}
@@ -270,6 +281,7 @@ def observe(
         "trained": sorted(name for name, p in model.named_parameters() if p.requires_grad),
         "shapes": {name: tuple(p.shape) for name, p in model.named_parameters()},
         "moved": {name: (p.detach() - before[name]).double().norm().item() for name, p in model.named_parameters()},
+        "saved": model.adapter,
         "loss": losses,
         "terms": terms,
         "calls": (calls["packed"], padded),
@@ -348,7 +360,7 @@ def test_every_option_is_harmless_or_decides() -> None:
     ours = {f.name for group in GROUPS for f in fields(group)}
     assert {name for name in ours if kind_of(name) == "harmless"} == {
         "cache_dir", "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "eval_data_dir",
-        "early_stopping_patience", "report", "model_card", "license",
+        "early_stopping_patience", "report", "model_card", "license", "lora_save",
     }  # fmt: skip
     assert {name for name in {*ours, *training} if kind_of(name) == "meaning"} == {
         "train_data", "refresh_corpus", "model_name_or_path", "config_name", "tokenizer_name", "num_train_epochs",
@@ -379,16 +391,7 @@ def test_a_run_goes_by_the_trainers_arguments_as_parsed(places: dict[str, Path])
     assert trainer.args is arguments.training
     recorded = trainer.train_arguments
     assert recorded["data"]["train_data"] == [str(places["rows"])]
-    assert {
-        "model",
-        "experts",
-        "data",
-        "objective",
-        "engine",
-        "refresh",
-        "evaluation",
-        "training",
-        "provenance",
-    } == set(recorded)
+    groups = {"model", "experts", "lora", "data", "objective", "engine", "refresh", "evaluation", "training"}
+    assert groups | {"provenance"} == set(recorded)
     json.dumps(recorded)
     load_trained_state(trainer.bare_model, places["model"])

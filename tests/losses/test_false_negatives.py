@@ -11,7 +11,7 @@ from losses import reference
 from losses.helpers import check, random, unit
 from torch import Tensor
 
-from FlagEmbedding.losses.controls import permute_owners, positive_penalty, unused, with_pair_rows
+from FlagEmbedding.losses.controls import pair_rows, permute_owners, positive_penalty, unused, with_pair_rows
 from FlagEmbedding.losses.distillation import group_kl
 from FlagEmbedding.losses.false_negatives import TextKeys, margin_mask, pair_twin_mask, twin_mask, without_group
 from FlagEmbedding.losses.objective import ObjectiveArguments, retrieval_objective
@@ -176,7 +176,8 @@ def test_pairs_are_rows_like_the_others() -> None:
     """The mean over five rows, whichever way they are put together."""
     scores, more, owner = random(3, 9, seed=1) * 3, random(2, 9, seed=2) * 3, torch.tensor([4, 8])
     loss = retrieval_objective(scores, group_size=GROUP)["loss"]
-    found, alone = with_pair_rows(loss, 3, more, owner)
+    alone = pair_rows(more, owner)
+    found = with_pair_rows(loss, 3, alone, len(owner))
     targets = torch.tensor([0, 3, 6, 4, 8])
     expected = torch.nn.functional.cross_entropy(torch.cat([scores, more]), targets)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

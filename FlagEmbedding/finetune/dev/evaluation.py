@@ -18,6 +18,7 @@ from FlagEmbedding.evaluation.live import DevCollection, Evaluated, Reading, sco
 from FlagEmbedding.evaluation.pool import PoolSize, pooled
 from FlagEmbedding.evaluation.systems import AVERAGE, LanguageScores, System
 from FlagEmbedding.evaluation.tables import points, signed_points
+from FlagEmbedding.evaluation.widths import score_widths
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.data.dataset import TrainDataset
@@ -71,6 +72,7 @@ class DevEvaluation:
         self.collections: list[DevCollection] = []
         self.base: Evaluated | None = None
         self._seconds = 0.0
+        self.by_width: list[dict[int, System]] = []  # of the base, and of what the run left (``--matryoshka_dims``)
 
     def _find(self) -> list[Source]:
         options = self.options
@@ -108,6 +110,7 @@ class DevEvaluation:
             started = time.monotonic()
             self.base = score_model(BASE, encoder, self.collections, self.measures)
             self._seconds = time.monotonic() - started
+        self.measure_widths(model)
         if is_main():
             for old in self.folder.glob("step-*.json") if fresh else ():
                 old.unlink()
@@ -141,6 +144,13 @@ class DevEvaluation:
         for lang in system.languages if self.options.eval_data_dir else ():
             figures |= {f"{prefix}{lang}_{m.key}": system.mean(lang, m) for m in self.measures}
         return figures | {"eval_seconds": round(self._seconds, 3)}
+
+    def measure_widths(self, model: BiEncoder) -> None:
+        """Note the measures of ``model`` at each width that is trained; called by all processes."""
+        if model.widths is None:
+            return
+        with untouched_randomness():
+            self.by_width.append(score_widths(self._encoder(model), self.collections, self.measures, model.widths.dims))
 
     def _encoder(self, model: BiEncoder) -> LiveEncoder:
         options = EncoderArguments(

@@ -13,6 +13,7 @@ import numpy as np
 
 from FlagEmbedding.evaluation.tables import points, shorten, signed_points
 from FlagEmbedding.finetune.report.summary import TERMS, TrainingSummary, term_names
+from FlagEmbedding.finetune.report.widths import widths_table
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
@@ -50,6 +51,7 @@ def write_report(
         "seconds": summary.seconds,
         "losses": _losses(summary.history),
         "evaluations": _evaluations(summary.history, dev),
+        "by_width": widths_table(dev),
         "pooled": dev is not None and dev.options.pool,
         "best_step": best_step,
         "kept": kept,

@@ -25,6 +25,7 @@ from FlagEmbedding.finetune.resume.runs import (
     remove_drafts,
     step_of,
 )
+from FlagEmbedding.utils.adapter_folder import is_adapter
 from FlagEmbedding.utils.distributed import gather_objects, local_rank
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.logging import get_logger
@@ -34,7 +35,7 @@ logger = get_logger(__name__)
 
 _YES, _NO = {"true", "y", "yes", "1"}, {"false", "n", "no", "0"}
 Start = tuple[Run, Path | None]
-_NEEDED = ("config.json", "optimizer.pt", "scheduler.pt")
+_NEEDED = ("optimizer.pt", "scheduler.pt")
 
 
 def resumable(resume: str | bool | None, output_dir: Path, sharded: bool = False) -> list[Path]:
@@ -161,6 +162,8 @@ def _missing(folder: Path, sharded: bool) -> str:
     if not folder.is_dir():
         return "no such folder"
     if not sharded:
+        if not is_adapter(folder) and not (folder / "config.json").is_file():
+            return "no config.json"
         for name in _NEEDED:
             if not (folder / name).is_file():
                 return f"no {name}"

@@ -20,7 +20,9 @@ from FlagEmbedding.finetune.arguments import Arguments, RetrieverTrainingArgumen
 from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.finetune.data.dataset import TrainDataset
 from FlagEmbedding.finetune.data.sampler import TaskBatchSampler
-from FlagEmbedding.utils.identity import as_json, digest, file_digest
+from FlagEmbedding.utils.hub import resolve_folder
+from FlagEmbedding.utils.identity import as_json, digest, file_digest, model_fingerprint
+from FlagEmbedding.utils.processes import on_main
 
 Kind = Literal["call", "meaning", "harmless", "decisive", "fixed"]
 
@@ -36,6 +38,7 @@ _MEANING = {
 _FIXED = {
     "moe", "only_train", "num_experts", "fix_encoder", "fix_position_embedding", "unified_finetuning", "colbert_dim",
     "optim", "optim_target_modules", "fsdp", "deepspeed", "parallelism_config",
+    "lora_r", "lora_target", "use_dora",
 }  # fmt: skip
 _HARMLESS = {
     # where things lie and what is reported
@@ -44,6 +47,7 @@ _HARMLESS = {
     "include_num_input_tokens_seen", "include_for_metrics", "prediction_loss_only", "batch_eval_metrics",
     "label_names", "length_column_name", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size",
     "bf16_full_eval", "fp16_full_eval", "early_stopping_patience", "report", "model_card", "license",
+    "lora_save",
     # how the same numbers are computed: beyond rounding no result depends on these
     "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "activation_checkpointing",
     "activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile",
@@ -132,6 +136,9 @@ def fingerprint(
         "tokenizer (--tokenizer_name)": (digest(spoken or model.tokenizer.get_vocab())[:16], "decisive"),
         "--data_seed": (arguments.training.sampling_seed, "decisive"),
     }
+    if arguments.lora.lora_r:  # whose checkpoints do not bring the base's weights
+        folder = resolve_folder(arguments.model.model_name_or_path, cache_dir=arguments.model.cache_dir)
+        facts["weights of --model_name_or_path"] = (on_main(lambda: model_fingerprint(folder))[:16], "fixed")
     if corpus := arguments.refresh.refresh_corpus:
         facts["--refresh_corpus"] = (_corpus(corpus), "decisive")
     return Fingerprint(
@@ -177,9 +184,9 @@ def _batches(arguments: Arguments, model: BiEncoder) -> dict[str, tuple[Any, Kin
     }
     config = model.model.config.to_dict()
     drops = [value for key, value in config.items() if "dropout" in key and isinstance(value, float)]
-    if (any(drops) or arguments.experts.router_jitter) and not training.deals_out_batches(
-        objective.negatives_cross_device
-    ):
+    if (
+        any(drops) or arguments.experts.router_jitter or arguments.lora.lora_dropout
+    ) and not training.deals_out_batches(objective.negatives_cross_device):
         facts["random streams of dropout, one for each process: not bit for bit the uninterrupted run"] = (
             world,
             "harmless",
