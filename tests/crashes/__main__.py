@@ -247,6 +247,9 @@ def main() -> int:
     Process.fresh = options.fresh
     if not Process.fresh:
         multiprocessing.set_forkserver_preload(LOADED)
+        first = multiprocessing.get_context("forkserver").Process(target=int)  # the server's imports are no job's time
+        first.start()
+        first.join()
     lines, lost = [], 0
     with tempfile.TemporaryDirectory() as temporary, _server() as base_url:
         folder = options.keep or Path(temporary)
