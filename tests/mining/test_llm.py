@@ -278,7 +278,8 @@ def test_an_answer_that_repeats_the_key_is_kept_without_it() -> None:
 @pytest.mark.parametrize(
     "secret",
     ["http://me:p@ss-hunter@host/v1", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl",
-     "x?sig=hunter-0123", "glpat-hunter01234567890", "xoxb-hunter0123456789", "github_pat_hunter01234567890", "pplx-hunter0123456789"],
+     "x?sig=hunter-0123", "glpat-hunter01234567890", "xoxb-hunter0123456789",
+     "github_pat_hunter01234567890", "pplx-hunter0123456789"],
 )  # fmt: skip
 def test_keys_are_known_by_their_shape(secret: str) -> None:
     struck = strike(f"it says {secret} there")
