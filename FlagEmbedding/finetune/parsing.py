@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.dev.arguments import settle
+from FlagEmbedding.utils.cli import check_words
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import parse_json
 
@@ -71,6 +72,7 @@ def parse_arguments(words: list[str]) -> Arguments:
     """Parse ``words`` (``sys.argv[1:]``). Raises ``UsageError`` for anything that is not an option of ours."""
     if words and not words[0].startswith("-"):
         words = [*config_words(Path(words[0])), *words[1:]]
+    check_words(words)
     parser = build_parser()
     try:
         parts = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)

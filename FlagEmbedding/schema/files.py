@@ -78,7 +78,7 @@ def _of_folder(given: str, path: Path, named: Collection[Path], problems: Proble
         problems.report(given, 0, "", "the folder holds no .json or .jsonl file", hint)
     elif others:
         logger.warning("%s: not read: %s (name what should be read too)", given, shown)
-    return [DataFile(str(p), str(path)) for p in inside]
+    return [DataFile(str(p), str(path)) for p in inside if p.exists()]
 
 
 def _of_dataset(given: str, saved: Path | None, problems: Problems) -> list[DataFile]:
