@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test test-isa mutants crashes fuzz check lint types data-demo figures package clean
+.PHONY: help install quickstart test test-isa mutants crashes fuzz situations check lint types data-demo figures package clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ crashes: $(VENV)/.installed-dev  ## kill, stop and run out of disk at random mom
 
 fuzz: $(VENV)/.installed-dev  ## give every reader broken files for MINUTES (10) and see that it says so
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(or $(MINUTES),10)
+
+situations: $(VENV)/.installed-dev  ## what comes of everything that can be wrong, anew: docs/robustness.md (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/situations
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and layout
 	$(BIN)/ruff check .

@@ -8,16 +8,17 @@ is not run again, so a killed grid goes on where it was, and a changed option ru
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.grid import BASE, NEXT, Collection, Grid, Options, Row
 from FlagEmbedding.collections import miracl
-from FlagEmbedding.retrieval.index import index_name
+from FlagEmbedding.finetune.resume.runs import checkpoints, remove_checkpoint
+from FlagEmbedding.retrieval.index import index_name, remove_index
 from FlagEmbedding.utils.commands import run_command
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import digest, fingerprints, model_fingerprint
@@ -161,7 +162,7 @@ class Chain:
         """
         for stage in self.missing(cell):
             self._run(stage, place)
-        shutil.rmtree(self.score_stages(cell)[0].product.parent, ignore_errors=True)  # large, and quickly made again
+        remove_index(self.score_stages(cell)[0].product.parent)  # large, and quickly made again
         return self.records(cell)
 
     def records(self, cell: Cell) -> dict[str, Any]:
@@ -183,10 +184,13 @@ class Chain:
         write_json_atomic(self._path(stage), {"key": stage.key, **found})
 
     def _clear(self, stage: Stage) -> None:
-        """Remove what other inputs left (step 0 sees to its own index, merge and fold to their own folders)."""
+        """Remove what other inputs left (step 0 sees to its own index)."""
         if stage.command[1].endswith("run.py"):
-            shutil.rmtree(stage.product.parent, ignore_errors=True)
-        elif stage.id.endswith(".search"):
+            for checkpoint in checkpoints(stage.product.parent):
+                remove_checkpoint(checkpoint)
+                with suppress(OSError):  # files that no run has written are in it
+                    checkpoint.rmdir()
+        if not stage.id.endswith(".index"):
             stage.product.unlink(missing_ok=True)
 
     def _path(self, stage: Stage) -> Path:

@@ -160,6 +160,26 @@ def test_whatever_a_folder_holds_besides_is_named_once(
     assert not problems.count
 
 
+def test_a_link_to_rows_that_are_not_there_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES)
+    for name in ("b.jsonl", "c.parquet", "notes.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    problems = Problems()
+    find_files([tmp_path], problems)
+    assert [(Path(p.path).name, p.found) for p in problems.first] == [
+        (name, f"is a link to {tmp_path / 'elsewhere' / name}, which is not there") for name in ("b.jsonl", "c.parquet")
+    ]
+
+
+def test_a_folder_without_rows_names_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "rows.ndjson").write_text(LINES)
+    problems = Problems()
+    find_files([tmp_path], problems)
+    (found,) = problems.first
+    assert found.found == "the folder holds no .json or .jsonl file" and "it has deep/, rows.ndjson" in found.hint
+
+
 def test_marks_blank_lines_and_line_ends_are_no_rows(tmp_path: Path) -> None:
     first, second = LINES.splitlines()
     path = tmp_path / "a.jsonl"

@@ -24,6 +24,7 @@ Run = dict[str, dict[str, float]]  # qid -> docid -> score
 _QRELS_LINE = "'qid 0 docid grade'"
 _BEIR_LINE = "'qid Q0 docid grade' or 'qid docid grade'"
 _RUN_LINE = "'qid Q0 docid rank score tag'"
+_SCORE = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")  # Python also takes 1_0 and other digits
 _GRADE = re.compile("[+-]?[0-9]{1,9}")  # what trec_eval's integers hold
 
 
@@ -102,10 +103,7 @@ def read_run(path: PathLike) -> Run:
     """
     run: Run = {}
     for number, (qid, _, docid, _, text, _) in _columns(path, "run", (6,), _RUN_LINE):
-        try:
-            score = float(text)
-        except ValueError:
-            score = math.nan
+        score = float(text) if _SCORE.fullmatch(text) else math.nan
         if not math.isfinite(score):
             raise DataError(f"{path}:{number}: expected a finite number as score (column 5), found {text!r}")
         hits = run.setdefault(qid, {})

@@ -17,7 +17,8 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-_NOT_UPLOADED = ["checkpoint-*", "refresh/*", ".*", "*/.*"]
+# Other weights, and texts of the training data: negatives mined again, rows held out, the page of dev queries.
+_NOT_UPLOADED = ["checkpoint-*", "refresh/*", "dev/*", "dev.html", ".*", "*/.*"]
 
 
 def check_upload(training: RetrieverTrainingArguments) -> None:

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from FlagEmbedding.finetune.arguments import Arguments
 from FlagEmbedding.finetune.dev.arguments import settle
+from FlagEmbedding.utils.cli import check_words
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import parse_json
 
@@ -71,6 +72,7 @@ def parse_arguments(words: list[str]) -> Arguments:
     """Parse ``words`` (``sys.argv[1:]``). Raises ``UsageError`` for anything that is not an option of ours."""
     if words and not words[0].startswith("-"):
         words = [*config_words(Path(words[0])), *words[1:]]
+    check_words(words)
     parser = build_parser()
     try:
         parts = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
@@ -91,7 +93,7 @@ def config_words(path: Path) -> list[str]:
         raise UsageError(f"{path}: no such configuration file")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values: Any = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values: Any = parse_json(text, _once) if path.suffix == ".json" else _yaml_values(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -100,9 +102,43 @@ def config_words(path: Path) -> list[str]:
     words: list[str] = []
     for key, value in values.items():
         items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if odd := [item for item in items if isinstance(item, list | dict) or (item is None and items is value)]:
+            raise UsageError(f"{path}: {key}: expected texts and numbers in the list, found {json.dumps(odd[0])}")
         texts = list(map(str, items))
         if len(texts) == 1 and texts[0].startswith("-"):
             words.append(f"--{key}={texts[0]}")  # a text that would pass for an option
         else:
             words += [] if value is None else [f"--{key}", *texts]
     return words
+
+
+def _yaml_values(text: str) -> Any:
+    """The value of a YAML text; in its mapping numbers are what is written (YAML makes 8 of 010, 45045 of 12:30:45).
+
+    Raises:
+        ValueError: an option is there twice.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            return None if root is None else loader.construct_document(root)
+        loader.flatten_mapping(root)
+
+        def written(node: yaml.Node) -> Any:
+            if isinstance(node, yaml.SequenceNode):
+                return [written(item) for item in node.value]
+            number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            return node.value if number else loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+
+        return _once([(str(loader.construct_object(key, deep=True)), written(node)) for key, node in root.value])  # type: ignore[no-untyped-call]
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found

@@ -74,7 +74,8 @@ class RefreshNegatives(TrainerCallback):
         self.drawn_from = due
 
     def _mine(self, folder: Path) -> dict[str, Any]:
-        checkpoint = folder / "checkpoint"
+        # Where checkpoints are written, too: nobody else's files are there, and what a kill leaves goes.
+        checkpoint = self.trainer.run.draft(self.folder.parent) / "weights"
         logger.info("%s: mining negatives again with the current weights", folder)
         with untouched_randomness():
             if is_main():
@@ -83,7 +84,7 @@ class RefreshNegatives(TrainerCallback):
             record = refresh_negatives(checkpoint, self.originals, folder, self.settings)
             barrier()
         if is_main():
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint.parent)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return record

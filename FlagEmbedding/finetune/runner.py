@@ -25,9 +25,10 @@ from FlagEmbedding.finetune.hub_upload import check_upload, upload_saved
 from FlagEmbedding.finetune.report.settings import block, settings_lines
 from FlagEmbedding.finetune.report.summary import TrainingSummary
 from FlagEmbedding.finetune.resume.checkpoints import begin, resumable, wants_to_resume
+from FlagEmbedding.finetune.resume.damage import undamaged
 from FlagEmbedding.finetune.resume.fingerprint import fingerprint
 from FlagEmbedding.finetune.resume.interrupt import StopAtStep
-from FlagEmbedding.finetune.resume.runs import foreign, refuse_foreign, writing
+from FlagEmbedding.finetune.resume.runs import foreign, refuse_foreign, refuse_other_model, writing
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.modeling.interchange import Instructions, choose
 from FlagEmbedding.modeling.options import Pooling
@@ -100,9 +101,10 @@ def ready(arguments: Arguments) -> list[Path]:
     check_dimension(arguments)
     training = arguments.training
     output_dir, asked = Path(str(training.output_dir)), training.resume_from_checkpoint
-    candidates = on_main(lambda: resumable(asked, output_dir, training.sharded))
+    candidates = on_main(lambda: undamaged(resumable(asked, output_dir, training.sharded), asked))
     if not wants_to_resume(asked):
         on_main(lambda: refuse_foreign(output_dir, foreign(output_dir), training.overwrite_output_dir))
+    on_main(lambda: refuse_other_model(output_dir, wants_to_resume(asked)))
     if training.device.type == "cpu":
         keep_freed_memory()
     one_device(training)

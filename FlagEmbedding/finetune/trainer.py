@@ -120,6 +120,15 @@ class BiEncoderTrainer(Trainer):
         self._count_tokens()
         return result
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not one step beyond the last: the Trainer looks only after a step, so a run that had ended would go on."""
+        if self.state.global_step >= self.state.max_steps:
+            done, steps = self.state.global_step, self.state.max_steps
+            logger.info("the checkpoint is of step %d, the run has %d: nothing is left to train", done, steps)
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of our sampler; accelerate gives every process its share of them."""
         workers = self.args.dataloader_num_workers

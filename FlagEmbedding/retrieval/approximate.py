@@ -106,10 +106,17 @@ def load_or_build(index: FlatIndex, index_type: str) -> Any:
     record, identity = path.with_name(f"{path.name}.json"), {"index_type": index_type, "index_sha256": index.checksum()}
     binary = index_type == "binary"
     if path.exists() and made_by(record, identity):
-        return faiss.read_index_binary(str(path)) if binary else faiss.read_index(str(path))
-    for there in (path, record):
-        if there.exists() and not _is_ours(record):
-            raise UsageError(f"{there} was not written by this program: move it away, or leave --index_type out")
+        try:
+            there = faiss.read_index_binary(str(path)) if binary else faiss.read_index(str(path))
+            if (there.ntotal, there.d) == (index.rows, index.dimension):
+                return there
+            reason = f"it holds {there.ntotal} vectors of {there.d}"
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        logger.warning("%s is damaged (%s): building it again", path, reason)
+    for found in (path, record):
+        if found.exists() and not _is_ours(record):
+            raise UsageError(f"{found} was not written by this program: move it away, or leave --index_type out")
     approximate = build(index, index_type)
     with clear_disk_errors(f"writing {path}"):
         write_json_atomic(record, {**identity, "index_sha256": None})  # ours, and not finished

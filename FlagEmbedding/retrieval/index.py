@@ -24,6 +24,7 @@ import numpy as np
 
 from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest, remove_leftovers
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import differences
 from FlagEmbedding.utils.io import atomic_open, sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -118,6 +119,11 @@ def _ask_faiss(path: Path, rows: int, dimension: int) -> None:
     index = faiss.read_index(str(path), flags)
     if (index.ntotal, index.d) != (rows, dimension):
         raise DataError(f"faiss reads {index.ntotal} vectors of {index.d}, expected {rows} of {dimension}")
+
+
+def remove_index(folder: Path) -> None:
+    """Remove an index, and its folder unless something else is in it."""
+    remove_named(folder, INDEX, DOCID, MANIFEST)
 
 
 class DocIds(Sequence[str]):

@@ -38,7 +38,8 @@ _RECORD = re.compile(r"shard-(\d{6,})\.json")
 _SUFFIXES = ("json", "f32", "docid")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EROFS, errno.EPERM}
-_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE}
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+_NO_FILE = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
 
 
 @contextmanager
@@ -52,8 +53,9 @@ def clear_disk_errors(doing: str) -> Iterator[None]:
                 f"disk full while {doing}: {error.strerror}. What was finished is kept, nothing half-written is left; "
                 "make room and run the same command again"
             ) from error
-        if error.errno in _NO_PERMISSION | _NO_FILE:
+        if error.errno in _NO_PERMISSION | _NO_FILE | _IN_THE_WAY:
             what = "no permission" if error.errno in _NO_PERMISSION else "the disk failed"
+            what = "something else is in the way" if error.errno in _IN_THE_WAY else what
             raise DataError(f"{what} while {doing}: {error.strerror}: {error.filename}") from error
         raise
 

@@ -19,7 +19,8 @@ _SHOWN_NAMES = 5
 _OTHERS = {  # what cannot be read as rows, whatever it holds
     **dict.fromkeys((".csv", ".tsv"), "python -m FlagEmbedding.mining convert --format triples makes rows of it"),
     **dict.fromkeys(
-        (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".rar"), "unpack it; .gz and .zst are read as they are"
+        (".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".br", ".zstd"),
+        "unpack it; .gz and .zst are read as they are",
     ),
     **dict.fromkeys((".feather", ".xlsx", ".orc"), "save it as .jsonl or .parquet"),
 }
@@ -68,14 +69,16 @@ def _of_folder(given: str, path: Path, named: Collection[Path], problems: Proble
         problems.report(given, 0, "", found, "name the folder of one split")
         return []
     inside, others = _listing(path, named)
+    more = f" and {len(others) - _SHOWN_NAMES} more" if len(others) > _SHOWN_NAMES else ""
+    shown = ", ".join(others[:_SHOWN_NAMES]) + more
+    for link in [p for p in inside if not p.exists()]:
+        problems.report(str(link), 0, "", f"is a link to {os.readlink(link)}, which is not there", "fetch it")
     if not inside:
-        hint = "put the training rows there, one JSON object a line"
+        hint = "put the training rows there, one JSON object a line" + f", or name them: it has {shown}" * bool(others)
         problems.report(given, 0, "", "the folder holds no .json or .jsonl file", hint)
     elif others:
-        more = f" and {len(others) - _SHOWN_NAMES} more" if len(others) > _SHOWN_NAMES else ""
-        shown = ", ".join(others[:_SHOWN_NAMES])
-        logger.warning("%s: not read: %s%s (name what should be read too)", given, shown, more)
-    return [DataFile(str(p), str(path)) for p in inside]
+        logger.warning("%s: not read: %s (name what should be read too)", given, shown)
+    return [DataFile(str(p), str(path)) for p in inside if p.exists()]
 
 
 def _of_dataset(given: str, saved: Path | None, problems: Problems) -> list[DataFile]:
@@ -98,9 +101,11 @@ def _listing(folder: Path, named: Collection[Path]) -> tuple[list[Path], list[st
     inside, others = [], []
     for p in visible:
         bare = Path(p.name[: -len(packing(p)) or None])
-        data = bare.suffix.lower() in SUFFIXES or (is_table(p.name) and p.is_file())
-        if not p.is_file():
-            others.append(f"{p.name}/")
+        data = bare.suffix.lower() in SUFFIXES or is_table(p.name)
+        if p.is_symlink() and not p.exists() and data:
+            inside.append(p)  # rows are missing: its reader says so
+        elif not p.is_file():
+            others.append(f"{p.name}/" if p.is_dir() else p.name)
         elif p.suffix in SUFFIXES:
             inside.append(p)
         elif data and bare.stem not in plain:

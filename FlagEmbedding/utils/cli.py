@@ -23,6 +23,7 @@ from simple_parsing import ArgumentGenerationMode, DashVariant
 
 from FlagEmbedding.utils.errors import UsageError, UserError
 from FlagEmbedding.utils.logging import configure_logging
+from FlagEmbedding.utils.texts import half_pair
 
 P = ParamSpec("P")
 Whole = TypeVar("Whole")
@@ -163,7 +164,9 @@ def parse(groups: Sequence[type[Any]], argv: Sequence[str] | None, description: 
         heading = (group.__doc__ or "").partition("\n")[0].rstrip(".")
         parser.titles[f"{group.__qualname__} ['{group.__name__}']"] = heading
         parser.add_arguments(group, dest=group.__name__)
-    found = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    check_words(words)
+    found = parser.parse_args(words)
     return [getattr(found, group.__name__) for group in groups]
 
 
@@ -171,6 +174,15 @@ def parse_whole(kind: type[Whole], argv: Sequence[str] | None, description: str,
     """A command line as ``kind``, a dataclass whose fields are options classes; see :func:`parse`."""
     hints = get_type_hints(kind)
     return kind(*parse([hints[field.name] for field in fields(cast(Any, kind))], argv, description, epilog))
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse what is no UTF-8 (``UsageError``): Python makes halves of surrogate pairs of it, which no file holds."""
+    for place, word in enumerate(words):
+        if half_pair(word) is not None:
+            shown = word.encode("ascii", "backslashreplace").decode()
+            flag = next((each for each in reversed(words[:place]) if each.startswith("--")), "the command line")
+            raise UsageError(f"{flag}: {shown[:60]!r} is not UTF-8 text: write whole characters, rename such a file")
 
 
 def flag_values(*groups: Any) -> dict[str, Any]:

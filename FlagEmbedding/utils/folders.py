@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ def write_record(folder: Path, name: str, value: dict[str, Any]) -> None:
     """Say in ``folder/name`` how the folder was made, and which files are its own."""
     files = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} | {name})
     write_json_atomic(folder / name, {**value, "files": files})
+
+
+def remove_named(folder: Path, *patterns: str) -> None:
+    """Remove the files of ``folder`` that ``patterns`` name, and the folder unless something else is in it."""
+    for path in {path for pattern in patterns for path in folder.glob(pattern)}:
+        with suppress(OSError):  # a folder of that name, or one that has gone
+            path.unlink()
+    with suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def check_new_folder(target: PathLike, record: str, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -105,10 +105,10 @@ def all_lines(path: PathLike, kind: str, digest: Any = None) -> Iterator[tuple[i
         ) from error
 
 
-def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, with ``ValueError`` also for what is nested too deeply."""
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """``json.loads``, with ``ValueError`` also for what is nested too deeply. ``pairs``: what makes an object."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

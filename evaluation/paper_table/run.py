@@ -7,10 +7,12 @@ step 0 goes on inside it). What a stage read has changed: it is run again, and e
 from __future__ import annotations
 
 import json
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from FlagEmbedding.finetune.resume.runs import checkpoints, remove_checkpoint
+from FlagEmbedding.retrieval.index import remove_index
 from FlagEmbedding.utils.commands import run_command
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.io import write_json_atomic
@@ -33,14 +35,16 @@ def run_cell(
     for stage in keys:
         if _done(options, cell, record, keys, stage):
             continue
-        _clear(options, cell, stage)
+        _clear(options, cell, stage, record.get(stage, {}).get("begun") == keys[stage])
+        record[stage] = {"begun": keys[stage]}
+        write_json_atomic(path, record)
         logger.info("[%s] %s: %s", place, cell, stage)
         log = options.output_dir / "logs" / f"{cell.id}.{stage}.log"
         found = run_command(options.command(cell, stage, qrels), log, f"{cell}: {stage}")
         record[stage] = {"key": keys[stage], **found}
         write_json_atomic(path, record)
         if stage == "search" and not keep_index:
-            shutil.rmtree(options.product(cell, "index").parent, ignore_errors=True)
+            remove_index(options.product(cell, "index").parent)
     return record
 
 
@@ -62,9 +66,12 @@ def _done(options: Options, cell: Cell, record: dict[str, Any], keys: dict[str, 
     return any(record.get(s, {}).get("key") == keys[s] and options.product(cell, s).exists() for s in of_use)
 
 
-def _clear(options: Options, cell: Cell, stage: str) -> None:
-    """Remove what an earlier run with other inputs left (step 0 sees to its own index)."""
-    if stage == "train":
-        shutil.rmtree(options.encoder(cell), ignore_errors=True)
-    elif stage in ("search", "score"):
+def _clear(options: Options, cell: Cell, stage: str, same: bool) -> None:
+    """Remove what an earlier run left: step 0 sees to its own index, and checkpoints of the ``same`` inputs go on."""
+    if stage == "train" and not same:
+        for checkpoint in checkpoints(Path(options.encoder(cell))):
+            remove_checkpoint(checkpoint)
+            with suppress(OSError):  # gone, or files that no run has written are in it
+                checkpoint.rmdir()
+    if stage != "index":
         options.product(cell, stage).unlink(missing_ok=True)

@@ -35,6 +35,8 @@ def test_qrels_keep_judged_non_relevant_passages(tmp_path: Path) -> None:
         ("q Q0 d 1 high x\n", 1, "'high'"),
         ("q Q0 d 1 nan x\n", 1, "'nan'"),
         ("q Q0 d 1 inf x\n", 1, "'inf'"),
+        ("q Q0 d 1 1_0 x\n", 1, "'1_0'"),
+        ("q Q0 d 1 ٣ x\n", 1, "'٣'"),
         ("q Q0 d 1 0.5 x\nr Q0 d 1 0.5 x\nq Q0 d 2 0.4 x\n", 3, "twice"),
     ],
 )

@@ -10,6 +10,9 @@ ending it, with the same words until it ends by itself:
 Nothing may be lost: the results have the bytes of the undisturbed run, at no moment is a result there that is not
 whole, no ending prints a traceback, and nothing else is left in the folder. The table goes to standard output, and the
 exit code is 1 if anything was lost. (Linux.)
+
+Commands start in processes that a server forks with everything imported, so that the random moments fall into the work
+and not into imports; ``--fresh`` starts an interpreter for each.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -38,9 +41,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from conftest import write_tiny  # noqa: E402
+from crashes import child  # noqa: E402
 from mining.chat_server import ChatServer  # noqa: E402
 
 WAYS = ("kill", "stop", "full")
+# What the four commands import once they work.
+LOADED = [
+    "faiss", "transformers.trainer", "FlagEmbedding.finetune.__main__", "FlagEmbedding.finetune.runner",
+    "FlagEmbedding.evaluation.step0", "FlagEmbedding.mining.hard_negatives.pipeline",
+    "FlagEmbedding.mining.query_generation.pipeline",
+]  # fmt: skip
 LANG = "ko"
 NOUNS = ["river", "mountain", "temple", "bridge", "forest", "harbor", "desert", "castle", "island", "valley"]
 
@@ -130,23 +140,35 @@ def jobs(data: Path, base_url: str) -> dict[str, Job]:
     }
 
 
-def start(words: list[str], log: Path, most_bytes: int | None = None) -> subprocess.Popen[bytes]:
-    """The command as a process of a group of its own, both outputs to ``log``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "evaluation")])
+class Process:
+    """The command in a process of a group of its own, both outputs to ``log``.
 
-    # The log is a pipe's end, so that the limit on files does not hold for it.
-    reader, writer = os.pipe()
-    subprocess.Popen(["tee", "-a", str(log)], stdin=reader, stdout=subprocess.DEVNULL)
-    os.close(reader)
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=REPOSITORY, env=environment, stdout=writer, stderr=writer,
-        start_new_session=True,
-    )  # fmt: skip
-    os.close(writer)
-    if most_bytes is not None:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-    return process
+    Attributes:
+        fresh: every one is a new interpreter.
+    """
+
+    fresh = False
+
+    def __init__(self, words: list[str], log: Path, most_bytes: int | None = None) -> None:
+        if self.fresh:
+            self._popen = subprocess.Popen([sys.executable, child.__file__, str(log), str(most_bytes or 0), *words])
+            self.pid, self._process = self._popen.pid, None
+        else:
+            self._process = multiprocessing.get_context("forkserver").Process(
+                target=child.run, args=(words, str(log), most_bytes or 0)
+            )
+            self._process.start()
+            assert self._process.pid is not None
+            self.pid = self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code. Raises ``TimeoutExpired``."""
+        if self._process is None:
+            return self._popen.wait(timeout)
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("command", timeout or 0.0)
+        return self._process.exitcode
 
 
 def read(job: Job, out: Path) -> dict[str, object]:
@@ -172,7 +194,7 @@ def try_once(job: Job, way: str, out: Path, expected: dict[str, object], seconds
         words = job.words(out) + (list(job.again) if attempt else [])
         disturbed = attempt < (3 if way == "kill" else 1)
         limit = random.randint(1, biggest) if way == "full" and disturbed else None
-        process = start(words, log, limit)
+        process = Process(words, log, limit)
         try:
             code = process.wait(random.uniform(0.05, 0.95) * seconds if disturbed and way != "full" else 600)
         except subprocess.TimeoutExpired:
@@ -217,8 +239,17 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, help="folder for everything that the trials write; default: a temporary one"
     )
+    parser.add_argument("--fresh", action="store_true", help="a new interpreter for each start")
     options = parser.parse_args()
     random.seed(options.seed)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "evaluation")])
+    Process.fresh = options.fresh
+    if not Process.fresh:
+        multiprocessing.set_forkserver_preload(LOADED)
+        first = multiprocessing.get_context("forkserver").Process(target=int)  # the server's imports are no job's time
+        first.start()
+        first.join()
     lines, lost = [], 0
     with tempfile.TemporaryDirectory() as temporary, _server() as base_url:
         folder = options.keep or Path(temporary)
@@ -229,7 +260,7 @@ def main() -> int:
                 continue
             whole, began = folder / f"{name}-whole", time.monotonic()
             whole.mkdir()
-            if start(job.words(whole), whole.with_suffix(".log")).wait() != 0:
+            if Process(job.words(whole), whole.with_suffix(".log")).wait() != 0:
                 raise SystemExit(f"{name}: {whole.with_suffix('.log').read_text(encoding='utf-8')}")
             seconds = time.monotonic() - began
             expected, there = read(job, whole), entries(whole)

@@ -66,6 +66,9 @@ def test_the_best_evaluation_is_what_is_left(
 
 
 def test_the_base_may_be_best(tiny_model_dir: Path, data: Path, dev: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "out/dev/base/photo.txt"
+    photo.parent.mkdir(parents=True)
+    photo.write_text("mine")
     words = command(tiny_model_dir, data, dev, tmp_path / "out", learning_rate=1.0, save_strategy="best", max_steps=4)
     answer = run_training(words)
     assert best_of(tmp_path / "out")["step"] == 0 and state(tmp_path / "out")["best_global_step"] == 0
@@ -73,6 +76,8 @@ def test_the_base_may_be_best(tiny_model_dir: Path, data: Path, dev: Path, tmp_p
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     base, kept = load_file(tiny_model_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert base.keys() == kept.keys() and all(base[name].equal(kept[name]) for name in base)
+    (left,) = (tmp_path / "out/dev").glob("base.before-*")  # a folder of somebody else is left beside
+    assert (left / "photo.txt").read_text() == "mine"
 
 
 def test_only_new_bests_are_saved(tiny_model_dir: Path, data: Path, dev: Path, tmp_path: Path) -> None:

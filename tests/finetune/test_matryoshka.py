@@ -81,7 +81,8 @@ def test_it_changes_what_is_trained_and_the_caching_of_gradients_nothing(
         unified = "--unified_finetuning True --use_self_distill True --max_steps 2 "
         train(tiny_model_dir, data, tmp_path / name, unified + words)
         losses[name] = [line["loss"] for line in log_lines(tmp_path / name)]
-    assert losses["full"] == losses["plain"]
+    assert losses["full"][0] == losses["plain"][0]  # then gradients are added up in another order
+    assert losses["full"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["dims"] != losses["plain"]
     assert losses["cached"] == pytest.approx(losses["dims"], rel=1e-5)
     # Trained on without widths, a checkpoint no longer claims them.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.finetune.parsing import config_words, parse_arguments
 from FlagEmbedding.utils.errors import UsageError
 
 RECIPE: dict[str, Any] = {
@@ -53,6 +53,9 @@ def test_a_recipe_is_its_command_line(tmp_path: Path, name: str) -> None:
         ("r.yaml", "learning_rate", "found the value 'learning_rate'"),
         ("r.json", "[" * 100_000, "r.json: not valid json: nested too deeply"),
         ("r.yaml", "learning_rat: 1", "unknown option --learning_rat "),
+        ("r.yaml", "seed: 1\nlearning_rate: 2\nseed: 3", "r.yaml: not valid yaml: seed is there twice"),
+        ("r.json", '{"seed": 1, "seed": 2}', "r.json: not valid json: seed is there twice"),
+        ("r.yaml", "train_data: [a, null]", "r.yaml: train_data: expected texts and numbers in the list, found null"),
     ],
 )
 def test_a_faulty_recipe_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -62,6 +65,12 @@ def test_a_faulty_recipe_is_one_line(tmp_path: Path, name: str, text: str, messa
         parse_arguments(words)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 010\nrun_name: 12:30:45\nfp16: no\nlr_scheduler_kwargs: {num_cycles: 2}\n")
+    words = ["--seed", "010", "--run_name", "12:30:45", "--fp16", "False", "--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    assert config_words(tmp_path / "r.yaml") == words
 
 
 def test_a_text_that_looks_like_an_option_is_a_value(tmp_path: Path) -> None:

@@ -139,12 +139,17 @@ def test_a_branch_and_a_name_and_an_own_card(
     (output / "README.md").write_text("mine")
     words = train_words(
         tiny_model_dir, data, output, max_steps=1, hub_model_id="maker/other", hub_revision="v2", hub_strategy="end",
+        eval_rows=2, eval_steps=1, report=True,
     )  # fmt: skip
     answer = train(words)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "/api/models/maker/other/branch/v2" in hub.asked
     assert any(re.fullmatch(r"/api/models/maker/other/commit/v2.*", path) for path in hub.asked)
     assert hub.commits[0]["README.md"] == b"mine"
+    assert (output / "dev/held_out").is_dir() and (
+        output / "dev.html"
+    ).is_file()  # which hold rows of the training data
+    assert not [name for name in hub.commits[0] if name.startswith("dev")]
 
 
 @pytest.mark.parametrize(

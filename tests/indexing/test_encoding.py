@@ -318,6 +318,18 @@ def test_a_folder_of_others_shards_is_refused(encoder: TextEncoder, files: list[
         assert names(tmp_path / "out") == ["shards"] and photo.read_text() == "a memory"
 
 
+@pytest.mark.parametrize("name", ["out", "out/shards"])
+def test_a_file_where_a_folder_belongs_is_one_line(
+    name: str, encoder: TextEncoder, files: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(DataError, match=r"something else is in the way while .*File exists: "):
+        build_index(encoder, files, tmp_path / "out", "ko", OPTIONS)
+    assert path.read_text() == "mine"
+
+
 @pytest.mark.parametrize("there", [["index", "docid"], ["index"], ["docid"]])
 def test_an_index_of_another_program_is_never_written_over(
     encoder: TextEncoder, files: list[Path], tmp_path: Path, there: list[str]

@@ -164,7 +164,7 @@ def test_an_output_is_packed_as_its_name_says(tmp_path: Path, ending: str, magic
         assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "in.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl.bz2", "zip"])
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl.bz2", "zip", "tar.gz", "csv.zst", "jsonl.lz4"])
 def test_names_that_jsonl_would_belie_are_refused(tmp_path: Path, capsys, ending: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"query": "q", "pos": ["p"], "neg": ["n"]}\n')
     words = ["--input_file", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / f"o.{ending}")]

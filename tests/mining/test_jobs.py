@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from FlagEmbedding.mining.common.jobs import Job, journal_path
+from FlagEmbedding.mining.common.jobs import Job, journal_path, work_folder
 from FlagEmbedding.schema import Problems, find_files
 from FlagEmbedding.utils.errors import UsageError
 
@@ -126,3 +126,14 @@ def test_half_a_surrogate_pair_survives(tmp_path: Path) -> None:
         assert job.done == 1
         job.finish()
     assert json.loads((tmp_path / "out.jsonl").read_text()) == {"text": "half a surrogate \ud83d"}
+
+
+def test_a_file_of_somebody_else_in_a_work_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / ".out.jsonl.work").mkdir()
+    (tmp_path / ".out.jsonl.work/photo.txt").write_text("mine")
+    for output in ("out.jsonl", "other.jsonl"):
+        with work_folder(tmp_path / output) as work:
+            for name in ("texts", "offsets", "docid", "passages.json", "docs-0.jsonl", "negatives", ".texts.x1.tmp"):
+                (work / name).touch()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.jsonl.work"]
+    assert [path.name for path in (tmp_path / ".out.jsonl.work").iterdir()] == ["photo.txt"]

@@ -19,6 +19,7 @@ from FlagEmbedding.mining.query_generation.endpoint import (
     parse_answer,
     retry_seconds,
 )
+from FlagEmbedding.mining.query_generation.redaction import strike
 from FlagEmbedding.utils.errors import DataError, UsageError
 
 KEY = "sk-very-secret-0123456789"
@@ -272,6 +273,25 @@ def test_an_answer_that_repeats_the_key_is_kept_without_it() -> None:
     with ChatServer(answer=lambda passage, nth: answers[passage]) as server:
         saved, _, _ = ask(server, PASSAGES[:3])
     assert [saved[p].text for p in PASSAGES[:3]] == ["what is ***?", "is *** a key?", "fine?"]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["http://me:p@ss-hunter@host/v1", "AKIAABCDEFGHIJKLMNOP", "eyJhbGciOiJI.eyJzdWIiOiIx.c2lnbmF0dXJl",
+     "x?sig=hunter-0123", "glpat-hunter01234567890", "xoxb-hunter0123456789",
+     "github_pat_hunter01234567890", "pplx-hunter0123456789"],
+)  # fmt: skip
+def test_keys_are_known_by_their_shape(secret: str) -> None:
+    struck = strike(f"it says {secret} there")
+    assert "***" in struck and struck.startswith("it says ") and struck.endswith(" there")
+    assert not [part for part in ("hunter", "p@ss", "ABCDEF", "hbGci", "c2ln") if part in struck]
+
+
+def test_flags_never_print_what_may_be_a_key() -> None:
+    for flag, secret in (("api_key_env", "Zebra-of-our-own"), ("base_url", "me:hunter22@host/v1")):
+        with pytest.raises(UsageError, match=f"--{flag}: expected") as caught:
+            EndpointArguments(model="m", **{flag: secret})
+        assert "Zebra" not in str(caught.value) and "hunter" not in str(caught.value)
 
 
 def test_a_word_that_serves_as_key_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,22 @@ def test_a_changed_input_is_run_again(options: Leaving, run: Run) -> None:
     assert run(**{stage: f"{stage} 4" for stage in STAGES} | {"train": "train 5"}) == ["train"]
 
 
+def test_a_stage_that_was_broken_off_finds_its_checkpoints_again(options: Leaving, run: Run) -> None:
+    (options.output_dir / "break train").touch()
+    with pytest.raises(DataError, match="train failed"):
+        run()
+    checkpoint = Path(options.encoder(CELL)) / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    photo = checkpoint.with_name("photo.txt")
+    photo.write_text("mine")
+    with pytest.raises(DataError, match="train failed"):
+        run()
+    assert checkpoint.exists()
+    (options.output_dir / "break train").unlink()
+    assert run(train="train 2")[0] == "train"
+    assert not checkpoint.exists() and photo.read_text() == "mine"
+
+
 def test_a_product_that_is_gone_is_made_again(options: Leaving, run: Run) -> None:
     run(keep_index=True)
     assert options.product(CELL, "index").exists()

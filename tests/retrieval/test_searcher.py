@@ -132,6 +132,18 @@ def test_an_approximate_index_is_taken_from_disk_only_when_it_is_of_this_type(tm
     }
 
 
+def test_a_damaged_approximate_index_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = make_index(tmp_path / "a", unit(50, 8, 1), [str(i) for i in range(50)])
+    path = tmp_path / "a" / "index.HNSW8"
+    load_or_build(index, "HNSW8")
+    whole = path.read_bytes()
+    load_or_build(make_index(tmp_path / "b", unit(40, 8, 1), [str(i) for i in range(40)]), "HNSW8")
+    for content in (whole[:100], b"", (tmp_path / "b" / "index.HNSW8").read_bytes()):
+        path.write_bytes(content)
+        assert load_or_build(index, "HNSW8").ntotal == 50
+        assert path.read_bytes() == whole
+
+
 def test_effort_reaches_the_index(tmp_path: Path) -> None:
     index = make_index(tmp_path, unit(600, 16, 1), [str(i) for i in range(600)])
     queries = unit(20, 16, 2)

@@ -10,7 +10,8 @@ from typing import Literal
 
 import pytest
 
-from FlagEmbedding.utils.cli import choice, flag_values, internal, option, parse_whole, switch
+from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.utils.cli import check_words, choice, flag_values, internal, option, parse_whole, switch
 from FlagEmbedding.utils.errors import UsageError
 
 CODE = """
@@ -106,6 +107,15 @@ def test_what_is_no_flag_or_no_value_is_refused_in_one_line(words: str) -> None:
     with pytest.raises(UsageError, match=r"\(--help lists all options\)$") as caught:
         told(*words.split())
     assert "\n" not in str(caught.value)
+
+
+def test_a_word_that_is_no_utf8_is_refused() -> None:
+    words = ["--query_instruction_for_retrieval", os.fsdecode(b"caf\xe9: ")]
+    message = "--query_instruction_for_retrieval: 'caf.*udce9: ' is not UTF-8 text"
+    for parse in (check_words, parse_arguments):
+        with pytest.raises(UsageError, match=message) as caught:
+            parse(words)
+        str(caught.value).encode()
 
 
 def test_help_has_headings_defaults_spellings_and_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ patience counts.
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from FlagEmbedding.finetune.dev.evaluation import DevEvaluation
 from FlagEmbedding.finetune.ema import load_kept
-from FlagEmbedding.finetune.resume.runs import STATE_FILE
+from FlagEmbedding.finetune.resume.runs import STATE_FILE, publish, remove_checkpoint
 from FlagEmbedding.finetune.trainer import BiEncoderTrainer
 from FlagEmbedding.utils.distributed import barrier, is_main
 from FlagEmbedding.utils.io import read_json
@@ -48,7 +47,7 @@ class DevTrainer(BiEncoderTrainer):
         self.dev.prepare(self.bare_model, fresh=resume_from_checkpoint is None)
         if self.args.load_best_model_at_end:
             if is_main():
-                self.bare_model.save(str(self.dev.base_folder))
+                self._keep_base()
             barrier()
         if resume_from_checkpoint is not None and self._patience_is_used_up(Path(resume_from_checkpoint)):
             self._finished(resume_from_checkpoint)
@@ -59,8 +58,15 @@ class DevTrainer(BiEncoderTrainer):
         best = self.state.best_model_checkpoint
         barrier()
         if is_main() and (best is None or Path(best) != self.dev.base_folder):
-            shutil.rmtree(self.dev.base_folder, ignore_errors=True)
+            remove_checkpoint(self.dev.base_folder)
         return result
+
+    def _keep_base(self) -> None:
+        """Save the untouched base as a checkpoint of this run."""
+        draft = self.run.draft(Path(str(self.args.output_dir))) / self.dev.base_folder.name
+        self.bare_model.save(str(draft))
+        self.run.describe(draft)
+        publish(draft, self.dev.base_folder)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the model as it is (with ``--ema_decay`` its averaged weights), and log the figures."""

@@ -109,6 +109,8 @@ def _begin(candidates: Sequence[Path], here: Fingerprint, training: RetrieverTra
             logger.info("going on with harmless differences: %s", "; ".join(found.harmless))
     elif folder is not None:
         logger.warning("%s is of a version that kept no fingerprint: going on without comparing the options", folder)
+    if folder is not None and not any(folder.glob("rng_state*.pth")):
+        logger.warning("%s holds no random states: dropout will not be that of the uninterrupted run", folder)
     logger.info("run %s: %s", run.id, "starts" if folder is None else f"goes on from {folder}")
     for other in others:
         remove_checkpoint(other)

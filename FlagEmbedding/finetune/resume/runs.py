@@ -30,6 +30,8 @@ RECORD_FILE = "run.json"
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so that it vouches for the rest of a checkpoint
 _FORMAT, _KEYS = 1, {"run_id", "fingerprint", "changes", "files"}
 _DRAFTS = ".saving-"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*_linear.pt")
+_OF_A_RUN = ("training_args.json", "training_args.bin")  # beside the weights that a run (or one of before) has saved
 
 
 @dataclass
@@ -114,6 +116,24 @@ def refuse_foreign(output_dir: Path, others: list[Path], overwrite: bool) -> Non
             f"--overwrite_output_dir: {unknown[0]} has no {RECORD_FILE} that says which files in it a run has written, "
             "so nothing was removed; remove it yourself, or name another --output_dir"
         )
+
+
+def refuse_other_model(output_dir: Path, resumes: bool) -> None:
+    """Refuse to write over a model that no run of this program wrote; one of an earlier run is replaced, with a line.
+
+    Raises:
+        UsageError: nothing was changed.
+    """
+    weights = sorted(path.name for pattern in _WEIGHTS for path in output_dir.glob(pattern))
+    if not weights:
+        return
+    if not any((output_dir / name).is_file() for name in _OF_A_RUN):
+        raise UsageError(
+            f"--output_dir {output_dir} holds {weights[0]}, which no run of this program wrote and this one would "
+            "replace: name another folder, or move it away"
+        )
+    if not resumes:
+        logger.warning("--output_dir %s holds the model of an earlier run, which this one will replace", output_dir)
 
 
 def remove_drafts(output_dir: Path) -> None:

@@ -15,7 +15,6 @@ What only copies rows needs no journal: :func:`write_rows` starts over after a k
 from __future__ import annotations
 
 import glob
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -25,6 +24,7 @@ from typing import IO, Any, TypeVar
 from FlagEmbedding.mining.common.rows import json_line
 from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import as_json, differences
 from FlagEmbedding.utils.io import PathLike, atomic_text, parse_json
 from FlagEmbedding.utils.locking import exclusive
@@ -35,6 +35,8 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 _FORMAT = 1
+# Everything that commands write into their work folder: a corpus in one form, its texts by place, real queries.
+_SCRATCH = ("docs-0.jsonl", "texts", "offsets", "docid", "passages.json", "negatives", "negatives-journal")
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -56,7 +58,7 @@ def work_folder(output: Path) -> Iterator[Path]:
         with clear_disk_errors(f"making {work}"):
             held.enter_context(exclusive(work.with_name(f"{work.name}.lock"), output))
             work.mkdir(exist_ok=True)
-        held.callback(shutil.rmtree, work, ignore_errors=True)
+        held.callback(remove_named, work, *_SCRATCH, *(f".{name}.*.tmp" for name in _SCRATCH))
         yield work
 
 

@@ -12,7 +12,10 @@ from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import packing
 
 # Names under which JSON lines would be taken for something else.
-_NO_LINES = (".csv", ".tsv", ".parquet", ".arrow", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz")
+_NO_LINES = {
+    ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".pkl",
+    ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".br", ".zstd",
+}  # fmt: skip
 
 
 def check_least(options: Any, **least: float) -> None:
@@ -31,8 +34,7 @@ class OutputArguments:
     overwrite: bool = switch(False, "replace an output that is there")
 
     def __post_init__(self) -> None:
-        ending = self.path.suffix.lower()
-        if ending in _NO_LINES:
+        for ending in _NO_LINES.intersection(suffix.lower() for suffix in self.path.suffixes[-2:]):
             raise UsageError(
                 f"--output_file {self.output_file}: JSON lines are written, and {ending} says otherwise; name a .jsonl "
                 "file, or .jsonl.gz or .jsonl.zst to have it packed"

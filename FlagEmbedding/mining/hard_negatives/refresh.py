@@ -14,8 +14,6 @@ same weights, it goes on or returns what is there.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,10 +34,10 @@ from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters
 from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
 from FlagEmbedding.mining.hard_negatives.pipeline import describe_miner, mine_into
 from FlagEmbedding.mining.hard_negatives.report import summarize
-from FlagEmbedding.retrieval.index import FlatIndex
+from FlagEmbedding.retrieval.index import FlatIndex, remove_index
 from FlagEmbedding.schema import read_records
 from FlagEmbedding.utils.identity import as_json
-from FlagEmbedding.utils.io import sha256_file, write_json_atomic
+from FlagEmbedding.utils.io import read_json, sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
 from FlagEmbedding.utils.texts import text_keys
@@ -144,10 +142,13 @@ def read_refresh(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    files = zip(record["files"], record["sha256"], strict=True)
-    whole = all((folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in files)
-    return record if whole else None
+    try:
+        record: dict[str, Any] = read_json(path)
+        files = list(zip(record["files"], record["sha256"], strict=True))
+        whole = all((folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in files)
+        return record if whole and {"identity", "figures"} <= record.keys() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _passages(train_files: Sequence[Path], shared: Path, settings: RefreshSettings) -> tuple[list[Path], Survey]:
@@ -188,7 +189,7 @@ def _mine(
     digests = [sha256_file(folder / name) for name in names]
     record = {"identity": identity, "files": names, "sha256": digests, "figures": _figures(notes)}
     write_json_atomic(folder / RECORD, record)
-    shutil.rmtree(folder / "index", ignore_errors=True)
+    remove_index(folder / "index")
     return record
 
 

@@ -64,7 +64,10 @@ class EndpointArguments:
         if self.timeout <= 0:
             raise UsageError(f"--timeout must be above 0, got {self.timeout:g}")
         if self.base_url and not re.fullmatch(r"https?://[^/\s]+\S*", self.base_url):
-            raise UsageError(f"--base_url: expected http://… or https://…, got {strike(self.base_url)!r}")
+            address = self.base_url.rpartition("@")[2]  # what stands before it may be a password
+            raise UsageError(f"--base_url: expected http://… or https://…, got {strike(address)!r}")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise UsageError("--api_key_env: expected the name of an environment variable; never write the key itself")
         for flag in ("base_url", "max_requests"):
             if getattr(self, flag) not in (None, "") and not self.model:
                 raise UsageError(f"--{flag} has no effect without --model, the name of the model there")

@@ -8,11 +8,15 @@ from typing import Any
 STRUCK = "***"
 _SHORTEST = 7  # what a server of one's own takes as a key ("EMPTY", "ollama") may be a word of an answer
 # By shape: the password of an address, the keys of the usual services, what stands after "Bearer" or "api_key=".
-_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#@\"']+(?=@)")
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/?#\"']+(?=@)")  # a password may hold an @
 _KEYS = re.compile(
-    r"\b(?:sk|pk|rk|gsk|hf|xai|r8|ghp|nvapi)[-_][\w-]{16,}|\bAIza[\w-]{30,}|(?<=[Bb]earer )[^\s\"',]{8,}"
+    r"\b(?:sk|pk|rk|gsk|hf|xai|r8|ghp|gho|github_pat|glpat|xox[abps]|nvapi|pplx|tgp)[-_][\w-]{16,}|\bAIza[\w-]{30,}"
+    r"|\bAKIA[A-Z0-9]{16}\b|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+|(?<=[Bb]earer )[^\s\"',]{8,}"
 )
-_NAMED = re.compile(r"(?i)((?:api[-_]?|access[-_]?|[?&])(?:key|token)[\"'\\]*\s*[=:]\s*[\"'\\]*)[^\s\"'\\&,}]{8,}")
+_NAMED = re.compile(
+    r"(?i)((?:(?:api[-_]?|access[-_]?|[?&])(?:key|token)|[?&](?:sig|code|password|secret))"
+    r"[\"'\\]*\s*[=:]\s*[\"'\\]*)[^\s\"'\\&,}]{8,}"
+)
 
 
 def strike(text: str, key: str | None = None) -> str:
