@@ -25,7 +25,7 @@ from FlagEmbedding.finetune.report.sampled import Sampled, sample
 from FlagEmbedding.finetune.report.settings import block, planned_steps, settings_lines
 from FlagEmbedding.finetune.resume.checkpoints import would_begin
 from FlagEmbedding.finetune.resume.runs import step_of
-from FlagEmbedding.finetune.runner import build_trainer, ready
+from FlagEmbedding.finetune.runner import build, ready
 from FlagEmbedding.utils.distributed import world_size
 from FlagEmbedding.utils.heartbeat import watched
 from FlagEmbedding.utils.processes import on_main
@@ -121,7 +121,7 @@ def plan(arguments: Arguments) -> Plan:
     """What a run with ``arguments`` will do. Raises ``UserError`` where it cannot work, as the run would."""
     candidates = ready(arguments)
     with _elsewhere(arguments) as shadow:
-        trainer = build_trainer(shadow, ProbeTrainer)
+        trainer = build(shadow, ProbeTrainer)
         _leave_out_refresh(trainer, arguments)
         resumed = on_main(lambda: would_begin(candidates, trainer.fingerprint, arguments.training))
         training, model = arguments.training, trainer.bare_model

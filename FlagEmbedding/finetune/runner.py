@@ -167,12 +167,13 @@ def make_sampler(arguments: Arguments, dataset: TrainDataset) -> TaskBatchSample
     )  # fmt: skip
 
 
-def build_trainer(arguments: Arguments, kind: type[Trained] = BiEncoderTrainer) -> Trained:  # type: ignore[assignment]
-    """Everything that a run trains with: dataset, sampler, model, collator, and the Trainer that holds them.
+def build_trainer(arguments: Arguments) -> BiEncoderTrainer:
+    """Everything that a run trains with: dataset, sampler, model, collator, and the Trainer that holds them."""
+    return build(arguments, BiEncoderTrainer)
 
-    Args:
-        kind: another Trainer, which evaluates nothing.
-    """
+
+def build(arguments: Arguments, kind: type[Trained]) -> Trained:
+    """The same with another ``kind`` of Trainer, which evaluates nothing."""
     training, engine = arguments.training, arguments.engine
     set_seed(training.seed)
     # Process 0 prepares the rows, the others then open what it wrote.

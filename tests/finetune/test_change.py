@@ -80,7 +80,7 @@ def test_a_run_that_learns_nothing_moved_nothing(tiny_model_dir: Path, data: Pat
     )  # fmt: skip
     run_training(words)
     page = moved(tmp_path / "out")
-    for part in ("routers", "experts", "sparse and multi-vector heads", "attention"):
+    for part in ("routers", "experts", "heads", "attention"):
         assert page[part][1] == "0.00%"
     assert page["cosine of passages with themselves"] == ["1", "1.0000"]
     assert page["margin over the hardest, median"][0] == page["margin over the hardest, median"][1]

@@ -120,7 +120,11 @@ def _roles(
             cut = sum(length > limit for length in lengths)
             found = (len(lengths), cut, sum(read), len(read) * max(read, default=0))
             sums[role] = [before + new for before, new in zip(sums[role], found, strict=True)]
-    return {role: RoleCounts(*found, limits[role]) for role, found in sums.items() if found[0]}
+    return {
+        role: RoleCounts(texts, cut, tokens, padded, limits[role])
+        for role, (texts, cut, tokens, padded) in sums.items()
+        if texts
+    }
 
 
 def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:

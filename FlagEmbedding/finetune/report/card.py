@@ -103,7 +103,7 @@ def _base(name: str, cache_dir: str | None) -> _Base:
             card = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
         except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
             logger.warning("%s: its front matter cannot be read: %s", folder / CARD, " ".join(str(error).split()))
-    return _Base(Path(name).resolve().name if local else name, folder, local, card)  # type: ignore[arg-type]
+    return _Base(Path(name).resolve().name if local else name, folder, local, card)
 
 
 def _text(outcome: Outcome, place: str | None, base: _Base) -> str:
@@ -144,7 +144,8 @@ def _front_matter(outcome: Outcome, name: str, base: _Base) -> ModelCardData:
         pipeline_tag="sentence-similarity",
         tags=[*_TAGS, *(["custom_code", "mixture-of-experts"] if outcome.summary.model.has_experts else [])],
         datasets=[re.split(r"[:@]", each)[0] for each in sources] or None,
-        **({"model_name": name, "eval_results": results} if results else {}),
+        model_name=name if results else None,
+        eval_results=results or None,
         **named,
     )
 

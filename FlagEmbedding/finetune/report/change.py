@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 # What the parts are called, and how their parameters' names look; the first that fits.
 _PARTS = {
     "routers": r"\.gate\.",
-    "sparse and multi-vector heads": r"^(sparse|colbert)_linear\.",
+    "heads": r"^(sparse|colbert)_linear\.",
     "layers after pooling": r"^projections\.",
     "experts": r"\.experts\.",
     "norms": r"(?i)norm|layer_norm|\bln_?\d?\.",
@@ -78,7 +78,7 @@ def measure_change(trainer: BiEncoderTrainer, arguments: Arguments) -> Change | 
     try:
         with untouched_randomness():
             return _measure(trainer, arguments)
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         logger.warning("the report does not say how far the model moved: %s", " ".join(str(error).split()))
         return None
 

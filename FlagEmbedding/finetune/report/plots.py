@@ -118,6 +118,7 @@ def _margins(change: Change, figure: Any, axis: Any) -> None:
         label = f"{name}, median {np.median(each.margins):+.3f}"
         axis.hist(each.margins.ravel(), bins, color=color, label=label, **filled)
     axis.axvline(0, color=INK, linewidth=1)
+    axis.locator_params(axis="x", nbins=5)
     axis.legend(frameon=False, fontsize=8)
     tidy(axis, "y")
     axis.set_title(f"positive minus negative, {len(change.before.margins)} training rows", fontsize=10, color=INK)
@@ -129,7 +130,7 @@ def _moved(change: Change, figure: Any, axis: Any) -> None:
     parts = change.parts[::-1]
     bars = axis.barh([each.name for each in parts], [100 * each.moved for each in parts], color=COLORS[3], height=0.6)
     axis.bar_label(bars, fmt="%.2g", fontsize=8, padding=2, color=INK)
-    axis.margins(x=0.15)
+    axis.set_xlim(0, 1.2 * max(100 * max(each.moved for each in parts), 0.01))
     tidy(axis, "x")
     axis.set_title("how far the weights moved", fontsize=10, color=INK)
     axis.set_xlabel("% of their norm", fontsize=9)

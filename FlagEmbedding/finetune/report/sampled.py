@@ -50,7 +50,8 @@ def sample(model: BiEncoder, sampler: TaskBatchSampler, collator: TrainCollator)
     group, device = dataset.options.train_group_size, next(model.parameters()).device
     was_training = model.training
     model.eval()
-    queries, passages = [], []
+    queries: list[np.ndarray] = []
+    passages: list[np.ndarray] = []
     for first in range(0, len(rows), _AT_A_TIME):
         batch: dict[str, Any] = collator([dataset[0, int(row)] for row in rows[first : first + _AT_A_TIME]])
         found = model.encode([batch["query"].to(device), batch["passage"].to(device)], [{"dense"}, {"dense"}])
