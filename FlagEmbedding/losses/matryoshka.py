@@ -1,7 +1,7 @@
 """Matryoshka representations: the first numbers of a vector are a vector too (Kusupati et al. 2022, arXiv 2205.13147).
 
-Each loss on dense vectors is computed at every width, ``L = Σ_d w_d L(normalize(x[:d])) / Σ_d w_d``, so that vectors may
-be cut to any of these widths and normalized again. sentence-transformers' MatryoshkaLoss is the same sum undivided.
+Each loss on dense vectors is computed at every width, ``L = Σ_d w_d L(normalize(x[:d])) / Σ_d w_d``, so that vectors
+may be cut to any of these widths and normalized again. sentence-transformers' MatryoshkaLoss is the same sum undivided.
 
 Shape legend: B queries, M = B·G passages, D the full width, d one of the widths.
 """
