@@ -102,6 +102,8 @@ CASES = {
     # objective
     "penalty_weight": Case("--penalty_weight 0.5", only=LOSS),
     "temperature": Case("--temperature 0.1", only=LOSS),
+    "matryoshka_dims": Case("--matryoshka_dims 16 8", only=("loss", "terms")),
+    "matryoshka_weights": Case("--matryoshka_weights 1 9", given="--matryoshka_dims 16 8", only=LOSS),
     "negatives_cross_device": Case("--negatives_cross_device", only=("warnings",)),  # losses: test_distributed.py
     "unified_finetuning": Case("--unified_finetuning True", only=("loss", "terms", "trained")),
     "use_self_distill": Case("--use_self_distill True", given=UNIFIED, only=("loss", "terms")),

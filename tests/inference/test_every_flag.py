@@ -28,6 +28,7 @@ FLAGS = {
     "moe": Case("--moe intermediate", only=("refused",)),
     "engine": Case("--engine padded", only=("padded", "described")),
     "batch_size": Case("--batch_size 1", only=("slabs",)),
+    "truncate_dim": Case("--truncate_dim 8", only=("vectors", "described")),
     "workers": Case("--workers 1", only=("processes",)),
     "cache_dir": Case("--cache_dir {hub_b}", given="--encoder org/tiny --cache_dir {hub_a}", only=VECTORS),
     "trust_remote_code": Case("--trust_remote_code", given="--encoder {loud}", only=VECTORS),

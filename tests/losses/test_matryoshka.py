@@ -18,9 +18,13 @@ B, G, D, TAU = 3, 2, 12, 0.05
 OPTIONS = MatryoshkaOptions([12, 6, 2], [1.0, 0.5, 3.0])
 
 
+def raw(count: int, seed: int) -> Tensor:
+    """Vectors as an encoder gives them before they are normalized."""
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
 def vectors(count: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    found = torch.randn(count, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return F.normalize(found, dim=-1).to(dtype).requires_grad_()
+    return F.normalize(raw(count, seed).detach(), dim=-1).to(dtype)
 
 
 def by_hand(loss, *parts: Tensor) -> Tensor:
@@ -38,7 +42,8 @@ def nce(q: Tensor, p: Tensor) -> Tensor:
 
 
 def test_contrastive_loss_and_penalty_in_float64() -> None:
-    q, p, n = vectors(B, 1), vectors(B * G, 2), vectors(4, 3)
+    leaves = [raw(B, 1), raw(B * G, 2), raw(4, 3)]
+    q, p, n = (F.normalize(each, dim=-1) for each in leaves)
     owner = torch.tensor([1, 3, 3, 5])
     widths = Widths.of(OPTIONS, normalize=True)
     assert widths is not None
@@ -51,8 +56,8 @@ def test_contrastive_loss_and_penalty_in_float64() -> None:
     expected_penalty = by_hand(lambda a, b: (shares * (1 - (a[owner] * b).sum(-1))).sum() / 3, p, n)
     torch.testing.assert_close(terms["loss"], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(terms["penalty"], expected_penalty, rtol=0, atol=1e-12)
-    ours = torch.autograd.grad(terms["loss"] + terms["penalty"], (q, p, n))
-    theirs = torch.autograd.grad(expected + expected_penalty, (q, p, n))
+    ours = torch.autograd.grad(terms["loss"] + terms["penalty"], leaves, retain_graph=True)
+    theirs = torch.autograd.grad(expected + expected_penalty, leaves)
     for mine, other in zip(ours, theirs, strict=True):
         assert other.abs().max() > 1e-3
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)

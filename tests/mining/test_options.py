@@ -38,6 +38,7 @@ MINING_CASES = {
     "moe": Case("--moe output", only=("code",)),
     "engine": Case("--engine padded"),
     "batch_size": Case("--batch_size 1", given="--engine padded", only=("forwards",)),
+    "truncate_dim": Case("--truncate_dim 4", only=("rows",)),
     "query_max_length": Case("--query_max_length 4", only=("rows",)),
     "passage_max_length": Case("--passage_max_length 4", only=("rows",)),
     "query_instruction_for_retrieval": Case(
@@ -267,6 +268,7 @@ DOCTOR_CASES = {
     "tokenizer": Case("--tokenizer model", only=("lengths",)),
     "pooling_method": Case("--pooling_method mean", given="--model model", only=("scores",)),
     "moe": Case("--moe output", given="--model model", only=("code",)),
+    "truncate_dim": Case("--truncate_dim 4", given="--model model", only=("scores",)),
     "batch_size": Case("--batch_size 1", given="--model model --engine padded", only=("forwards",)),
 }
 DOCTOR_EXEMPT = {
