@@ -82,6 +82,7 @@ setup(
         "FlagEmbedding": [
             "py.typed",
             "mining/query_generation/prompts/*",
+            "mining/from_corpus/prompts/*",
             "mining/*/*.md.j2",
             "evaluation/comparison.md.j2",
             "finetune/*/*.j2",
