@@ -17,6 +17,8 @@ KINDS = ("question", "keywords", "claim")
 def answer(message: str, nth: int = 0) -> str:
     """What the server writes for a prompt of ``write_prompts``: by kind and passage, the same at every request."""
     kind, passage = message.split("|", 1)
+    if len(passage) < 40:
+        return "Which filler?"
     _, noun, _, place, _, _, years, *_ = passage.split()
     return {
         "question": f"How old is {place}'s {noun}, {years} or more?", "keywords": f"{noun} {place} {years} years",
@@ -39,7 +41,7 @@ def words(folder: Path, server: ChatServer, encoder: Path, *more: object, output
     given = [
         "--corpus", folder / "docs.jsonl", "--output_dir", folder / output, "--encoder", encoder, "--model", "m",
         "--base_url", server.base_url, "--prompt", folder / "prompts", "--cache", folder / f"{output}.sqlite",
-        "--backoff", 0.01, "--passages", 20, "--round_trip_top_k", 60, "--range_for_sampling", "0-40",
+        "--backoff", 0.01, "--passages", 20, "--round_trip_top_k", 63, "--range_for_sampling", "0-40",
         "--negative_number", 3, *more,
     ]  # fmt: skip
     return list(map(str, given))

@@ -37,7 +37,7 @@ CASES = {
     "prices": Case("--prices 1 2", f"{FEW} --dry_run", only=("page",)),
     # One of each group that other commands have.
     "max_requests": Case("--max_requests 15", FEW, only=("asked",)),  # EndpointArguments
-    "cache": Case("--cache other.sqlite", f"{FEW} --overwrite", only=("asked",)),  # WritingArguments
+    "cache": Case("--cache other.sqlite", FEW, only=("index",)),  # WritingArguments
     "max_length": Case("--max_length 42 --attempts 1", FEW, only=("files",)),  # CheckArguments
     "pooling_method": Case("--pooling_method mean", f"{FEW} --with_scores", only=("files",)),  # MiningEncoder
     "with_title": Case("--with_title", FEW, only=("files", "asked")),  # SearchArguments
@@ -80,10 +80,9 @@ def test_every_option_acts(
         with ChatServer(answer=answer) as server:
             code = run(tmp_path, server, tiny_model_dir, *given, "--overwrite")
             asked = sorted(request["body"]["messages"][0]["content"] for request in server.requests)
-        index = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("index"))
+        index = sorted(str(path) for name in ("index", "*.sqlite") for path in tmp_path.rglob(name))
         seen = {"code": code, "files": contents(tmp_path), "asked": asked, "page": capsys.readouterr().out, "index": index}  # fmt: skip  # noqa: E501
-        if name != "cache":
-            (tmp_path / "out.sqlite").unlink(missing_ok=True)
+        (tmp_path / "out.sqlite").unlink(missing_ok=True)
         return seen
 
     assert_acts(CASES[name], observe)

@@ -35,21 +35,15 @@ from FlagEmbedding.mining.from_corpus.sampling import Drawn, draw, given_files
 from FlagEmbedding.mining.from_corpus.stages import Run, run_stages
 from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache
 from FlagEmbedding.mining.query_generation.checks import guess_language
-from FlagEmbedding.mining.query_generation.pipeline import (
-    open_model,
-)
+from FlagEmbedding.mining.query_generation.pipeline import open_model
 from FlagEmbedding.mining.query_generation.redaction import strike_all
 from FlagEmbedding.mining.query_generation.round_trip import RoundTrip
 from FlagEmbedding.retrieval.index import index_folder
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.identity import digest, fingerprints
-from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.provenance import provenance
 from FlagEmbedding.utils.texts import text_key
-
-logger = get_logger(__name__)
-
 
 def build_from_corpus(options: FromCorpusOptions) -> dict[str, Any]:
     """Run the command; returns its record. Raises ``UserError``."""
@@ -115,7 +109,8 @@ def _write_corpus(
     def passages() -> Iterator[tuple[str, str, str]]:
         for path in files:
             for passage in read_file(path):
-                if docids := copies.get(text_key(passage_text(passage, with_title))):
+                docids = copies.get(text_key(passage_text(passage, with_title)))
+                if docids is not None:
                     docids.append(passage.docid)
                 yield passage.docid, passage.title, passage.text
 
