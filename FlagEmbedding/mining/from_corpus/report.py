@@ -55,7 +55,6 @@ def next_command(options: FromCorpusOptions, record: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     given = {
         "sentence_pooling_method": encoder.pooling_method, "cache_dir": encoder.cache_dir,
-        "trust_remote_code": encoder.trust_remote_code or None,
         "query_instruction_for_retrieval": search.query_instruction_for_retrieval,
         "passage_instruction_for_retrieval": search.passage_instruction_for_retrieval,
         "knowledge_distillation": options.output.with_scores or None,

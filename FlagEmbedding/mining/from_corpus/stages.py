@@ -49,8 +49,8 @@ class Run:
     """What all stages of one run share.
 
     Attributes:
-        rejected: for the report, passages left without a query, and why, by stage.
-        stages: per stage, its figures.
+        trip: the search for a passage by its query, with the index that negatives are mined in.
+        stages: the figures of each time that the model was asked.
     """
 
     options: FromCorpusOptions
