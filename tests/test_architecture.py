@@ -38,6 +38,7 @@ MINING_MAY_IMPORT = {
     "hard_negatives": {"common", "hard_negatives"},
     "query_generation": {"common", "query_generation"},
     "doctor": {"common", "doctor"},
+    "from_corpus": {"common", "hard_negatives", "query_generation", "from_corpus"},  # a chain over the others
 }
 # And between those of finetune, where the files beside them may use all, and each may use those.
 FINETUNE_MAY_IMPORT = {

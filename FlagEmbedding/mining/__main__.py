@@ -14,6 +14,7 @@ from FlagEmbedding.utils.cli import entry_point, run_command
 
 # In the order in which they are used. Modules are named, not imported: a command pays for its own libraries alone.
 COMMANDS = {
+    "from_corpus": "bare documents → a training folder and an eval folder",
     "hard_negatives": "queries + positives + corpus → rows with negatives (ANCE)",
     "query_generation": "rows → rows with neg_q: reused queries, then an LLM",
     "doctor": "a report on training files: duplicates, false negatives, margins, lengths",
@@ -27,7 +28,8 @@ COMMANDS = {
 _PAGE = """usage: python -m FlagEmbedding.mining COMMAND [options]
 
 From any corpus to a training file. Commands give the same file for the same --seed. After a kill,
-hard_negatives, query_generation, score and doctor go on where they stopped; the others start over.
+from_corpus, hard_negatives, query_generation, score and doctor go on where they stopped; the others start
+over.
 
 {commands}
 

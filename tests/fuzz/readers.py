@@ -23,6 +23,7 @@ from FlagEmbedding.mining.common.passages import PassageStore, corpus_files, pas
 from FlagEmbedding.mining.common.queries import JudgedTopics, TrainingRows
 from FlagEmbedding.mining.common.rows import data_files
 from FlagEmbedding.mining.common.triples import read_triples, rows_of_triples
+from FlagEmbedding.mining.from_corpus.prompting import read_examples
 from FlagEmbedding.mining.query_generation.answer_cache import Answer, AnswerCache
 from FlagEmbedding.mining.query_generation.endpoint import parse_answer
 from FlagEmbedding.retrieval.index import DOCID, INDEX, FlatIndex, flat_header
@@ -244,6 +245,8 @@ READERS = {
         json.dumps(IDENTITY).encode(), b'{"f32_sha256": "a", "docid_sha256": "b", "run": "r"}')),
     "run record": several(("a.json", MANIFEST, DOCID), read_run_record, (
         json.dumps(RECORD).encode(), json.dumps(IDENTITY).encode(), b"1#0\n")),
+    "examples": one("e.txt", lambda folder: read_examples([str(folder / "e.txt")]), b"how deep\nwhere\n"),
+    "example rows": one("e.jsonl", lambda folder: read_examples([str(folder / "e.jsonl")]), ROWS, QUERIES),
     "answer cache": one("cache.sqlite", read_cache, cache(), b""),
     "answer": one("body", read_answer, b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1}}'),
     "journal": one(".out.jsonl.journal", read_journal,

@@ -43,7 +43,7 @@ _WRAPPED = re.compile(
 )
 _BULLET = re.compile(r"^(?:[-*•]\s+|\d{1,2}[.)]\s+|#{1,6}\s+)")
 _LABEL = re.compile(
-    r"^(?:\w+\s+)?(?:quer(?:y|ies)|question|q|질문|검색어|쿼리|질의|پرسش|سؤال|سوال|प्रश्न|सवाल|প্রশ্ন|ప్రశ్న|"
+    r"^(?:\w+\s+)?(?:quer(?:y|ies)|question|q|keywords?|claim|질문|검색어|쿼리|질의|پرسش|سؤال|سوال|प्रश्न|सवाल|প্রশ্ন|ప్రశ్న|"
     r"問|問題|问题|查询|質問|検索クエリ|クエリ|вопрос|запрос|pregunta|consulta|frage|suchanfrage|requête|kysymys|"
     r"pertanyaan|swali|คำถาม)\s*\d{0,2}\s*[:：]\s*",
     re.IGNORECASE,

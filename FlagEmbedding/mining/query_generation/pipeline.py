@@ -224,7 +224,7 @@ def generate_queries(options: QueryOptions) -> dict[str, Any]:
                 from FlagEmbedding.mining.query_generation.round_trip import RoundTrip
 
                 trip = RoundTrip(options, files, work, cache)
-            generation = Generation(table, cache, _model(options, cache, job), prompter, options.checks, trip)
+            generation = Generation(table, cache, open_model(options, cache, job), prompter, options.checks, trip)
             generation.run(attempts)
             record["model"] = _describe(options, generation, cache.spent(job))
             record = _finish(options, files, table, record)
@@ -232,7 +232,8 @@ def generate_queries(options: QueryOptions) -> dict[str, Any]:
     return record
 
 
-def _model(options: QueryOptions, cache: AnswerCache, job: str) -> Model:
+def open_model(options: QueryOptions, cache: AnswerCache, job: str) -> Model:
+    """What writes; an endpoint's requests are counted under ``job``. Raises ``UserError``."""
     if options.local.local_model:
         from FlagEmbedding.mining.query_generation.local_model import LocalModel
 

@@ -12,14 +12,14 @@ from FlagEmbedding.mining.query_generation.checks import REASONS
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.pages import percent, render
 
-_SOURCES = {
+SOURCES = {
     "kept": "were there and stay",
     "reused": "a real query whose positive it is",
     "generated": "written by the model",
     "own_query": "none: answers its own row's query (a false negative)",
     "none": "none",
 }
-_MEANING = {**REASONS, "no_answer": "the endpoint gave no answer"}
+MEANING = {**REASONS, "no_answer": "the endpoint gave no answer"}
 _PAGE, _DRY_RUN = (Path(__file__).with_name(name) for name in ("report.md.j2", "dry_run.md.j2"))
 
 Listed = Iterable[tuple[str, list[tuple[int, str, str]]]]
@@ -53,14 +53,14 @@ def markdown(record: dict[str, Any]) -> str:
         here, texts = (sum(counts.get(source, 0) for source in sources) for counts in (places, different))
         return [meaning, here, percent(here, total), texts, percent(texts, distinct)]
 
-    sources = [line(what, source) for source, what in _SOURCES.items() if source in places]
+    sources = [line(what, source) for source, what in SOURCES.items() if source in places]
     sources.append(line("**covered**", "kept", "reused", "generated"))
     rejected: dict[str, dict[int, int]] = defaultdict(dict)
     for attempt, reason, count in record["rejected"]:
         rejected[reason][attempt] = count
     attempts = range(1, 2 + max((attempt for attempt, _, _ in record["rejected"]), default=-1))
     reasons = [
-        [reason, *(counts.get(attempt - 1, 0) for attempt in attempts), _MEANING[reason]]
+        [reason, *(counts.get(attempt - 1, 0) for attempt in attempts), MEANING[reason]]
         for reason, counts in sorted(rejected.items())
     ]
     headers = ["rejected", *(f"attempt {attempt}" for attempt in attempts), "meaning"]
