@@ -21,7 +21,7 @@ from FlagEmbedding.evaluation.arguments import (
 )
 from FlagEmbedding.export.arguments import FoldArguments, OnnxArguments, SampleArguments, SourceArguments
 from FlagEmbedding.finetune.parsing import parse_arguments
-from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.arguments import IndexArguments, ShareArguments
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.merge.arguments import MergeArguments
 from FlagEmbedding.utils.cli import flag_values, parse
@@ -179,6 +179,7 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
         **_ENCODER, **_COLLECTION, "max_passage_length": 512, "with_title": False, "allow_empty": False,
         "passage_instruction_for_retrieval": None, "shard_size": 2048, "overwrite": False,
     }),
+    (ShareArguments,): ("", {"shards": None, "help_others": True, "finish": False, "merge_from": []}),
     (EncoderArguments, CollectionArguments, SearchArguments): ("--encoder m --languages ko", {
         **_ENCODER, **_COLLECTION, "result_save_dir": "./search_results", "max_query_length": 512,
         "add_instruction": None, "query_instruction_for_retrieval": None, "threads": 1, "hits": 1000,

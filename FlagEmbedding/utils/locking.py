@@ -15,17 +15,20 @@ from FlagEmbedding.utils.io import PathLike
 
 
 @contextmanager
-def exclusive(path: Path, what: PathLike) -> Iterator[None]:
+def exclusive(path: Path, what: PathLike, wait: bool = False) -> Iterator[None]:
     """Hold the lock file ``path``, which goes at the end. A kill leaves the file, but nobody holding it.
 
     Who holds it stands in a file beside it, since no other process may read a locked file on Windows.
+
+    Args:
+        wait: until nobody else holds it, instead of refusing.
 
     Raises:
         UsageError: another process holds it; ``what`` is what both want to write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(f"{path.name}.holder")
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=-1 if wait else 0)
     try:
         lock.acquire()
     except Timeout as error:
