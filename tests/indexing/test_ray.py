@@ -43,7 +43,7 @@ def test_two_actors_one_of_which_is_killed_write_the_same_index(
         while len(list(folder.glob("shards/*.json"))) < 20 and time.monotonic() < until:
             time.sleep(0.01)
         for process in Path("/proc").iterdir():
-            if process.name.isdigit() and b"ray::MapWorker" in _command(process) and _session(process) == _own():
+            if process.name.isdigit() and _is_actor(process):
                 os.kill(int(process.name), signal.SIGKILL)
                 killed.append(len(list(folder.glob("shards/*.json"))))
                 return
@@ -62,28 +62,17 @@ def test_two_actors_one_of_which_is_killed_write_the_same_index(
     assert "Traceback" not in said.partition("error: ")[2]
 
 
-def _command(process: Path) -> bytes:
+def _is_actor(process: Path) -> bool:
+    """Whether a process is an actor of this test's cluster: a child of the raylet that this process has started."""
     try:
-        return (process / "cmdline").read_bytes()
+        raylet = _parent(process)
+        return b"ShardEncoder" in (process / "cmdline").read_bytes() and _parent(raylet).name == str(os.getpid())
     except OSError:
-        return b""
+        return False
 
 
-def _session(process: Path) -> str:
-    """The Ray session that a worker belongs to: others may run on this machine."""
-    found = [word for word in _environment(process) if word.startswith(b"RAY_SESSION_DIR=")]
-    return found[0].decode().partition("=")[2] if found else ""
-
-
-def _environment(process: Path) -> list[bytes]:
-    try:
-        return (process / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _own() -> str:
-    return str(ray._private.worker._global_node.get_session_dir_path())
+def _parent(process: Path) -> Path:
+    return process.with_name((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize(
