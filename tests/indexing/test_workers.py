@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from FlagEmbedding.evaluation.__main__ import embed
 from FlagEmbedding.indexing import Plan, claims, encode_shard, finish, merge, plan
 from FlagEmbedding.indexing.claims import Claims
 from FlagEmbedding.indexing.encoding import build_index, work
+from FlagEmbedding.indexing.planning import load_encoder
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.retrieval.shards import ShardStore
@@ -262,3 +266,43 @@ def test_options_that_contradict_each_other(
 ) -> None:
     assert step_0(*words.split()) == 2
     assert message in capfd.readouterr().err
+
+
+def help_with(plan: Plan, part: int) -> None:
+    """A worker, as the target of a process."""
+    work(plan, load_encoder(plan.encoder), part, 2)
+
+
+def test_workers_killed_at_ten_random_moments_lose_nothing(encoder: TextEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "docs-0.jsonl"
+    path.write_text("".join(json.dumps({"docid": str(i), "text": f"text {i * i} {i}"}) + "\n" for i in range(600)))
+    options = replace(OPTIONS, shard_size=2)
+    build_index(encoder, [path], tmp_path / "whole", "ko", options)
+    made = plan([path], encoder, tmp_path / "out", "ko", options)
+    assert made is not None
+    context = get_context("forkserver")  # a process each, and the imports once
+    context.set_forkserver_preload(["indexing.test_workers"])
+
+    def start(part: int) -> Any:
+        worker = context.Process(target=help_with, args=(made, part))
+        worker.start()
+        return worker
+
+    chance, workers, killed = random.Random(5), [start(0), start(1)], 0
+    for target in sorted(chance.sample(range(3, 250), 10)):
+        until = time.monotonic() + 120
+        while len(shards(made.folder)) < target and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.01))
+        part = chance.randrange(2)
+        workers[part].kill()
+        workers[part].join()
+        killed += workers[part].exitcode == -signal.SIGKILL
+        workers[part] = start(part)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert killed == 10
+    finish(made.folder)
+    assert contents(made.folder) == contents(tmp_path / "whole")
+    assert names(made.folder) == ["docid", "index", "manifest.json"]
