@@ -12,6 +12,9 @@ from filelock import FileLock, Timeout
 
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import PathLike
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @contextmanager
@@ -28,13 +31,16 @@ def exclusive(path: Path, what: PathLike, wait: bool = False) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(f"{path.name}.holder")
-    lock = FileLock(path, timeout=-1 if wait else 0)
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         name = holder.read_text(encoding="utf-8", errors="replace").strip() if holder.exists() else ""
         who = f"another process ({name or 'unknown'})"
-        raise UsageError(f"{what}: {who} is writing to it; wait for it, or end it first") from error
+        if not wait:
+            raise UsageError(f"{what}: {who} is writing to it; wait for it, or end it first") from error
+        logger.info("%s: waiting for %s", what, who)
+        lock.acquire(timeout=-1)
     try:
         holder.write_text(f"{os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
