@@ -148,7 +148,9 @@ def arrow_table(batch: Batch, fields: Fields) -> Any:
 
     def ragged(parts: list[np.ndarray], values: Any) -> Any:
         ends = np.cumsum([0, *(len(part) for part in parts)])
-        return pyarrow.LargeListArray.from_arrays(pyarrow.array(ends, pyarrow.int64()), values)
+        return pyarrow.ListArray.from_arrays(
+            pyarrow.array(ends, pyarrow.int32()), values
+        )  # LanceDB takes no larger ones
 
     rows = np.arange(batch.first, batch.first + len(batch.docids))
     columns: dict[str, Any] = {

@@ -240,6 +240,14 @@ def test_lexical_weights_and_token_vectors_are_fields_too(index: Path, tmp_path:
     tokens = np.random.default_rng(2).normal(size=(3, 4))
     maxsim = [(tokens @ part.T.astype(np.float64)).max(axis=1).sum() if len(part) else -np.inf for part in colbert]
     assert [docid for docid, _ in ask(tokens.tolist(), "colbert")] == [docids[r] for r in np.argsort(maxsim)[::-1][:10]]
+    lancedb = pytest.importorskip("lancedb")
+    assert export(tmp_path / "index", "lancedb", tmp_path / "lancedb") == 0
+    table = lancedb.connect(str(tmp_path / "lancedb/lancedb")).open_table("passages")
+    hits = table.search(tokens.astype("<f4"), vector_column_name="colbert").distance_type("cosine").limit(10)
+    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in colbert]  # it knows no other MaxSim
+    asked = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    cosine = [(asked @ part.T.astype(np.float64)).max(axis=1).sum() if len(part) else -np.inf for part in unit]
+    assert [row["row"] for row in hits.to_list()] == np.argsort(cosine)[::-1][:10].tolist()
     table = pyarrow.parquet.read_table(tmp_path / "parquet/parquet")
     pairs = zip(table["sparse_ids"].to_pylist(), table["sparse_weights"].to_pylist(), strict=True)
     assert [dict(zip(*pair, strict=True)) for pair in pairs] == sparse
