@@ -64,6 +64,8 @@ INTEROP = [  # libraries that a checkpoint is loaded in: benchmarks/load_table.p
     "pymilvus[model]>=2.5",
     "txtai>=9",
 ]
+RAY = ["ray[data]>=2.40"]  # python -m FlagEmbedding.indexing.ray
+VECTORS = ["qdrant-client>=1.10", "lancedb>=0.20"]  # python -m FlagEmbedding.export vectors
 TEST = [
     *MINING,
     *EVAL,
@@ -130,8 +132,10 @@ setup(
         "export": EXPORT,
         "lora": LORA,
         "interop": INTEROP,
+        "ray": RAY,
+        "vectors": VECTORS,
         "test": TEST,
-        "dev": [*TEST, *CHECK],  # what make check runs
+        "dev": [*TEST, *CHECK, *VECTORS],  # what make check runs
     },
     entry_points={
         "console_scripts": [

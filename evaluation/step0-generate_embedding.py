@@ -2,6 +2,7 @@
 
 python evaluation/step0-generate_embedding.py --encoder MODEL --languages ko --index_save_dir ./corpus-index
 torchrun --nproc_per_node 8 evaluation/step0-generate_embedding.py …
+python evaluation/step0-generate_embedding.py … --shards 3/64   # a worker of many, docs/cluster.md; then --finish
 """
 
 import sys

@@ -19,9 +19,16 @@ from FlagEmbedding.evaluation.arguments import (
     ScoreArguments,
     SearchArguments,
 )
-from FlagEmbedding.export.arguments import FoldArguments, OnnxArguments, SampleArguments, SourceArguments
+from FlagEmbedding.export.arguments import (
+    FoldArguments,
+    OnnxArguments,
+    SampleArguments,
+    SourceArguments,
+    VectorArguments,
+)
 from FlagEmbedding.finetune.parsing import parse_arguments
-from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.arguments import IndexArguments, ShareArguments
+from FlagEmbedding.indexing.ray import RayArguments
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.merge.arguments import MergeArguments
 from FlagEmbedding.utils.cli import flag_values, parse
@@ -188,6 +195,14 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
         **_ENCODER, **_COLLECTION, "max_passage_length": 512, "with_title": False, "allow_empty": False,
         "passage_instruction_for_retrieval": None, "shard_size": 2048, "overwrite": False,
     }),
+    (VectorArguments,): ("i --to parquet --output_dir o", {
+        "index": "i", "to": "parquet", "output_dir": "o", "url": None, "name": "passages", "payload": [],
+        "data_dir": None, "batch_rows": None, "overwrite": False, "cache_dir": None,
+    }),
+    (RayArguments,): ("", {
+        "address": None, "min_actors": 1, "max_actors": 8, "gpus_per_actor": 0.0, "cpus_per_actor": 1.0,
+    }),
+    (ShareArguments,): ("", {"shards": None, "help_others": True, "finish": False, "merge_from": []}),
     (EncoderArguments, CollectionArguments, SearchArguments): ("--encoder m --languages ko", {
         **_ENCODER, **_COLLECTION, "result_save_dir": "./search_results", "max_query_length": 512,
         "add_instruction": None, "query_instruction_for_retrieval": None, "threads": 1, "hits": 1000,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.arguments import IndexArguments, ShareArguments
 from FlagEmbedding.inference.arguments import EncoderArguments, FfnPart, Pooling
 from FlagEmbedding.utils.cli import choice, option, positional, switch
 from FlagEmbedding.utils.errors import UsageError
@@ -146,6 +146,14 @@ class EmbedOptions:
     encoder: EncoderArguments
     collection: CollectionArguments
     index: IndexArguments
+    share: ShareArguments = field(default_factory=ShareArguments)
+
+    def __post_init__(self) -> None:
+        if self.index.overwrite and (self.share.shards is not None or self.share.finish):
+            raise UsageError(
+                "--overwrite True would remove what other workers encode; leave it out, or choose another "
+                "--index_save_dir"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from FlagEmbedding.export.arguments import FoldOptions, OnnxOptions
-from FlagEmbedding.utils.cli import entry_point, parse_whole, run_command
+from FlagEmbedding.export.arguments import FoldOptions, OnnxOptions, VectorArguments
+from FlagEmbedding.utils.cli import entry_point, parse, parse_whole, run_command
 
 HELP = """usage: python -m FlagEmbedding.export COMMAND MODEL --output_dir OUT [options]
 
-  fold    experts → one dense layer each: a plain encoder, with what that costs
-  onnx    dense, sparse and colbert in one ONNX graph, also with 8-bit weights (--int8)
+  fold     experts → one dense layer each: a plain encoder, with what that costs
+  onnx     dense, sparse and colbert in one ONNX graph, also with 8-bit weights (--int8)
+  vectors  an index of step 0 (in MODEL's place) into Qdrant, LanceDB, or files for Milvus, Elasticsearch, Parquet
 
 python -m FlagEmbedding.export COMMAND --help lists a command's options."""
 
@@ -43,9 +44,21 @@ def onnx(argv: Sequence[str] | None = None) -> int:
 
 
 @entry_point
+def vectors(argv: Sequence[str] | None = None) -> int:
+    """An index as a collection of a vector store."""
+    what = "Load an index into a vector store, or write it as files for the store's bulk loader."
+    options: VectorArguments = parse([VectorArguments], argv, what)[0]
+
+    from FlagEmbedding.export.vectors import export_vectors
+
+    print(export_vectors(options))
+    return 0
+
+
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or run a command."""
-    return run_command({"fold": fold, "onnx": onnx}, HELP, argv)
+    return run_command({"fold": fold, "onnx": onnx, "vectors": vectors}, HELP, argv)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from FlagEmbedding.evaluation.arguments import DevArguments
 from FlagEmbedding.inference.arguments import EncoderArguments, Pooling
@@ -12,6 +13,8 @@ from FlagEmbedding.utils.cli import choice, option, positional, switch
 from FlagEmbedding.utils.errors import UsageError
 
 HEADS = ("dense", "sparse", "colbert")
+PAYLOAD = ("title", "text")
+StoreName = Literal["qdrant", "lancedb", "milvus", "parquet", "elasticsearch-json"]
 _METHOD = re.compile(r"average|load|expert:(\d+)")
 
 
@@ -104,3 +107,35 @@ class OnnxOptions:
     onnx: OnnxArguments
     sample: SampleArguments
     dev: DevArguments
+
+
+@dataclass(frozen=True)
+class VectorArguments:
+    """Index and vector store."""
+
+    index: str = positional("folder of an index: {index_save_dir}/{encoder}/{lang}", "INDEX", nargs=None)
+    to: StoreName = choice(
+        StoreName, help="qdrant and lancedb are loaded; the others are written as files for their bulk loaders"
+    )
+    output_dir: str = option(help="export.json and the store, or its files, go here")
+    url: str | None = option(None, "of a Qdrant server (http://…); default: Qdrant's local form in --output_dir")
+    name: str = option("passages", "of the collection, table or index")
+    payload: list[str] = option([], "what to keep of each passage beside its docid: title text", metavar="FIELD")
+    data_dir: str | None = option(
+        None, "folder of the corpus, as in step 0; needed for --payload, asked before the hub"
+    )
+    batch_rows: int | None = option(None, "passages per request or file; default: what suits the store")
+    overwrite: bool = switch(False, "replace what this command wrote to --output_dir")
+    cache_dir: str | None = option(None, "where the hub's files are kept")
+
+    def __post_init__(self) -> None:
+        if unknown := [field for field in self.payload if field not in PAYLOAD]:
+            raise UsageError(f"--payload {unknown[0]}: choose from {' '.join(PAYLOAD)}")
+        if self.data_dir is not None and not self.payload:
+            raise UsageError("--data_dir is read for --payload alone: give both or neither")
+        if self.batch_rows is not None and self.batch_rows < 1:
+            raise UsageError(f"--batch_rows must be at least 1, got {self.batch_rows}")
+        if self.url is not None and self.to != "qdrant":
+            raise UsageError("--url belongs to --to qdrant")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise UsageError(f"--name {self.name!r}: small letters, digits and _ suit every store, a letter first")

@@ -1,41 +1,37 @@
-"""From a corpus to an index folder: shard after shard, resumable, shared out over processes.
+"""From a corpus to an index folder: shard after shard, resumable, by any number of workers.
 
 One shard (``shard_size`` passages) is one window of the encoder: tokenized ahead, sorted by token count, cut into
 slabs by token budget, written by a thread while the next one is computed. Nothing grows with the corpus, which is read
-twice: checked and hashed, then encoded. Process r of w takes every w-th unfinished shard; since a shard's vectors
-depend on its passages alone, the index has the same bytes with any number of processes and after any number of kills.
+twice: checked and hashed, then encoded. A worker claims shard after shard, beginning at its own part of the corpus and
+then helping with the others'; since a shard's vectors depend on its passages alone, the index has the same bytes with
+any number of workers and after any number of kills.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from FlagEmbedding.collections.corpus import Survey, passage_text, stream, survey
+from FlagEmbedding.collections.corpus import Survey, passage_text, stream
 from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.claims import Claims
+from FlagEmbedding.indexing.planning import LOCK as LOCK
+from FlagEmbedding.indexing.planning import WORK, Plan, identity_of, load_encoder, opened, prepare, with_instruction
 from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
 from FlagEmbedding.retrieval.approximate import remove_approximate
-from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index
-from FlagEmbedding.retrieval.shards import (
-    MANIFEST,
-    ShardStore,
-    check_manifest,
-    clear_disk_errors,
-    decisive,
-    read_manifest,
-)
+from FlagEmbedding.retrieval.index import assemble_index
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_manifest, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.background import BackgroundWriter
-from FlagEmbedding.utils.distributed import barrier, is_main, rank, world_size
-from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.identity import differences, fingerprints
+from FlagEmbedding.utils.distributed import barrier, rank, world_size
+from FlagEmbedding.utils.errors import DataError
+from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.locking import exclusive
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.processes import on_main
@@ -43,7 +39,7 @@ from FlagEmbedding.utils.progress import progress
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
-WORK, LOCK = "shards", ".shards.lock"
+POLL = 1.0  # seconds between two looks at the shards that others are encoding
 
 
 def build_index(
@@ -61,145 +57,113 @@ def build_index(
         UsageError: what is on disk was made by other arguments or another program, or is being written.
         DataError: a corpus, a shard or a disk that cannot be used.
     """
-    max_length = encoder.max_length(options.max_passage_length)
-    own = encoder.instruction("passage", options.passage_instruction_for_retrieval)
-    options = replace(options, passage_instruction_for_retrieval=own)
-    identity = {
-        "language": lang,
-        **encoder.describe(),
-        "max_passage_length": max_length,
-        "with_title": options.with_title,
-        "passage_instruction": options.passage_instruction_for_retrieval,
-        "slab_tokens": encoder.slab_tokens(encoder.options.batch_size, max_length),
-        "shard_size": options.shard_size,
-    }
+    options = with_instruction(encoder, options)
+    identity = identity_of(encoder, lang, options)
     if found is not None and found.empty and not options.allow_empty:
         found = None  # one of its own says which passage it is
     with ExitStack() as held:
-        if not on_main(lambda: _prepare(files, folder, identity, options, held, found)):
+        if not on_main(lambda: prepare(files, folder, identity, options, held, found)):
             return False
-        manifest = read_manifest(folder / WORK / MANIFEST)
-        if manifest is None:
-            raise DataError(f"{folder / WORK} vanished; is --index_save_dir shared by all machines?")
-        store = ShardStore(folder / WORK, manifest)
-        started = time.monotonic()
-        _encode_missing(encoder, files, store, lang, options, max_length)
+        started, own = time.monotonic(), opened(files, folder, encoder.options, options)
+        work(own, encoder, rank(), world_size())
         barrier()
-        on_main(lambda: _finish(store, folder, lang, options, time.monotonic() - started))
+        on_main(lambda: _join(own.store, folder, time.monotonic() - started, asdict(options)))
     return True
 
 
-def _prepare(
-    files: Sequence[Path], folder: Path, identity: dict[str, Any], options: IndexArguments, held: ExitStack,
-    found: Survey | None,
-) -> bool:  # fmt: skip
-    """Decide what there is to do and open the working folder (main process); False: nothing to do."""
-    if _is_done(files, folder, identity, options):
-        return False
-    with clear_disk_errors(f"making {folder}"):
-        held.enter_context(exclusive(folder / LOCK, folder))
-    if _is_done(files, folder, identity, options):  # by the process that held the lock until now
-        return False
-    work, lang = folder / WORK, identity["language"]
-    begun, done = read_manifest(work / MANIFEST), read_manifest(folder / MANIFEST)
-    if found is None and (begun is None or options.overwrite):
-        found = _survey(files, lang, options)
-    identity = {**identity, "corpus": fingerprints(files)}
-    if begun is not None:
-        differing = differences(decisive(begun["identity"]), decisive(identity))
-        if options.overwrite and (differing or _same_run(begun, done)):
-            ShardStore(work, begun).remove()
-            begun = None
-        else:
-            check_manifest(begun, identity, work / MANIFEST)
-    elif done is None and (there := [name for name in (INDEX, DOCID) if (folder / name).exists()]):
-        raise UsageError(
-            f"{folder / there[0]} was not written by this program: move it away, or choose another --index_save_dir"
-        )
-    logger.info(
-        "%s: passages are %s", lang, "title and text (with_title)" if options.with_title else "text alone, as published"
-    )
-    if begun is not None:
-        store = ShardStore(work, begun)
-    else:
-        assert found is not None
-        store = ShardStore.create(
-            work, identity, found.total, identity["dimension"], options.shard_size, passages=found.passages
-        )
-    store.clean()
-    _check_room(store, folder)
-    return True
+def work(plan: Plan, encoder: TextEncoder, part: int, parts: int, others: bool = True) -> None:
+    """Encode what is missing of a plan together with other workers, until every shard is on disk.
+
+    Args:
+        part: of ``parts`` of the corpus, where this worker begins (modulo ``parts``).
+        others: then help with the other parts; False: end with the own one, for workers that share no disk.
+    """
+    store, lang = plan.store, plan.identity["language"]
+    missing = plan.missing()
+    begin, end = (place * len(store) // parts for place in (part % parts, part % parts + 1))
+    own = [shard for shard in missing if begin <= shard < end]
+    rest = [shard for shard in missing if shard >= end] + [shard for shard in missing if shard < begin]
+    order = own + rest if others else own
+    if len(missing) < len(store):
+        logger.info("%s: going on, %d of %d shards are there", lang, len(store) - len(missing), len(store))
+    # Every worker has a like share: this one's tells of all. Listing the folder takes longer the more is in it.
+    done = min(store.rows, (len(store) - len(missing)) * store.shard_size)
+    bar: tqdm[Any] = progress(lang, total=store.rows, done=done)
+
+    def encode(shards: Iterable[int]) -> int:
+        count, last = 0, time.monotonic()
+        for shard in encode_shards(plan, shards, encoder):
+            count, now = count + 1, time.monotonic()
+            claims.longest, last = max(claims.longest, now - last), now
+            start, stop = store.span(shard)
+            if rank() == 0:
+                bar.update(min(parts * (stop - start), store.rows - bar.n))
+        return count
+
+    with Claims(store) as claims, bar:
+        encode(claims.unclaimed(order))
+        # Between two rounds nothing is claimed here, so that no two workers wait for each other.
+        while left := _left(store, order):
+            if not encode(claims.left_behind(left)):
+                time.sleep(POLL)
 
 
-def _is_done(files: Sequence[Path], folder: Path, identity: dict[str, Any], options: IndexArguments) -> bool:
-    """Whether an index is there that stays; one of other arguments is refused."""
-    if options.overwrite or not ((folder / INDEX).exists() and (folder / DOCID).exists()):
-        return False
-    lang = identity["language"]
-    manifest, begun = read_manifest(folder / MANIFEST), read_manifest(folder / WORK / MANIFEST)
-    if begun is not None and not _same_run(begun, manifest):
-        return False
-    if manifest is None:
-        logger.warning("%s: %s is there, made by another program and taken as it is", lang, folder)
-        return True
-    check_manifest(manifest, {**identity, "corpus": fingerprints(files)}, folder / MANIFEST)
-    logger.info("%s: %s is there already (--overwrite True encodes again)", lang, folder)
-    if begun is not None:  # a kill came between the index and the end of its shards
-        ShardStore(folder / WORK, begun).remove()
-    return True
+def _left(store: ShardStore, order: Sequence[int]) -> list[int]:
+    """Shards of ``order`` that are not on disk."""
+    try:
+        finished = store.finished() if order else set()
+    except FileNotFoundError:  # joined, by a worker that saw the last shard before this one did
+        return []
+    return [shard for shard in order if shard not in finished]
 
 
-def _same_run(begun: dict[str, Any], done: dict[str, Any] | None) -> bool:
-    return done is not None and "run" in begun and begun["run"] == done.get("run")
+def encode_shard(plan: Plan, shard: int, encoder: TextEncoder | None = None) -> None:
+    """Encode one shard and write it to the plan's working folder. Pure and idempotent; needs no process group.
+
+    Args:
+        encoder: by default the plan's, loaded once in a process.
+
+    Raises:
+        UsageError: the encoder is not the plan's.
+        DataError: a corpus that changed, a vector that is not finite, a disk that cannot be used.
+    """
+    for _ in encode_shards(plan, [shard], encoder):
+        pass
 
 
-def _survey(files: Sequence[Path], lang: str, options: IndexArguments) -> Survey:
-    logger.info("%s: checking %d corpus file(s)", lang, len(files))
-    with clear_disk_errors("checking the corpus (temporary files)"):
-        found = survey(files, options.allow_empty)
-    if found.empty:
-        logger.warning("%s: %d passage(s) without text are embedded as they are", lang, found.empty)
-    return found
+def encode_shards(plan: Plan, shards: Iterable[int], encoder: TextEncoder | None = None) -> Iterator[int]:
+    """:func:`encode_shard` for several, read and tokenized ahead; yields each when its vectors are computed.
 
+    Args:
+        shards: asked for one by one, a few before they are encoded; ascending ones read packed files once.
+    """
+    encoder = encoder or load_encoder(plan.encoder)
+    options, max_length, store = plan.options, plan.check(encoder), plan.store
+    asked: list[int] = []  # the shard whose passages are being read
 
-def _check_room(store: ShardStore, folder: Path) -> None:
-    """Say before the work, not after it, that the disk is too small: shards yet to come, and the index beside them."""
-    rows = store.rows - len(store.finished()) * store.shard_size + store.rows
-    needed, free = max(0, rows) * store.dimension * 4, shutil.disk_usage(folder).free
-    if needed > free:
-        raise DataError(
-            f"{folder}: {store.rows} vectors of {store.dimension} need {tqdm.format_sizeof(needed, 'B')} more (shards "
-            f"and index), {tqdm.format_sizeof(free, 'B')} are free; make room or choose another --index_save_dir"
-        )
-
-
-def _encode_missing(
-    encoder: TextEncoder, files: Sequence[Path], store: ShardStore, lang: str, options: IndexArguments, max_length: int
-) -> None:
-    finished = store.finished()
-    missing = [shard for shard in range(len(store)) if shard not in finished]
-    mine = missing[rank() :: world_size()]
-    if finished:
-        logger.info("%s: going on, %d of %d shards are there", lang, len(finished), len(store))
-    passages = store.manifest["passages"]
+    def spans() -> Iterator[tuple[int, int]]:
+        for shard in shards:
+            asked[:] = [shard]
+            yield store.span(shard)
 
     def windows() -> Iterator[tuple[list[str], tuple[int, list[str]]]]:
         prefix = options.passage_instruction_for_retrieval or ""
-        for shard, found in zip(mine, stream(files, passages, [store.span(i) for i in mine]), strict=True):
+        for found in stream(plan.files, plan.manifest["passages"], spans(), plan.manifest.get("starts", ())):
             texts = [prefix + passage_text(passage, options.with_title) for passage in found]
-            yield texts, (shard, [passage.docid for passage in found])
+            yield texts, (asked[0], [passage.docid for passage in found])
 
-    # Every process has the same share: this one's tells of all. Listing the folder takes longer the more is in it.
-    done = min(store.rows, len(finished) * store.shard_size)
-    bar: tqdm[Any] = progress(lang, total=store.rows, done=done)
-    with BackgroundWriter(store.write) as write, bar:
+    def put(shard: int, vectors: np.ndarray, docids: list[str]) -> None:
+        # Another worker may have been faster, and may even have joined all shards.
+        if (store.folder / MANIFEST).exists() and not store.path(shard, "json").exists():
+            store.write(shard, vectors, docids)
+
+    with BackgroundWriter(put) as write:
         for found, (shard, docids) in encoder.encode(windows(), max_length, DENSE, encoder.options.batch_size):
             assert found.dense is not None
             vectors = found.dense.float().cpu().numpy()
             _check_finite(vectors, docids)
             write(shard, vectors, docids)
-            if is_main():
-                bar.update(min(world_size() * len(docids), store.rows - bar.n))
+            yield shard
 
 
 def _check_finite(vectors: np.ndarray, docids: list[str]) -> None:
@@ -210,11 +174,82 @@ def _check_finite(vectors: np.ndarray, docids: list[str]) -> None:
         )
 
 
-def _finish(store: ShardStore, folder: Path, lang: str, options: IndexArguments, seconds: float) -> None:
+def finish(folder: Path) -> bool:
+    """Join the shards in the working folder of ``folder`` into the index; False when it was there already.
+
+    Loads no model and no corpus.
+
+    Raises:
+        DataError: nothing was begun, shards are missing or damaged, a disk that cannot be used.
+        UsageError: another process is writing the index.
+    """
+    with exclusive(folder / LOCK, folder):
+        manifest = read_manifest(folder / WORK / MANIFEST)
+        if manifest is None:
+            if read_manifest(folder / MANIFEST) is not None:
+                logger.info("%s is there already", folder)
+                return False
+            raise DataError(f"{folder}: nothing was begun here; start workers with --shards first")
+        store = ShardStore(folder / WORK, manifest)
+        finished = store.finished()
+        if missing := [shard for shard in range(len(store)) if shard not in finished]:
+            raise DataError(
+                f"{store.folder}: {len(missing)} of {len(store)} shards are missing, the first is {missing[0]}; start "
+                "one or more workers again (--shards), which go on with these"
+            )
+        _join(store, folder, None, manifest.get("arguments"))
+    return True
+
+
+def merge(folders: Sequence[Path], folder: Path) -> int:
+    """Bring the shards that workers without a shared disk have encoded into one working folder; how many came.
+
+    Args:
+        folders: of indexes of the same plan, each with some of its shards; they stay as they are.
+        folder: of the index; :func:`finish` joins what is there.
+
+    Raises:
+        UsageError: the folders are of different encoders, corpora or options.
+        DataError: a folder without shards, or with a damaged one.
+    """
+    came = 0
+    for place in folders:
+        manifest = read_manifest(place / WORK / MANIFEST)
+        if manifest is None:
+            raise DataError(f"{place}: no {WORK} folder there; give index folders that workers (--shards) have written")
+        with exclusive(folder / LOCK, folder):
+            there = read_manifest(folder / WORK / MANIFEST)
+            if there is None:
+                plain = {key: value for key, value in manifest.items() if key not in ("identity", "run")}
+                target = ShardStore.create(folder / WORK, manifest["identity"], **plain)
+            else:
+                check_manifest(there, manifest["identity"], place / WORK / MANIFEST)
+                target = ShardStore(folder / WORK, there)
+            source = ShardStore(place / WORK, manifest)
+            for shard in sorted(source.finished() - target.finished()):
+                _bring(source, target, shard)
+                came += 1
+    return came
+
+
+def _bring(source: ShardStore, target: ShardStore, shard: int) -> None:
+    digests = source.digests(shard)
+    with clear_disk_errors(f"copying shard {shard} to {target.folder}"):
+        for suffix in digests:
+            with atomic_open(target.path(shard, suffix), "wb") as stream:
+                stream.write(source.path(shard, suffix).read_bytes())
+        start, stop = target.span(shard)
+        record = {"rows": stop - start, "run": target.manifest.get("run")}
+        record |= {f"{suffix}_sha256": digest for suffix, digest in digests.items()}
+        write_json_atomic(target.path(shard, "json"), record)
+
+
+def _join(store: ShardStore, folder: Path, seconds: float | None, arguments: Any) -> None:
     """Join the shards (main process) and drop the working folder."""
     remove_approximate(folder)
-    assemble_index(store, folder, arguments=asdict(options), processes=world_size(), provenance=provenance())
+    assemble_index(store, folder, arguments=arguments, processes=world_size(), provenance=provenance())
     with clear_disk_errors(f"removing {store.folder}"):
         store.remove()
-    duration = tqdm.format_interval(seconds)
-    logger.info("%s: %d vectors of %d in %s (%s)", lang, store.rows, store.dimension, folder, duration)
+    took = "" if seconds is None else f" ({tqdm.format_interval(seconds)})"
+    lang = store.manifest["identity"].get("language")
+    logger.info("%s: %d vectors of %d in %s%s", lang, store.rows, store.dimension, folder, took)

@@ -83,7 +83,8 @@ def assemble_index(store: ShardStore, folder: Path, **more: Any) -> dict[str, An
             _copy(store, shard, "docid", expected["docid"], docids, digests[DOCID])
     _ask_faiss(folder / INDEX, store.rows, store.dimension)
     files = {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()}
-    manifest = {**store.manifest, **more, "files": files}
+    kept = {key: value for key, value in store.manifest.items() if key not in ("starts", "stored")}  # of use to readers
+    manifest = {**kept, **more, "files": files}
     with clear_disk_errors(f"writing {folder / MANIFEST}"):
         write_json_atomic(folder / MANIFEST, manifest)
     return manifest

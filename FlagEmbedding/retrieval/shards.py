@@ -6,6 +6,7 @@ The working folder holds
     shard-000007.f32       the vectors of shard 7: float32, little endian, one after the other
     shard-000007.docid     their docids, one per line
     shard-000007.json      their number, run and SHA-256 of both files; written last: without it the shard is not there
+    claims/                who is encoding which shard (indexing/claims.py)
 
 Shard i always holds passages ``i * shard_size`` to ``(i + 1) * shard_size``, whoever encodes it: that makes the
 bytes independent of kills and of the number of processes. Every file appears by renaming a finished one. Only files
@@ -18,6 +19,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +35,7 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, CLAIMS = "manifest.json", "claims"
 _RECORD = re.compile(r"shard-(\d{6,})\.json")
 _SUFFIXES = ("json", "f32", "docid")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -157,6 +159,10 @@ class ShardStore:
         """Remove what a killed run left half-written (call from one process, before others write)."""
         remove_leftovers(self.folder, "shard-*")
 
+    def forget_claims(self) -> None:
+        """Remove the claims of all workers (while none is working)."""
+        shutil.rmtree(self.folder / CLAIMS, ignore_errors=True)
+
     def write(self, shard: int, vectors: np.ndarray, docids: Sequence[str]) -> None:
         """Store one shard: ``vectors [rows, dimension]`` float32 and as many docids."""
         start, stop = self.span(shard)
@@ -207,6 +213,7 @@ class ShardStore:
     def remove(self) -> None:
         """Delete the store's files, and the folder unless something else is in it."""
         self.clean()
+        self.forget_claims()
         for shard in range(len(self)):
             self._remove(shard)
         (self.folder / MANIFEST).unlink(missing_ok=True)

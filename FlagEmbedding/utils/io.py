@@ -87,16 +87,30 @@ def all_lines(path: PathLike, kind: str, digest: Any = None) -> Iterator[tuple[i
     Raises:
         DataError: the file is missing, damaged or not UTF-8.
     """
-    number = 0
+    return ((number, line) for _, number, line in located_lines(path, kind, digest))
+
+
+def located_lines(
+    path: PathLike, kind: str, digest: Any = None, start: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[int, int, str]]:
+    """:func:`all_lines` with the place of each: ``(byte offset of the unpacked text, line number, line)``.
+
+    Args:
+        start: offset and number of the line to begin with; only of a file that is not packed.
+    """
+    offset, number = start[0], start[1] - 1
     try:
         with io.BufferedReader(_HashedFile(path, digest) if digest else io.FileIO(path), 1 << 20) as stored:
-            for number, line in enumerate(unpacked(path, stored), 1):
+            if offset:
+                stored.seek(offset)
+            for number, line in enumerate(unpacked(path, stored), start[1]):
                 try:
                     text = decode_line(line)
                 except UnicodeError as error:
                     what = f"not UTF-8 text ({not_utf8(line, error)}); save it as UTF-8"
                     raise DataError(f"{path}:{number}: {what}") from error
-                yield number, text
+                yield offset, number, text
+                offset += len(line)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such {kind} file") from error
     except READ_ERRORS as error:

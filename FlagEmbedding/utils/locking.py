@@ -12,13 +12,19 @@ from filelock import FileLock, Timeout
 
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import PathLike
+from FlagEmbedding.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @contextmanager
-def exclusive(path: Path, what: PathLike) -> Iterator[None]:
+def exclusive(path: Path, what: PathLike, wait: bool = False) -> Iterator[None]:
     """Hold the lock file ``path``, which goes at the end. A kill leaves the file, but nobody holding it.
 
     Who holds it stands in a file beside it, since no other process may read a locked file on Windows.
+
+    Args:
+        wait: until nobody else holds it, instead of refusing.
 
     Raises:
         UsageError: another process holds it; ``what`` is what both want to write.
@@ -31,7 +37,10 @@ def exclusive(path: Path, what: PathLike) -> Iterator[None]:
     except Timeout as error:
         name = holder.read_text(encoding="utf-8", errors="replace").strip() if holder.exists() else ""
         who = f"another process ({name or 'unknown'})"
-        raise UsageError(f"{what}: {who} is writing to it; wait for it, or end it first") from error
+        if not wait:
+            raise UsageError(f"{what}: {who} is writing to it; wait for it, or end it first") from error
+        logger.info("%s: waiting for %s", what, who)
+        lock.acquire(timeout=-1)
     try:
         holder.write_text(f"{os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield

@@ -14,7 +14,7 @@ from options_walk import Case, assert_acts, assert_complete
 from FlagEmbedding.evaluation import arguments
 from FlagEmbedding.evaluation.__main__ import embed, score, search
 from FlagEmbedding.evaluation.compare import main as compare
-from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.indexing.arguments import IndexArguments, ShareArguments
 from FlagEmbedding.inference.arguments import EncoderArguments
 from tests.evaluation.conftest import QUERIES, make_passages, write_collection
 
@@ -102,6 +102,10 @@ EMBED_CASES = {
     "allow_empty": Case("--allow_empty", given="--data_dir empty", only=("code", "index")),
     "shard_size": Case("--shard_size 7", only=("identity",)),
     "batch_size": Case("--batch_size 1", given="--engine padded", only=("identity", "forwards")),
+    "shards": Case("--shards 1/2", only=("names",)),
+    "help_others": Case("--help_others n", given="--shards 1/2 --shard_size 7", only=("names",)),
+    "finish": Case("--finish", given="--index_save_dir index", only=("forwards",)),
+    "merge_from": Case("--merge_from nothing", given="--finish --index_save_dir index", only=("code",)),
 }
 EMBED_EXEMPT = {
     **ENCODER_EXEMPT, "split": "the corpus has no splits",
@@ -110,7 +114,7 @@ EMBED_EXEMPT = {
 
 
 def test_no_field_of_step_0_is_left_out() -> None:
-    groups = (EncoderArguments, arguments.CollectionArguments, IndexArguments)
+    groups = (EncoderArguments, arguments.CollectionArguments, IndexArguments, ShareArguments)
     assert_complete(groups, EMBED_CASES, EMBED_EXEMPT)
 
 

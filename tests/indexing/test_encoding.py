@@ -219,20 +219,6 @@ def test_overwrite_goes_on_with_its_own_work_and_not_with_what_was_finished(
     assert contents(folder) == whole and names(folder) == ["docid", "index", "manifest.json"]
 
 
-def test_every_rank_encodes_its_share(
-    encoder: TextEncoder, files: list[Path], tmp_path: Path, whole: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "out"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(DataError, match=r"shard 0 of .* is damaged"):  # nobody has encoded the others' yet
-        build_index(encoder, files, folder, "ko", OPTIONS)
-    assert sorted(path.name for path in (folder / "shards").glob("*.f32")) == ["shard-000001.f32", "shard-000003.f32"]
-    monkeypatch.undo()
-    build_index(encoder, files, folder, "ko", OPTIONS)
-    assert contents(folder) == whole
-
-
 def test_an_error_of_the_last_write_is_not_lost(
     encoder: TextEncoder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

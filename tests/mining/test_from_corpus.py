@@ -58,7 +58,7 @@ def test_from_documents_to_a_trained_and_measured_model(
         assert not held_out & {text_key(text) for text in (*row["pos"], *row["neg"])}
         assert len(row["neg"]) == 3 and text_key(row["pos"][0]) not in set(map(text_key, row["neg"]))
         for text, query in zip(row["neg"], row["neg_q"], strict=True):
-            assert query in {answer(f"{kind}|{text}") for kind in KINDS}, "a query that this negative answers, and no other"
+            assert query in {answer(f"{kind}|{text}") for kind in KINDS}  # this negative answers it
     assert Counter(row["kind"] for row in found) == dict.fromkeys(KINDS, 18)
     assert check(CheckArguments([str(tmp_path / "out/train")]))
     # The printed command runs as printed, and its dev figures before the first step are those of steps 0 to 2.

@@ -47,3 +47,13 @@ def test_an_error_inside_frees_it(tmp_path: Path) -> None:
     with exclusive(tmp_path / ".lock", "out"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_who_waits_comes_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / ".lock"
+    command = [sys.executable, "-c", HOLD.replace("time.sleep(60)", "time.sleep(0.5)"), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with caplog.at_level("INFO", "FlagEmbedding"), exclusive(path, "out", wait=True):
+            assert path.with_name(".lock.holder").read_text().startswith(f"{os.getpid()} on ")
+    assert f"out: waiting for another process ({other.pid} on " in caplog.text

@@ -45,6 +45,7 @@ from FlagEmbedding.utils.identity import digest, fingerprints
 from FlagEmbedding.utils.provenance import provenance
 from FlagEmbedding.utils.texts import text_key
 
+
 def build_from_corpus(options: FromCorpusOptions) -> dict[str, Any]:
     """Run the command; returns its record. Raises ``UserError``."""
     output, dry = options.output.path, options.writing.dry_run
