@@ -201,6 +201,11 @@ class TextEncoder:
         assert found.dense is not None
         return found.dense
 
+    def represent_rows(self, rows: TokenRows, max_length: int, want: Collection[Kind]) -> Representations:
+        """The same of any kinds."""
+        self._check_want(want)
+        return self._launch(rows, want, self.slab_tokens(self.options.batch_size, max_length))
+
     def _launch(self, rows: TokenRows, want: Collection[Kind], budget: int) -> Representations:
         ids = torch.from_numpy(rows.ids)
         if self.device.type == "cuda":
