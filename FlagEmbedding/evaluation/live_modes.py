@@ -21,7 +21,6 @@ from FlagEmbedding.indexing.retriever import inner_products
 from FlagEmbedding.inference.lexical import TokenWeights, token_weights
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.inference.tokenization import TokenRows
-from FlagEmbedding.modeling.tokens import special_ids
 from FlagEmbedding.retrieval.candidates import Asked, find
 from FlagEmbedding.retrieval.fusion import Fusing, fuse
 from FlagEmbedding.retrieval.late_interaction import rerank, stored_vectors
@@ -117,7 +116,7 @@ def _by_words(rows: Sequence[_Rows], docids: Sequence[str]) -> Callable[[int], n
 def _encode(texts: Tokens, encoder: TextEncoder, want: Sequence[Kind]) -> _Rows:
     """Of all texts, on the main process; others get nothing. Every process must call this together."""
     own: dict[int, tuple[TokenWeights | None, np.ndarray | None, list[int]]] = {}
-    skip = special_ids(encoder.tokenizer)
+    skip = encoder.special_ids
     for number, tokens in texts.own.items():
         found = encoder.represent_rows(tokens, texts.max_length, want)
         weights = token_weights(found, skip) if "sparse" in want else None

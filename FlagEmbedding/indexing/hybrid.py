@@ -22,7 +22,6 @@ from FlagEmbedding.inference.lexical import TokenWeights, token_counts, token_we
 from FlagEmbedding.inference.scores import colbert_vectors
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.inference.tokenization import tokenize
-from FlagEmbedding.modeling.tokens import special_ids
 from FlagEmbedding.retrieval.candidates import Asked, find
 from FlagEmbedding.retrieval.fusion import Found, Fusing, fuse
 from FlagEmbedding.retrieval.index import FlatIndex
@@ -168,7 +167,7 @@ class HybridRetriever:
 
     def _encode(self, queries: Sequence[str], parts: Sequence[Part]) -> _Queries:
         """What each of ``parts`` searches by."""
-        encoder, skip = self.encoder, special_ids(self.encoder.tokenizer)
+        encoder, skip = self.encoder, self.encoder.special_ids
         length, prefix = encoder.max_length(self.query_length), self.query_instruction or ""
         lexical: dict[Part, list[tuple[np.ndarray, np.ndarray]]] = {}
         if "bm25" in parts:  # the words alone

@@ -26,7 +26,6 @@ from FlagEmbedding.indexing.arguments import IndexArguments, StoreArguments
 from FlagEmbedding.inference.lexical import TokenWeights, token_counts, token_weights
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.inference.tokenization import tokenize
-from FlagEmbedding.modeling.tokens import special_ids
 from FlagEmbedding.retrieval.index import DOCID
 from FlagEmbedding.retrieval.lexical import K1, B, bm25_impact, write_postings
 from FlagEmbedding.retrieval.ragged import (
@@ -255,7 +254,7 @@ def _rows(
     encoder: TextEncoder, windows: Iterator[tuple[list[str], tuple[int, list[str]]]], plans: Sequence[_Plan]
 ) -> Iterator[tuple[list[tuple[np.ndarray, Arrays]], tuple[int, list[str]]]]:
     """Entries of each window for each of the plans: entries per row, and the arrays."""
-    skip, max_length = special_ids(encoder.tokenizer), plans[0].identity["max_passage_length"]
+    skip, max_length = encoder.special_ids, plans[0].identity["max_passage_length"]
     if plans[0].mode == "bm25":
         for window in encoder.pool.windows(windows, max_length):
             yield [_lexical(token_counts(window.tokens, skip))], window.extra
