@@ -65,6 +65,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "tensorboard>=2.16",
     "hypothesis>=6.100",  # tests/fuzz
+    "bm25s>=0.2",  # what our BM25 is held against
 ]
 CHECK = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tabulate", "types-tqdm", "pre-commit>=4"]
 
