@@ -35,9 +35,10 @@ from FlagEmbedding.utils.modes import Mode, Part, parse_modes, parts_of
 class Tokens(Protocol):
     """This process's share of some texts, in windows of tokens."""
 
-    max_length: int
-    own: dict[int, TokenRows]
-
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def own(self) -> dict[int, TokenRows]: ...
     def vectors(self, encoder: TextEncoder) -> np.ndarray | None: ...
 
 

@@ -34,6 +34,7 @@ from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import fingerprints
 from FlagEmbedding.utils.modes import Mode, Part, parse_modes, parts_of
 
+COLBERT: tuple[Kind, ...] = ("colbert",)
 _PIECE = 256  # passages that are encoded together for colbert
 
 
@@ -87,7 +88,8 @@ class ModeFolders:
 
     def check_encoder(self, encoder: TextEncoder, hint: str) -> None:
         """Refuse folders of another encoder (``UsageError``)."""
-        for table in (*([self.dense] if self.dense else []), *self.tables.values()):
+        tables: list[FlatIndex | RaggedTable] = [*([self.dense] if self.dense else []), *self.tables.values()]
+        for table in tables:
             table.check_encoder(encoder.describe(), hint)
 
 
@@ -116,7 +118,7 @@ class HybridRetriever:
             self.dense = Retriever(encoder, folders.dense, query_length, 512, query_instruction, threads=threads)
         first = parts_of(parse_modes(modes.rerank_from))
         self.how = Fusing(modes.weights, modes.rrf_k, modes.rerank, tuple(first))
-        self.postings = {
+        self.postings: dict[Part, Postings] = {
             part: Postings.open(table) for part, table in folders.tables.items() if part in ("sparse", "bm25")
         }
 
@@ -219,7 +221,7 @@ class HybridRetriever:
                 yield [next(texts) for _ in own], own
 
         length, size = identity["max_passage_length"], encoder.options.batch_size
-        for found, own in encoder.encode(windows(), length, ("colbert",), size):
+        for found, own in encoder.encode(windows(), length, COLBERT, size):
             yield own, colbert_vectors(found)
 
 

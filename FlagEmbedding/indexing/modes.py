@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def build_modes(
             together, started = list(group), time.monotonic()
             _encode_missing(encoder, files, together, options)
             barrier()
-            on_main(lambda: [_finish(*each, options, storing, time.monotonic() - started) for each in together])  # noqa: B023
+            on_main(partial(_finish_all, together, options, storing, started))
 
 
 def _plan(
@@ -157,9 +158,8 @@ def _prepare(
             found = found or _survey(files, plan.identity["language"], options)
             width = plan.identity.get("colbert_dim", 1)
             more = {"passages": found.passages, "layout": {n: list(each) for n, each in plan.layout.items()}}
-            store = RaggedStore.create(work, identity, found.total, width, plan.shard_size, **more)
-        else:
-            store = RaggedStore(work, there)
+            there = RaggedStore.create(work, identity, found.total, width, plan.shard_size, **more).manifest
+        store = RaggedStore(work, there)
         store.clean()
         begun.append(plan)
         if plan.mode == "colbert":
@@ -285,6 +285,13 @@ def _check_finite(values: np.ndarray, lengths: np.ndarray, docids: list[str]) ->
     if not finite.all():
         row = int(np.searchsorted(np.cumsum(lengths), int(np.flatnonzero(~finite)[0]), side="right"))
         raise DataError(f"what was computed of passage {docids[row]!r} is not finite; try --dtype fp32")
+
+
+def _finish_all(
+    together: Sequence[tuple[_Plan, RaggedStore]], options: IndexArguments, storing: StoreArguments, started: float
+) -> None:
+    for plan, store in together:
+        _finish(plan, store, options, storing, time.monotonic() - started)
 
 
 def _finish(plan: _Plan, store: RaggedStore, options: IndexArguments, storing: StoreArguments, seconds: float) -> None:

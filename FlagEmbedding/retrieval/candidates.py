@@ -48,7 +48,7 @@ def find(asked: Asked, modes: Sequence[Mode], how: Fusing, top_k: int) -> list[F
         if part in searching:
             hits = asked.dense(deepest) if part == "dense" else asked.late(deepest)
             for own, found in zip(ranked, hits, strict=True):
-                own[part] = _rows(found)  # type: ignore[index]
+                own[part] = _rows(found)
     results, reranked = [], []
     for query, own in enumerate(ranked):
         whole = {part: scores(query) for part, scores in asked.lexical.items()}

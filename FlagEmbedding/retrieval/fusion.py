@@ -87,7 +87,8 @@ def fuse(mode: Mode, found: Found, how: Fusing, docids: Sequence[str], top_k: in
 def weighted_mean(parts: Sequence[Part], found: Found, rows: np.ndarray, weights: Weights) -> np.ndarray:
     """``Σ w · s / Σ w`` of each of ``rows``."""
     total = sum(weights[part] for part in parts)
-    return np.sum([weights[part] / total * found.of(part, rows) for part in parts], axis=0)
+    summed: np.ndarray = np.sum([weights[part] / total * found.of(part, rows) for part in parts], axis=0)
+    return summed
 
 
 def _by_score(scores: np.ndarray, rows: np.ndarray, docids: Sequence[str]) -> np.ndarray:

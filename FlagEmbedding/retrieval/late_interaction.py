@@ -72,7 +72,7 @@ def rerank(
                     raise DataError("the vectors of other passages came than were asked for")
             pairs = order[first[done] : ends[done + len(chunk) - 1]]
             local = np.searchsorted(chunk, rows[pairs])
-            for query in np.unique(owner[pairs]):
+            for query in np.unique(owner[pairs]).tolist():
                 own = owner[pairs] == query
                 scores[pairs[own]] = maxsim(queries[query], [vectors[i] for i in local[own]], device=device)
             done += len(chunk)

@@ -161,14 +161,10 @@ def bm25_impact(offsets: np.ndarray, ids: np.ndarray, weights: np.ndarray, k1: f
     share = 1 - b + b * lengths / max(lengths.mean(), 1e-9) if rows else lengths
 
     def impact(own: np.ndarray, counts: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
-        return idf[own] * counts / (counts + k1 * share[of_rows])
+        weights: np.ndarray = idf[own] * counts / (counts + k1 * share[of_rows])
+        return weights
 
     return impact
-
-
-def open_lexical(folder: Path) -> Postings:
-    """The inverted index of a mode's folder. Raises ``DataError``."""
-    return Postings.open(RaggedTable(folder))
 
 
 def postings_in_memory(docids: Sequence[str], lengths: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Postings:

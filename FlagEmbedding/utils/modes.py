@@ -56,7 +56,7 @@ def _parse(text: str, flag: str) -> Mode:
     named = "dense+sparse+colbert" if sums == "all" else sums
     words = named.split("+")
     parts = tuple(part for part in PARTS if part in words)
-    fusion = next((each for each in _FUSIONS if each == ending), "weights")
+    fusion: Fusion = next((each for each in _FUSIONS if each == ending), "weights")
     if len(parts) != len(words) or (ending and fusion == "weights"):
         raise UsageError(
             f"{flag} {text}: expected {', '.join(PARTS)}, a sum of them such as dense+sparse or all, and after it "
