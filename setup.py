@@ -78,6 +78,7 @@ TEST = [
     "tensorboard>=2.16",
     "selenium>=4.20",  # the page of dev queries in a browser, where there is one
     "hypothesis>=6.100",  # tests/fuzz
+    "bm25s>=0.2",  # what our BM25 is held against
 ]
 CHECK = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tabulate", "types-tqdm", "pre-commit>=4"]
 

@@ -27,7 +27,7 @@ from FlagEmbedding.export.arguments import (
     VectorArguments,
 )
 from FlagEmbedding.finetune.parsing import parse_arguments
-from FlagEmbedding.indexing.arguments import IndexArguments, ShareArguments
+from FlagEmbedding.indexing.arguments import IndexArguments, ModeArguments, ShareArguments, StoreArguments
 from FlagEmbedding.indexing.ray import RayArguments
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.merge.arguments import MergeArguments
@@ -211,8 +211,14 @@ EVALUATION: dict[tuple[type[Any], ...], tuple[str, dict[str, object]]] = {
     (ScoreArguments,): ("--encoder m --languages ko", {
         "encoder": ["m"], "languages": ["ko"], "split": "dev", "search_result_save_dir": "./search_results",
         "qrels_dir": "../qrels", "data_dir": None, "index_save_dir": None, "eval_result_save_dir": "./eval_results",
+        "modes": ["dense"],
         "metrics": ["ndcg@10"], "pooling_method": None, "normalize_embeddings": None, "moe": None, "compare": False,
         "compare_save_dir": None, "resamples": 10_000, "seed": 0, "cache_dir": None,
+    }),
+    (StoreArguments,): ("", {"modes": ["dense"], "colbert_type": None}),
+    (ModeArguments,): ("", {
+        "modes": ["dense"], "fusion_weights": [1.0, 0.3, 1.0], "rrf_k": 60, "rerank": 200, "rerank_from": ["dense"],
+        "tune_queries": 500,
     }),
     (CompareArguments,): ("a b --qrels q", {
         "runs": ["a", "b"], "qrels": "q", "topics": None, "names": [], "language": "all", "metrics": _MEASURES,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from FlagEmbedding.indexing.arguments import IndexArguments, ShareArguments
+from FlagEmbedding.indexing.arguments import IndexArguments, ModeArguments, ShareArguments, StoreArguments
 from FlagEmbedding.inference.arguments import EncoderArguments, FfnPart, Pooling
 from FlagEmbedding.utils.cli import choice, option, positional, switch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.modes import parse_modes
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 RESAMPLES = 10_000  # of the randomization test and of the bootstrap
@@ -87,14 +88,19 @@ class ScoreArguments:
     pooling_method: Pooling | None = choice(Pooling, None, "recorded; must agree with the run")
     normalize_embeddings: bool | None = switch(None, "recorded; must agree with the run")
     moe: FfnPart | None = choice(FfnPart, None, "accepted from older scripts; nothing depends on it here")
-    compare: bool = switch(False, "test the encoders against each other (two or more)")
+    modes: list[str] = option(
+        ["dense"],
+        "modes of step 1 whose runs are scored; several give a table in which each is tested against the first",
+        "--mode",
+    )
+    compare: bool = switch(False, "test the encoders (and modes) against each other, two or more")
     compare_save_dir: str | None = option(None, "default: {eval_result_save_dir}/{first}_vs_{others}")
     resamples: int = option(RESAMPLES, "of the randomization test and of the bootstrap")
     seed: int = option(0, "of the same")
     cache_dir: str | None = option(None, "where the hub's files are kept")
 
     def __post_init__(self) -> None:
-        if self.compare and len(self.encoder) < 2:
+        if self.compare and len(self.encoder) * len(parse_modes(self.modes)) < 2:
             raise UsageError("--compare needs two or more models: --encoder base tuned --compare")
         if self.resamples < 100:
             raise UsageError(f"--resamples {self.resamples}: give 100 or more")
@@ -147,12 +153,20 @@ class EmbedOptions:
     collection: CollectionArguments
     index: IndexArguments
     share: ShareArguments = field(default_factory=ShareArguments)
+    storing: StoreArguments = field(default_factory=StoreArguments)
 
     def __post_init__(self) -> None:
-        if self.index.overwrite and (self.share.shards is not None or self.share.finish):
+        if self.share.shards is None and not self.share.finish:
+            return
+        if self.index.overwrite:
             raise UsageError(
                 "--overwrite True would remove what other workers encode; leave it out, or choose another "
                 "--index_save_dir"
+            )
+        if self.storing.parts != ["dense"]:
+            others = " ".join(part for part in self.storing.parts if part != "dense")
+            raise UsageError(
+                f"--shards and --finish share out dense vectors: run --modes {others} by itself, or under torchrun"
             )
 
 
@@ -163,3 +177,10 @@ class SearchOptions:
     encoder: EncoderArguments
     collection: CollectionArguments
     search: SearchArguments
+    modes: ModeArguments = ModeArguments()
+
+    def __post_init__(self) -> None:
+        chosen = self.search
+        if "dense" not in self.modes.parts and (chosen.index_type.lower() != "flat" or chosen.rescore is not None):
+            given = "rescore" if chosen.rescore is not None else "index_type"
+            raise UsageError(f"--{given} is of the dense index, which no mode of --modes searches: leave it out")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from FlagEmbedding.collections.corpus import Passage, Survey, passage_text, read
 from FlagEmbedding.collections.source import Source
 from FlagEmbedding.collections.trec import Qrels, Run, Topics, relevant
 from FlagEmbedding.evaluation.compare import score_run
+from FlagEmbedding.evaluation.live_modes import search_modes
 from FlagEmbedding.evaluation.metrics import Measure
 from FlagEmbedding.evaluation.systems import LanguageScores, System
 from FlagEmbedding.inference.arguments import WINDOW
@@ -33,6 +34,7 @@ from FlagEmbedding.retrieval.searcher import Hit, search
 from FlagEmbedding.utils.distributed import all_gather_rows, is_main, rank, world_size
 from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.modes import DENSE, Mode
 from FlagEmbedding.utils.processes import on_main
 
 logger = get_logger(__name__)
@@ -167,6 +169,26 @@ class DevCollection:
         run: Run = {qid: {hit.docid: hit.score for hit in own} for qid, own in hits.items()}
         return score_run(self.qrels, run, measures)
 
+    def score_modes(
+        self, encoder: TextEncoder, measures: Sequence[Measure], modes: Sequence[Mode]
+    ) -> tuple[FirstHits, dict[Mode, LanguageScores]]:
+        """The first hits of dense, and ``measures`` of it and of every other mode, as :meth:`score`."""
+        asked = list(dict.fromkeys([DENSE, *modes]))
+        found = search_modes(self.name, self.docids, self.query_tokens, self.passage_tokens, encoder, asked, HITS)
+
+        def scores() -> tuple[FirstHits, dict[Mode, LanguageScores]]:
+            by_mode = {mode: dict(zip(self.topics, hits, strict=True)) for mode, hits in found().items()}
+            first = {
+                qid: [hit.docid for hit in by_mode[DENSE][qid][:SHOWN]] for qid in self.qrels if qid in self.topics
+            }
+            runs: dict[Mode, Run] = {
+                mode: {qid: {hit.docid: hit.score for hit in own} for qid, own in hits.items()}
+                for mode, hits in by_mode.items()
+            }
+            return first, {mode: score_run(self.qrels, run, measures) for mode, run in runs.items()}
+
+        return on_main(scores)
+
     def texts(self, wanted: set[str]) -> dict[str, str]:
         """The texts of some passages, by docid, read again from the corpus."""
         if not wanted:
@@ -176,16 +198,34 @@ class DevCollection:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model on all collections: its scores, and by collection each query's first hits."""
+    """A model on all collections: its scores, by collection each query's first hits, and other modes by name."""
 
     system: System
     hits: dict[str, FirstHits]
+    modes: dict[str, System] = field(default_factory=dict)
 
 
 def score_model(
-    name: str, encoder: TextEncoder, collections: Sequence[DevCollection], measures: Sequence[Measure]
+    name: str,
+    encoder: TextEncoder,
+    collections: Sequence[DevCollection],
+    measures: Sequence[Measure],
+    modes: Sequence[Mode] = (),
 ) -> Evaluated:
-    """``encoder`` as the system ``name``, the same on every process, which call it together."""
+    """``encoder`` as the system ``name``, the same on every process, which call it together.
+
+    Args:
+        modes: what is measured beside dense.
+    """
+    if modes:
+        by_lang = {each.name: each.score_modes(encoder, measures, modes) for each in collections}
+        systems = {
+            mode: System(f"{name} {mode.name}", {lang: own[mode] for lang, (_, own) in by_lang.items()})
+            for mode in dict.fromkeys([DENSE, *modes])
+        }
+        first = {lang: hits for lang, (hits, _) in by_lang.items()}
+        others = {mode.name: system for mode, system in systems.items() if mode != DENSE}
+        return Evaluated(System(name, systems[DENSE].languages), first, others)
     found = {each.name: each.score(encoder, measures) for each in collections}
     system = System(name, {lang: scores for lang, (scores, _) in found.items()})
     return Evaluated(system, {lang: hits for lang, (_, hits) in found.items()})

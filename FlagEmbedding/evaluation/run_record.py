@@ -13,10 +13,16 @@ from FlagEmbedding.retrieval.shards import MANIFEST, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import numbered_lines, read_json
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.modes import DENSE, Mode
 
 logger = get_logger(__name__)
 
 Record = dict[str, Any]
+
+
+def run_file(folder: Path, mode: Mode, lang: str) -> Path:
+    """The run of a mode in a model's ``folder`` of runs: dense ones as published, others in a folder of their own."""
+    return (folder if mode == DENSE else folder / mode.name) / f"{lang}.txt"
 
 
 def read_record(path: Path, index_folder: Path | None = None) -> Record:

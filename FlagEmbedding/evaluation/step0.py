@@ -5,7 +5,9 @@ from __future__ import annotations
 from FlagEmbedding.collections.source import sources
 from FlagEmbedding.evaluation.arguments import EmbedOptions
 from FlagEmbedding.indexing.encoding import build_index, finish, merge, work
+from FlagEmbedding.indexing.modes import build_modes
 from FlagEmbedding.indexing.planning import plan
+from FlagEmbedding.inference.heads import with_heads
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.retrieval.index import index_folder
 from FlagEmbedding.utils.logging import get_logger
@@ -39,6 +41,9 @@ def embed_collections(options: EmbedOptions) -> None:
     with processes():
         # The main process fetches what is not on disk; the others then find it there.
         files = on_main(lambda: {lang: source.corpus() for lang, source in languages.items()})
-        encoder = TextEncoder(options.encoder)
+        parts = options.storing.parts
+        encoder = TextEncoder(on_main(lambda: with_heads(options.encoder, parts)))
         for lang, folder in folders.items():
-            build_index(encoder, files[lang], folder, lang, options.index)
+            if "dense" in parts:
+                build_index(encoder, files[lang], folder, lang, options.index)
+            build_modes(encoder, files[lang], folder, lang, options.index, options.storing, parts)

@@ -18,20 +18,23 @@ from FlagEmbedding.collections.trec import Qrels, Topics, find_qrels, qrels_name
 from FlagEmbedding.evaluation.arguments import ScoreArguments
 from FlagEmbedding.evaluation.compare import compare_runs, score_file
 from FlagEmbedding.evaluation.metrics import Measure, parse_measures
+from FlagEmbedding.evaluation.mode_table import write_mode_table
 from FlagEmbedding.evaluation.report import Texts, score_table, write_comparison
 from FlagEmbedding.evaluation.run_record import (
     Record,
     check_judged,
     check_record,
     read_record,
+    run_file,
     run_origin,
     warn_of_different_conditions,
 )  # fmt: skip
 from FlagEmbedding.evaluation.systems import AVERAGE, System
-from FlagEmbedding.retrieval.index import index_name
+from FlagEmbedding.retrieval.index import DOCID, index_name
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
+from FlagEmbedding.utils.modes import DENSE, Mode, parse_modes
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
@@ -53,26 +56,37 @@ def score_models(arguments: ScoreArguments) -> None:
         if names.count(name) > 1:
             raise UsageError(f"--encoder: two models are called {name!r} and would share their runs; rename one")
     qrels = {lang: read_qrels(qrels_path(arguments, lang, len(languages) == 1), beir=None) for lang in languages}
-    systems, records = [], []
-    for name in names:
-        folder = Path(arguments.search_result_save_dir) / name
-        records.append({lang: _record(folder / f"{lang}.json", qrels[lang], arguments) for lang in languages})
+    modes = parse_modes(arguments.modes)
+    systems, records, encoders = [], [], []
+    for encoder, name, mode in ((e, n, m) for e, n in zip(arguments.encoder, names, strict=True) for m in modes):
+        paths = {lang: run_file(Path(arguments.search_result_save_dir) / name, mode, lang) for lang in languages}
+        records.append({lang: _record(paths[lang], name, mode, qrels[lang], arguments) for lang in languages})
         sizes = {lang: run_origin(each)["corpus_passages"] for lang, each in records[-1].items()}
-        scores = {lang: score_file(folder / f"{lang}.txt", qrels[lang], measures, sizes[lang]) for lang in languages}
-        systems.append(System(name, scores))
+        scores = {lang: score_file(paths[lang], qrels[lang], measures, sizes[lang]) for lang in languages}
+        systems.append(System(name if mode == DENSE else f"{name}/{mode.name}", scores))
+        encoders.append(encoder)
     origin = {"arguments": asdict(arguments), "provenance": provenance()}
+    names = [system.name for system in systems]
     runs = {
         name: {lang: run_origin(each) for lang, each in of.items()} for name, of in zip(names, records, strict=True)
     }
-    for encoder, system, record in zip(arguments.encoder, systems, records, strict=True):
+    for encoder, system, record in zip(encoders, systems, records, strict=True):
         made = {"model": encoder, **_settings(arguments, record)}
         path = _write(system, measures, arguments, made, {"runs": runs[system.name], **origin})
-        print(f"{system.name} (scores × 100)\n\n{score_table([system], measures)}\n\n{path}\n")
+        if len(modes) == 1:
+            print(f"{system.name} (scores × 100)\n\n{score_table([system], measures)}\n\n{path}\n")
+    for place, encoder in enumerate(arguments.encoder if len(modes) > 1 else ()):
+        own = systems[place * len(modes) : (place + 1) * len(modes)]
+        pairs = [(0, later) for later in range(1, len(own))]
+        tests = compare_runs(own, measures, pairs=pairs, resamples=arguments.resamples, seed=arguments.seed)
+        path = Path(arguments.eval_result_save_dir) / index_name(encoder) / "modes.md"
+        print(f"{encoder}\n\n{write_mode_table(path, modes, own, measures, tests, {'runs': runs, **origin})}\n")
     if arguments.compare:
         warn_of_different_conditions(names, records)
         comparisons = compare_runs(systems, measures, resamples=arguments.resamples, seed=arguments.seed)
-        others = "_".join(names[1:]) if len("_vs_".join(names)) <= 120 else f"{len(names) - 1}_others"
-        folder = Path(arguments.eval_result_save_dir) / f"{names[0]}_vs_{others}"
+        plain = [name.replace("/", "_") for name in names]
+        others = "_".join(plain[1:]) if len("_vs_".join(plain)) <= 120 else f"{len(names) - 1}_others"
+        folder = Path(arguments.eval_result_save_dir) / f"{plain[0]}_vs_{others}"
         if arguments.compare_save_dir:
             folder = Path(arguments.compare_save_dir)
         texts = _texts(arguments, qrels, records[0])
@@ -101,20 +115,27 @@ def qrels_path(arguments: ScoreArguments, lang: str, only_language: bool) -> Pat
         ) from error
 
 
-def _record(path: Path, qrels: Qrels, arguments: ScoreArguments) -> Record:
+def _record(run: Path, name: str, mode: Mode, qrels: Qrels, arguments: ScoreArguments) -> Record:
     """Where a run came from, checked against what the command line says and what is judged."""
-    run = path.with_suffix(".txt")
+    path = run.with_suffix(".json")
     if not run.exists():
+        by_mode = "" if mode == DENSE else f" --modes {mode.name}"
         raise DataError(
-            f"{run}: no such run file; run step1-search_results.py --languages {path.stem} with this encoder"
+            f"{run}: no such run file; run step1-search_results.py --languages {path.stem}{by_mode} with this encoder"
         )
     given = arguments.index_save_dir
-    index = None if given is None else Path(given) / path.parent.name / path.stem
+    index = None if given is None else _with_docids(Path(given) / name / path.stem, mode)
     record = read_record(path, index)
     check_record(record, path, arguments)
     searched = record.get("index", {}).get("folder")
-    check_judged(qrels, index or (Path(searched) if searched else None))
+    check_judged(qrels, index or (_with_docids(Path(searched), mode) if searched else None))
     return record
+
+
+def _with_docids(folder: Path, mode: Mode) -> Path:
+    """The folder of an index that names its passages: the dense one, or that of one of the mode's parts."""
+    places = [folder, *(folder / part for part in mode.parts)]
+    return next((place for place in places if (place / DOCID).is_file()), folder)
 
 
 def _settings(arguments: ScoreArguments, records: dict[str, Record]) -> dict[str, Any]:

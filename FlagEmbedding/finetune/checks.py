@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ``UsageError`` naming the first contradiction; warn of what merely has no effect."""
-    for rules in (_numbers, _places, _trained_parts, _lora, _objective, _training, _refresh):
+    for rules in (_numbers, _places, _trained_parts, _lora, _objective, _training, _refresh, _eval_modes):
         for complaint in rules(arguments):
             raise UsageError(complaint)
     if arguments.model.normalize_embeddings is False and arguments.objective.temperature != 1.0:
@@ -246,6 +246,12 @@ def _training(a: Arguments) -> Iterator[str]:
         yield "--ema_decay does not work with --fsdp or --deepspeed, which divide the weights: leave it out"
     if a.training.fsdp and a.training.use_cpu:
         yield "--fsdp divides a model over accelerators, and there is none: leave it out (DDP trains on CPUs)"
+
+
+def _eval_modes(a: Arguments) -> Iterator[str]:
+    heads = [mode.name for mode in a.evaluation.other_modes if {"sparse", "colbert"} & set(mode.parts)]
+    if heads and not a.objective.unified_finetuning:
+        yield f"--eval_modes {heads[0]} needs --unified_finetuning True, which trains the heads that it measures"
 
 
 def _refresh(a: Arguments) -> Iterator[str]:

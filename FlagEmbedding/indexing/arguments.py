@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from FlagEmbedding.inference.arguments import WINDOW
-from FlagEmbedding.utils.cli import option, switch
+from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.modes import PARTS, Mode, Part, parse_modes, parts_of
+
+ColbertType = Literal["fp16", "fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,85 @@ class ShareArguments:
         if not found or not int(found[2]) or int(found[1]) > int(found[2]):
             raise UsageError(f"--shards {self.shards}: give the worker and the number of workers, such as 3/64")
         return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True)
+class StoreArguments:
+    """Modes."""
+
+    modes: list[str] = option(
+        ["dense"], "what to embed: dense, sparse, colbert, bm25; or sums of them, such as all", "--mode"
+    )
+    colbert_type: ColbertType | None = choice(ColbertType, None, "numbers of stored colbert vectors; default: fp16")
+
+    def __post_init__(self) -> None:
+        if self.colbert_type is not None and "colbert" not in self.parts:
+            raise UsageError("--colbert_type has no effect without colbert in --modes")
+
+    @property
+    def parts(self) -> list[Part]:
+        """The modes that are stored."""
+        return parts_of(parse_modes(self.modes))
+
+    @property
+    def vector_type(self) -> ColbertType:
+        """How colbert vectors are stored."""
+        return self.colbert_type or "fp16"
+
+
+@dataclass(frozen=True)
+class ModeArguments:
+    """Modes."""
+
+    modes: list[str] = option(
+        ["dense"], "dense, sparse, colbert, bm25, sums such as dense+sparse or all, and sums-rrf, sums-tuned",
+        "--mode",
+    )  # fmt: skip
+    fusion_weights: list[float] = option([1.0, 0.3, 1.0], "of dense, sparse and colbert in sums")
+    rrf_k: int = option(60, "k of -rrf: a passage counts (k + 1) / (k + rank) in each list")
+    rerank: int = option(
+        200, "candidates of each other mode that colbert scores; 0: every passage, by stored vectors of step 0"
+    )
+    rerank_from: list[str] = option(["dense"], "whose candidates colbert alone reranks: dense, sparse, bm25")
+    tune_queries: int = option(500, "train queries, at most, by which the weights of -tuned are chosen")
+
+    def __post_init__(self) -> None:
+        modes, given = self.parsed, self.fusion_weights
+        if len(given) != 3 or min(given) < 0:
+            raise UsageError(f"--fusion_weights {' '.join(map(str, given))}: give three numbers of 0 or more")
+        if self.rrf_k < 0 or self.rerank < 0 or self.tune_queries < 1:
+            raise UsageError(f"--rrf_k {self.rrf_k} --rerank {self.rerank} --tune_queries {self.tune_queries}: too low")
+        weights = dict(zip(PARTS, given, strict=False))
+        for mode in modes:
+            if len(mode.parts) > 1 and mode.fusion == "weights" and not sum(weights[part] for part in mode.parts):
+                raise UsageError(f"--fusion_weights: those of {mode.name} are all 0")
+        first = parse_modes(self.rerank_from, "--rerank_from")
+        if any(len(mode.parts) > 1 or "colbert" in mode.parts for mode in first):
+            raise UsageError(f"--rerank_from {' '.join(self.rerank_from)}: give dense, sparse or bm25, or several")
+        alone, colbert = Mode(("colbert",)) in modes, "colbert" in parts_of(modes)
+        defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        for name, needed, there in (
+            ("fusion_weights", "a sum in --modes", any(len(m.parts) > 1 and m.fusion == "weights" for m in modes)),
+            ("rrf_k", "a mode that ends in -rrf", any(mode.fusion == "rrf" for mode in modes)),
+            ("rerank", "colbert in --modes", colbert),
+            ("rerank_from", "the mode colbert and --rerank above 0", alone and self.rerank > 0),
+            ("tune_queries", "a mode that ends in -tuned", any(mode.fusion == "tuned" for mode in modes)),
+        ):
+            if not there and getattr(self, name) != defaults[name]:
+                raise UsageError(f"--{name} has no effect without {needed}")
+
+    @property
+    def parsed(self) -> list[Mode]:
+        """What ``modes`` names."""
+        return parse_modes(self.modes)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that the modes need, those included whose candidates colbert reranks."""
+        alone = Mode(("colbert",)) in self.parsed and self.rerank > 0
+        return parts_of([*self.parsed, *(parse_modes(self.rerank_from) if alone else [])])
+
+    @property
+    def weights(self) -> dict[Part, float]:
+        """Of each part in a sum."""
+        return dict(zip(PARTS, self.fusion_weights, strict=False))

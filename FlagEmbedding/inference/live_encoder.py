@@ -42,6 +42,8 @@ class LiveEncoder(TextEncoder):
         self.encoder = (
             M3Encoder(
                 backbone,
+                colbert_linear=copy.deepcopy(model.colbert_linear) if options.heads else None,
+                sparse_linear=copy.deepcopy(model.sparse_linear) if options.heads else None,
                 pooling=model.pooling,
                 normalize=False,
                 engine=EngineConfig(engine=options.engine),

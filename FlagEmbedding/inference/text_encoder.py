@@ -35,7 +35,7 @@ from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.positions import longest_input
 from FlagEmbedding.modeling.projections import load_projections
 from FlagEmbedding.modeling.tokenizer import load_tokenizer
-from FlagEmbedding.modeling.tokens import TokenBatch
+from FlagEmbedding.modeling.tokens import TokenBatch, special_ids
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.hardware import tokenizer_workers, tokens_that_fit
 from FlagEmbedding.utils.hub import resolve_folder
@@ -118,6 +118,11 @@ class TextEncoder:
     def has_heads(self) -> bool:
         """True when the checkpoint came with sparse and colbert heads and they were asked for."""
         return self.encoder.sparse_linear is not None and self.encoder.colbert_linear is not None
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that lexical scores leave out."""
+        return special_ids(self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """What decides the vectors, for a manifest."""
@@ -207,6 +212,11 @@ class TextEncoder:
         found = self._launch(rows, DENSE, self.slab_tokens(self.options.batch_size, max_length))
         assert found.dense is not None
         return found.dense
+
+    def represent_rows(self, rows: TokenRows, max_length: int, want: Collection[Kind]) -> Representations:
+        """The same of any kinds."""
+        self._check_want(want)
+        return self._launch(rows, want, self.slab_tokens(self.options.batch_size, max_length))
 
     def _launch(self, rows: TokenRows, want: Collection[Kind], budget: int) -> Representations:
         ids = torch.from_numpy(rows.ids)

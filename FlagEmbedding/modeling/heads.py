@@ -17,11 +17,12 @@ from FlagEmbedding.utils.adapter_folder import files_of
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.io import PathLike, atomic_open
 
+FIRST_WEIGHT = 0.1  # of every token in a new sparse head: about what BGE-M3 gives a word
 HEAD_FILES = {"colbert": "colbert_linear.pt", "sparse": "sparse_linear.pt"}
 
 
 def load_heads(folder: PathLike | None, hidden_size: int, colbert_dim: int = -1) -> tuple[nn.Linear, nn.Linear, bool]:
-    """Both heads from a checkpoint folder, or new ones (``nn.Linear``'s initialization) where it has none.
+    """Both heads from a checkpoint folder, or new ones (:func:`new_heads`) where it has none.
 
     Args:
         folder: checkpoint folder; None for new heads.
@@ -40,7 +41,7 @@ def load_heads(folder: PathLike | None, hidden_size: int, colbert_dim: int = -1)
     present = [name for name, path in paths.items() if path.is_file()]
     if not present:
         width = hidden_size if colbert_dim == -1 else colbert_dim
-        return nn.Linear(hidden_size, width), nn.Linear(hidden_size, 1), False
+        return *new_heads(hidden_size, width), False
     if len(present) == 1:
         lacking = next(file for name, file in HEAD_FILES.items() if name not in present)
         raise DataError(f"{folder} holds {HEAD_FILES[present[0]]} but no {lacking}: both heads belong together")
@@ -54,6 +55,25 @@ def load_heads(folder: PathLike | None, hidden_size: int, colbert_dim: int = -1)
             "dimensions: leave --colbert_dim out"
         )
     return colbert, sparse, True
+
+
+def new_heads(hidden_size: int, colbert_dim: int) -> tuple[nn.Linear, nn.Linear]:
+    """Heads that rank from the first step on, for a base that has none.
+
+    Sparse: every token weighs ``FIRST_WEIGHT``, so the score starts as the number of tokens in common. With
+    ``nn.Linear``'s own values half of the tokens (of some texts all) start below 0, where relu has no gradient.
+    Colbert: orthonormal rows, so inner products of the encoder's own token states survive (all of them at full width).
+    """
+    colbert, sparse = nn.Linear(hidden_size, colbert_dim), nn.Linear(hidden_size, 1)
+    with torch.no_grad():
+        sparse.weight.zero_()
+        sparse.bias.fill_(FIRST_WEIGHT)
+        colbert.bias.zero_()
+        if colbert_dim == hidden_size:
+            nn.init.eye_(colbert.weight)
+        else:  # a generator of its own: the same heads for every seed, and later draws stay as they were
+            nn.init.orthogonal_(colbert.weight, generator=torch.Generator().manual_seed(0))
+    return colbert, sparse
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -133,4 +133,4 @@ def test_what_training_scores_is_what_inference_scores(normalize: bool, tiny_mod
     assert isinstance(scores, dict)
     np.testing.assert_allclose(scores["dense"], temperature * output.scores[0].detach().numpy(), rtol=1e-4)
     assert len({round(score, 4) for score in scores["colbert"]}) > 2
-    assert (max(scores["sparse"]) > 0) == normalize  # unnormalized, the head of these few steps has no positive weight
+    assert max(scores["sparse"]) > 0

@@ -71,6 +71,7 @@ MINING_CASES = {
     ),
 }
 MINING_EXEMPT = {
+    "modes": "tests/mining/test_mode_candidates.py",
     "output_file": "every run writes its own", "overwrite": "test_other_arguments_do_not_go_on_with_a_journal",
     "fp16": HALF, "dtype": HALF, "workers": WHERE, "use_gpu_for_searching": "accepted as published",
     "cache_dir": "test_hub_cache", "trust_remote_code": HUB,
@@ -80,7 +81,7 @@ MINING_EXEMPT = {
 def test_no_field_of_hard_negatives_is_left_out() -> None:
     groups = (
         mining.InputArguments, mining.MinedOutput, MiningEncoder, SearchArguments, Sampling, ScoreFilters,
-        mining.RerankerArguments,
+        mining.RerankerArguments, mining.CandidateArguments,
     )  # fmt: skip
     assert_complete(groups, MINING_CASES, MINING_EXEMPT)
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from FlagEmbedding.utils.cli import choice, option, switch
 from FlagEmbedding.utils.errors import UsageError, UserError
+from FlagEmbedding.utils.modes import DENSE, Mode
 
 if TYPE_CHECKING:
     from FlagEmbedding.evaluation.metrics import Measure
@@ -48,6 +49,9 @@ class EvaluationArguments:
     eval_query_length: int = option(512, "Tokens of a dev query, as in step 1.")
     eval_passage_length: int = option(512, "Tokens of a dev passage, as in step 0.")
     eval_with_title: bool = switch(False, "Dev passages are title and text, as in step 0.")
+    eval_modes: list[str] = option(
+        ["dense"], "What is measured: dense, and with --unified_finetuning sparse, colbert, sums such as all."
+    )
     early_stopping_patience: int = option(0, "Stop after so many evaluations in a row without a new best; 0: never.")
 
     report: bool = switch(True, "Write report.md and report.png into the output folder when the run ends.")
@@ -104,6 +108,15 @@ class EvaluationArguments:
         from FlagEmbedding.evaluation.metrics import parse_measures
 
         return under_our_names(lambda: parse_measures(self.eval_metrics))
+
+    @property
+    def other_modes(self) -> list[Mode]:
+        """What ``--eval_modes`` names beside dense, which is always measured. Raises ``UsageError``."""
+        if self.eval_modes == ["dense"]:
+            return []
+        from FlagEmbedding.evaluation.live_modes import live_modes
+
+        return [mode for mode in live_modes(self.eval_modes) if mode != DENSE]
 
     @property
     def prefix(self) -> str:

@@ -68,6 +68,7 @@ class DevEvaluation:
         self.cache_dir = arguments.model.cache_dir
         self.folder = Path(str(arguments.training.output_dir)) / FOLDER
         self.measures, self.best = self.options.measures, str(arguments.training.metric_for_best_model)
+        self.modes = self.options.other_modes
         self.files = [held] if held else on_main(lambda: under_our_names(self._find))
         self.collections: list[DevCollection] = []
         self.base: Evaluated | None = None
@@ -108,7 +109,7 @@ class DevEvaluation:
                 files = [pooled(each, encoder, reading, size, self.folder / "pool", base) for each in files]
             self.collections = [DevCollection(each, encoder, reading) for each in files]
             started = time.monotonic()
-            self.base = score_model(BASE, encoder, self.collections, self.measures)
+            self.base = score_model(BASE, encoder, self.collections, self.measures, self.modes)
             self._seconds = time.monotonic() - started
         self.measure_widths(model)
         if is_main():
@@ -130,7 +131,8 @@ class DevEvaluation:
         if step:
             started = time.monotonic()
             with untouched_randomness():
-                evaluated = score_model(f"step {step}", self._encoder(model), self.collections, self.measures)
+                encoder = self._encoder(model)
+                evaluated = score_model(f"step {step}", encoder, self.collections, self.measures, self.modes)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._seconds = time.monotonic() - started
@@ -139,10 +141,16 @@ class DevEvaluation:
             if step:
                 self._keep(evaluated, step)
             logger.info("%s", self._line(system, step))
+            if self.modes:
+                logger.info("%s", self._mode_line(evaluated))
         prefix = f"eval_{self.options.prefix}"
         figures = {f"{prefix}{m.key}": system.mean(AVERAGE, m) for m in self.measures}
         for lang in system.languages if self.options.eval_data_dir else ():
             figures |= {f"{prefix}{lang}_{m.key}": system.mean(lang, m) for m in self.measures}
+        for mode, own in evaluated.modes.items():
+            figures |= {f"{prefix}{mode}_{m.key}": own.mean(AVERAGE, m) for m in self.measures}
+            for lang in own.languages if self.options.eval_data_dir else ():
+                figures |= {f"{prefix}{lang}_{mode}_{m.key}": own.mean(lang, m) for m in self.measures}
         return figures | {"eval_seconds": round(self._seconds, 3)}
 
     def measure_widths(self, model: BiEncoder) -> None:
@@ -158,6 +166,7 @@ class DevEvaluation:
             pooling_method=None,
             normalize_embeddings=model.normalize,
             dtype=self.dtype,
+            heads=bool(self.modes),
         )
         return LiveEncoder(model, model.tokenizer, options)
 
@@ -174,6 +183,11 @@ class DevEvaluation:
             parts.append(said)
         what = f"step {step}, against the base" if step else "step 0, the untouched base"
         return f"{what}: {'; '.join(parts)}; {self._seconds:.1f} s"
+
+    def _mode_line(self, evaluated: Evaluated) -> str:
+        measure = self.measures[0]
+        parts = [f"{mode} {points(own.mean(AVERAGE, measure))}" for mode, own in evaluated.modes.items()]
+        return f"{measure.label} of other modes: {', '.join(parts)}"
 
     def _keep(self, evaluated: Evaluated, step: int) -> None:
         path = self.folder / f"step-{step}.json"

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from FlagEmbedding.indexing.arguments import ModeArguments
 from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, RerankerArguments, SearchArguments
 from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters
 from FlagEmbedding.utils.cli import choice, option, parse_whole, switch
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.modes import DENSE
 
 _EXAMPLES = """examples:
   from MIRACL's raw train split (files on disk, or the hub):
@@ -54,6 +56,30 @@ class MinedOutput(ReportedOutput):
 
 
 @dataclass(frozen=True)
+class CandidateArguments:
+    """Candidates."""
+
+    modes: list[str] = option(
+        ["dense"], "what finds them: dense, sparse, colbert, bm25, sums as in step 1; of several, the union"
+    )
+
+    def __post_init__(self) -> None:
+        for mode in self.searched.parsed:
+            if mode.fusion == "tuned":
+                raise UsageError(f"--modes {mode.name}: mining tunes no weights; give {'+'.join(mode.parts)}-rrf")
+
+    @property
+    def searched(self) -> ModeArguments:
+        """The same as step 1 takes it."""
+        return ModeArguments(self.modes)
+
+    @property
+    def dense_alone(self) -> bool:
+        """True for the published search."""
+        return self.searched.parsed == [DENSE]
+
+
+@dataclass(frozen=True)
 class MiningOptions:
     """Everything that the command line says."""
 
@@ -64,13 +90,16 @@ class MiningOptions:
     sampling: Sampling
     filters: ScoreFilters
     reranker: RerankerArguments
+    candidates: CandidateArguments = CandidateArguments()
 
     def __post_init__(self) -> None:
         filters, sampling, reranker = self.filters.given(), self.sampling, self.reranker.cross_encoder
         first, last = sampling.window
         if sampling.random_negatives:
             given = {"cross_encoder": reranker, **vars(self.output), "index_dir": self.search.index_dir}
-            useless = [*filters, *(name for name in ("cross_encoder", "with_scores", "index_dir") if given[name])]
+            given["modes"] = not self.candidates.dense_alone
+            names = ("cross_encoder", "with_scores", "index_dir", "modes")
+            useless = [*filters, *(name for name in names if given[name])]
             if useless:
                 raise UsageError(
                     f"--{useless[0]} has no effect with --random_negatives, which scores nothing: leave it out"

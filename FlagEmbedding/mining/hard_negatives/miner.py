@@ -20,6 +20,7 @@ from FlagEmbedding.mining.common.alignment import realign, written
 from FlagEmbedding.mining.common.passages import PassageStore
 from FlagEmbedding.mining.common.queries import Item
 from FlagEmbedding.mining.common.reranker import Reranker
+from FlagEmbedding.mining.hard_negatives.candidates import ModeCandidates
 from FlagEmbedding.mining.hard_negatives.filters import Candidate, NegativeFilter, Sampling, ScoreFilters, choose
 from FlagEmbedding.retrieval.searcher import Hit
 
@@ -47,6 +48,7 @@ class Miner:
         filters: limits on scores.
         retriever: None draws every negative at random from the corpus.
         reranker: gives the scores that the filters (and the rows) see, in place of the retriever's.
+        candidates: finds candidates by other modes than the retriever's dense search.
     """
 
     store: PassageStore
@@ -54,14 +56,19 @@ class Miner:
     filters: ScoreFilters
     retriever: Retriever | None = None
     reranker: Reranker | None = None
+    candidates: ModeCandidates | None = None
 
     def mine(self, items: Sequence[Item], skip: int = 0) -> Iterator[Mined]:
         """One chunk: what was found for each item, in order, without the first ``skip`` (already known)."""
         if self.retriever is None:
             yield from map(self._draw, items[skip:])
             return
-        vectors = self.retriever.embed_queries([item.query for item in items])
-        hits = self.retriever.search(vectors, self.sampling.depth)
+        queries = [item.query for item in items]
+        vectors = self.retriever.embed_queries(queries)
+        if self.candidates is None:
+            hits = self.retriever.search(vectors, self.sampling.depth)
+        else:
+            hits = self.candidates.find(queries, vectors, self.sampling.depth)
         positives = self._positive_scores(items, vectors)
         for found in islice(zip(items, vectors, hits, positives, strict=True), skip, None):
             yield self._mine_one(*found)

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from FlagEmbedding.collections.source import Source, sources
+from FlagEmbedding.inference.heads import with_heads
 from FlagEmbedding.mining.common.index import Corpus, named_corpus, open_retriever
 from FlagEmbedding.mining.common.jobs import Job, check_output, chunks, progress, work_folder
 from FlagEmbedding.mining.common.passages import PassageStore
@@ -25,6 +26,7 @@ from FlagEmbedding.mining.common.queries import Items, JudgedTopics, TrainingRow
 from FlagEmbedding.mining.common.reranker import Reranker
 from FlagEmbedding.mining.common.rows import data_files
 from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MiningOptions
+from FlagEmbedding.mining.hard_negatives.candidates import ModeCandidates
 from FlagEmbedding.mining.hard_negatives.filters import Sampling
 from FlagEmbedding.mining.hard_negatives.miner import Mined, Miner, training_row
 from FlagEmbedding.mining.hard_negatives.report import summarize, write_report
@@ -59,15 +61,19 @@ def mine_hard_negatives(options: MiningOptions) -> dict[str, Any]:
     rows = None if given.language else TrainingRows(data_files(given.input_file))
     with work_folder(output.path) as work:
         corpus = _corpus(given, options.encoder.cache_dir, rows, work)
-        retriever = None
+        retriever = candidates = None
         if options.sampling.random_negatives:
             store = PassageStore.prepare(corpus.files, work, bool(options.search.with_title))
         else:
-            retriever, store = open_retriever(options.encoder, options.search, corpus, work)
+            modes = options.candidates.searched
+            encoder = with_heads(options.encoder, modes.parts)
+            retriever, store = open_retriever(encoder, options.search, corpus, work)
+            if not options.candidates.dense_alone:
+                candidates = ModeCandidates.open(retriever, modes, corpus.files, corpus.label, store.with_title)
         items: Items = rows or _topics(given, options.encoder.cache_dir, store)
         _check_window(options.sampling, store)
         reranker = Reranker(options.reranker, options.encoder) if options.reranker.cross_encoder else None
-        miner = Miner(store, options.sampling, options.filters, retriever, reranker)
+        miner = Miner(store, options.sampling, options.filters, retriever, reranker, candidates)
         with Job(output.path, _identity(options, items, miner), overwrite=output.overwrite) as job:
             row_of = partial(training_row, with_scores=output.with_scores)
             mine_into(job, items, miner, options.search.search_batch_size, row_of)
@@ -114,7 +120,7 @@ def describe_miner(miner: Miner) -> dict[str, Any]:
             "query_instruction": r.query_instruction, "passage_instruction": r.passage_instruction,
             "batch_size": r.encoder.options.batch_size,
         }  # fmt: skip
-    return described
+    return described if miner.candidates is None else {**described, **miner.candidates.describe()}
 
 
 def _identity(options: MiningOptions, items: Items, miner: Miner) -> dict[str, Any]:
@@ -128,6 +134,10 @@ def _identity(options: MiningOptions, items: Items, miner: Miner) -> dict[str, A
     }  # fmt: skip
 
 
+def _by(options: MiningOptions) -> str:
+    return "" if options.candidates.dense_alone else f" by {' and '.join(options.candidates.modes)}"
+
+
 def _report(options: MiningOptions, job: Job, items: Items, miner: Miner) -> dict[str, Any]:
     sampling, filters, judge = miner.sampling, miner.filters, options.reranker.cross_encoder
     how, passages = f"{sampling.negative_number} negatives per query", f"{miner.store.rows:,} passages"
@@ -138,7 +148,8 @@ def _report(options: MiningOptions, job: Job, items: Items, miner: Miner) -> dic
         limits = ", ".join(f"{name} {getattr(filters, name)}" for name in filters.given()) or "none"
         how += (
             f", {sampling.sampling_strategy} of ranks {first + 1} to {last} of {passages} as "
-            f"{options.encoder.encoder} ranks them; filters: {limits}{f' by the scores of {judge}' if judge else ''}; "
+            f"{options.encoder.encoder} ranks them{_by(options)}; "
+            f"filters: {limits}{f' by the scores of {judge}' if judge else ''}; "
             f"fill: {sampling.fill}; seed {sampling.seed}"
         )
     return {
