@@ -24,7 +24,7 @@ from FlagEmbedding.finetune.gather import Gathered, gather_batch
 from FlagEmbedding.finetune.negatives import FalseNegatives, GuideModel, add_neg_q
 from FlagEmbedding.losses.contrastive import colbert_scores, dense_scores, sparse_scores
 from FlagEmbedding.losses.false_negatives import TextKeys
-from FlagEmbedding.losses.matryoshka import ScoresByWidth, Widths
+from FlagEmbedding.losses.matryoshka import Widths
 from FlagEmbedding.losses.objective import ObjectiveArguments, Terms, add_router_losses, retrieval_objective
 from FlagEmbedding.modeling.adapter_options import LoraOptions
 from FlagEmbedding.modeling.adapters import AdapterSource, add_adapters
@@ -260,7 +260,7 @@ class BiEncoder(M3Encoder):
             self_distill=self.objective.use_self_distill and self.step > self.objective.self_distill_start_step,
             mask=false_negatives.mask(q_reps, p_reps, own, taught) if self.objective.masks else None,
             distill_loss=self.objective.distill_loss,
-            by_width=widths and ScoresByWidth(widths, widths.scores(q_reps, p_reps, self.temperature)),
+            by_width=None if widths is None else widths.scored(q_reps, p_reps, self.temperature),
         )
         if batch.negative_reps is not None and batch.owner is not None and len(batch.owner):
             vectors = (q_reps, p_reps, batch.negative_reps)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from FlagEmbedding.collections.corpus import Survey, passage_text, stream, survey
 from FlagEmbedding.indexing.arguments import IndexArguments, StoreArguments
+from FlagEmbedding.indexing.planning import LOCK, WORK
 from FlagEmbedding.inference.lexical import TokenWeights, token_counts, token_weights
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.inference.tokenization import tokenize
@@ -55,7 +56,6 @@ from FlagEmbedding.utils.progress import progress
 from FlagEmbedding.utils.provenance import provenance
 
 logger = get_logger(__name__)
-WORK, LOCK = "shards", ".shards.lock"
 _SMALLER = 8  # a shard of colbert vectors holds so many times fewer passages
 _SAMPLED = 512  # passages whose tokens say how much room colbert vectors will need
 

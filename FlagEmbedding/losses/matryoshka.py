@@ -86,6 +86,10 @@ class Widths:
         pairs = zip(self.cut(q_reps), self.cut(p_reps), strict=True)
         return [dense_scores(queries, passages, temperature) for queries, passages in pairs]
 
+    def scored(self, q_reps: Tensor, p_reps: Tensor, temperature: float) -> ScoresByWidth:
+        """These :meth:`scores`, for the objective."""
+        return ScoresByWidth(self, self.scores(q_reps, p_reps, temperature))
+
     def mean(self, name: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """The weighted mean of a loss under its ``name``, and each width's under ``name_d``."""
         total = sum(weight * value for weight, value in zip(self.weights, values, strict=True))

@@ -90,7 +90,7 @@ def maxsim(
     there = np.flatnonzero(lengths)
     if not len(query) or not len(there):
         return scores
-    together = torch.from_numpy(np.concatenate([passages[i] for i in there])).to(device, dtype)
+    together = torch.from_numpy(np.concatenate([passages[i] for i in there.tolist()])).to(device, dtype)
     products = (torch.from_numpy(query).to(device, dtype) @ together.T).cpu().numpy()
     starts = np.concatenate([[0], np.cumsum(lengths[there])[:-1]])
     scores[there] = np.maximum.reduceat(products, starts, axis=1).mean(axis=0)

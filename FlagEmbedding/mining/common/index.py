@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from FlagEmbedding.indexing.arguments import IndexArguments
-from FlagEmbedding.indexing.encoding import WORK, build_index
+from FlagEmbedding.indexing.encoding import build_index
+from FlagEmbedding.indexing.planning import WORK
 from FlagEmbedding.indexing.retriever import Retriever
 from FlagEmbedding.inference.arguments import EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder

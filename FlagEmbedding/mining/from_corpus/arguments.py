@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from FlagEmbedding.mining.common.options import MiningEncoder, ReportedOutput, SearchArguments, check_least
-from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MinedOutput, MiningOptions, RerankerArguments
+from FlagEmbedding.mining.common.options import (
+    MiningEncoder,
+    ReportedOutput,
+    RerankerArguments,
+    SearchArguments,
+    check_least,
+)
+from FlagEmbedding.mining.hard_negatives.arguments import InputArguments, MinedOutput, MiningOptions
 from FlagEmbedding.mining.hard_negatives.filters import Sampling, ScoreFilters
 from FlagEmbedding.mining.query_generation.arguments import (
     CheckArguments,

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from FlagEmbedding.indexing.encoding import WORK
+from FlagEmbedding.indexing.planning import WORK
 from FlagEmbedding.mining.from_corpus.report import markdown
 from FlagEmbedding.retrieval.shards import MANIFEST, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.errors import UsageError

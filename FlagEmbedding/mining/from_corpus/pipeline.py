@@ -80,7 +80,7 @@ def build_from_corpus(options: FromCorpusOptions) -> dict[str, Any]:
             "model": run.model.name, "requests": requests, "arguments": asdict(options), "provenance": provenance(),
             "corpus": fingerprints(files), "next": next_command(options, record),
         }  # fmt: skip
-        record = strike_all(record, os.environ.get(options.endpoint.api_key_env))
+        record = dict(strike_all(record, os.environ.get(options.endpoint.api_key_env)))
         put_in_place(work, output, record)
         cache.settle(job)
     return record

@@ -53,7 +53,7 @@ def next_command(options: FromCorpusOptions, record: Mapping[str, Any]) -> str:
         "--passage_max_len", search.passage_max_length or 512, "--per_device_train_batch_size", 4,
         "--learning_rate", "1e-5", "--num_train_epochs", 1, "--logging_steps", 10,
     ]  # fmt: skip
-    given = {
+    given: dict[str, object] = {
         "sentence_pooling_method": encoder.pooling_method, "cache_dir": encoder.cache_dir,
         "query_instruction_for_retrieval": search.query_instruction_for_retrieval,
         "passage_instruction_for_retrieval": search.passage_instruction_for_retrieval,

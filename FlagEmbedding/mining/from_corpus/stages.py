@@ -14,6 +14,7 @@ from FlagEmbedding.collections.writing import write_judgments
 from FlagEmbedding.mining.common.jobs import Job
 from FlagEmbedding.mining.common.negative_table import NegativeTable, fill, negative_table
 from FlagEmbedding.mining.common.queries import Item, TrainingRows
+from FlagEmbedding.mining.common.reranker import Reranker
 from FlagEmbedding.mining.common.rows import data_files, json_line
 from FlagEmbedding.mining.from_corpus.arguments import FromCorpusOptions
 from FlagEmbedding.mining.from_corpus.prompting import Prompter
@@ -21,7 +22,6 @@ from FlagEmbedding.mining.from_corpus.sampling import Drawn
 from FlagEmbedding.mining.hard_negatives.miner import Miner, training_row
 from FlagEmbedding.mining.hard_negatives.pipeline import describe_miner, mine_into
 from FlagEmbedding.mining.hard_negatives.report import summarize
-from FlagEmbedding.mining.hard_negatives.reranker import Reranker
 from FlagEmbedding.mining.query_generation.answer_cache import AnswerCache
 from FlagEmbedding.mining.query_generation.pipeline import Generation, Model, write_rows
 from FlagEmbedding.mining.query_generation.round_trip import RoundTrip
@@ -74,7 +74,7 @@ class Run:
         generation = Generation(table, self.cache, self.model, prompter, self.options.checks, self.trip)
         generation.run(attempts)
         for passage, tried in table.listed():
-            attempts_made = [{"attempt": n + 1, "query": query, "reason": why} for n, query, why in tried]
+            attempts_made = [{"attempt": int(n) + 1, "query": query, "reason": why} for n, query, why in tried]
             rejected.write(json_line({"stage": stage, "passage": passage, "tried": attempts_made}))
         reasons = Counter[str]()
         for _, reason, count in table.rejections():
