@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -129,7 +130,7 @@ def _gates(backbone: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}{_GATE}": module.gate.weight
         for name, module in backbone.named_modules()
-        if isinstance(module, MoELinear) and has_adapters(module)
+        if isinstance(module, MoELinear) and module.router == "learned" and has_adapters(module)
     }
 
 
@@ -196,7 +197,10 @@ def load_adapter_state(backbone: PreTrainedModel, folder: PathLike) -> None:
     file = next((each for each in files if each.is_file()), None)
     if file is None:
         raise DataError(f"{folder} holds no {WEIGHTS}, and the run trains adapters: it is another run's")
-    stored, own = load_file(file), _state(backbone)
+    try:
+        stored, own = load_file(file), _state(backbone)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
     if {key: value.shape for key, value in stored.items()} != {key: value.shape for key, value in own.items()}:
         raise DataError(f"{file} holds other adapters than those being trained")
     stored = {key.removeprefix(_PREFIX): value for key, value in stored.items()}

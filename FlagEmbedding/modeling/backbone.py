@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from FlagEmbedding.modeling import adapters, interchange
 from FlagEmbedding.modeling.files import first_line, load_config, weight_files, weight_keys
 from FlagEmbedding.modeling.heads import HEAD_FILES, read_state, save_heads
+from FlagEmbedding.modeling.into_place import move_into_place
 from FlagEmbedding.modeling.moe import MoEConfig, MoELinear, trainable_class
 from FlagEmbedding.modeling.pooling import check_method
 from FlagEmbedding.modeling.positions import longest_input
@@ -34,7 +33,7 @@ from FlagEmbedding.modeling.reading import POOLER_KEY, read_model
 from FlagEmbedding.modeling.remote_code.modeling_moe_encoder import CLASS_PREFIX, expert_places
 from FlagEmbedding.utils.adapter_folder import base_of, is_adapter
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.hub import ADAPTER_CONFIG, resolve_folder
+from FlagEmbedding.utils.hub import resolve_folder
 from FlagEmbedding.utils.io import PathLike, follow_umask, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
@@ -42,7 +41,6 @@ logger = get_logger(__name__)
 
 MOE_FIELDS = ("moe", "num_experts", "num_experts_per_tok", "only_train")
 ROUTER_FIELD = "router"  # in config.json where the router is not the published one
-_LAST = ("config.json", ADAPTER_CONFIG)  # moved into place when the rest is there
 _EXPERT_KEY = re.compile(r"encoder\.layer\.\d+\.(intermediate|output)\.dense\.experts\.(\d+)\.")
 
 
@@ -227,7 +225,9 @@ def load_trained_state(model: nn.Module, folder: PathLike) -> None:
     """
     source, adapted = Path(folder), adapters.has_adapters(model)
     state: dict[str, Tensor] = {}
-    for file in [] if adapted else weight_files(source):
+    if is_adapter(source) and not adapted:
+        state = load_backbone(source).state_dict()
+    for file in [] if adapted or state else weight_files(source):
         state |= load_file(file)
     try:
         if adapted:
@@ -310,7 +310,7 @@ def save_checkpoint(
             shutil.copyfile(interchange.REMOTE_FILE, draft / interchange.REMOTE_FILE.name)
         if not alone:
             write_json_atomic(draft / "config.json", _config_fields(backbone))
-        _move_into_place(draft, target)
+        move_into_place(draft, target)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -383,23 +383,3 @@ def _max_length(backbone: PreTrainedModel, tokenizer: Any) -> int | None:
     """The longest sequence that the position table and the tokenizer allow; None where neither says."""
     limits = (longest_input(backbone), getattr(tokenizer, "model_max_length", None))
     return min((int(limit) for limit in limits if limit is not None and limit < 10**9), default=None)
-
-
-def _move_into_place(draft: Path, target: Path) -> None:
-    files = [path.relative_to(draft) for path in draft.rglob("*") if path.is_file()]
-    for file in sorted(files, key=lambda file: file.name in _LAST and file.parent == Path()):
-        (target / file.parent).mkdir(parents=True, exist_ok=True)
-        os.replace(draft / file, target / file)
-    owned = {*HEAD_FILES.values(), interchange.REMOTE_FILE.name, interchange.PROMPTS_FILE}
-    stale = [target / name for name in owned]
-    stale += [*target.glob("model-*-of-*.safetensors"), *target.glob("pytorch_model*.bin*")]
-    stale += [target / "model.safetensors.index.json"]
-    stale += [target / name for name in ("model.safetensors", "config.json")]  # where an adapter is alone now
-    stale += [target / place / name for place in ("", adapters.FOLDER) for name in (ADAPTER_CONFIG, adapters.WEIGHTS)]
-    modules = [*target.glob("[0-9]_Dense"), *target.glob("[0-9]_Normalize"), *target.glob(adapters.FOLDER)]
-    stale += [folder / name for folder in modules for name in ("config.json", "model.safetensors")]
-    for path in {*stale} - {target / file for file in files}:
-        path.unlink(missing_ok=True)
-    for folder in modules:
-        with suppress(OSError):  # the new checkpoint's, or somebody's files are in it
-            folder.rmdir()

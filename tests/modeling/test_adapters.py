@@ -17,7 +17,7 @@ from FlagEmbedding.finetune.biencoder import BiEncoder
 from FlagEmbedding.losses.objective import ObjectiveArguments
 from FlagEmbedding.modeling.adapter_options import LoraOptions
 from FlagEmbedding.modeling.adapters import load_adapter_state, targets
-from FlagEmbedding.modeling.backbone import load_backbone
+from FlagEmbedding.modeling.backbone import load_backbone, load_trained_state
 from FlagEmbedding.modeling.options import EngineConfig, MoEConfig
 from FlagEmbedding.modeling.stored import StoredTensors
 from FlagEmbedding.utils.errors import DataError, UsageError
@@ -120,6 +120,10 @@ def test_an_adapter_alone_loads_as_the_merged_checkpoint(tiny_model_dir: Path, t
     np.testing.assert_array_equal(FlagModel(str(folder)).encode(TEXTS), expected)
     name = "encoder.layer.0.attention.self.query.weight"
     assert torch.equal(StoredTensors(folder).get(name), StoredTensors(tmp_path / "merged").get(name))
+    # As the report does, which compares the base with what was saved.
+    plain = bi_encoder(tiny_model_dir, LoraOptions())
+    load_trained_state(plain, folder)
+    assert torch.equal(plain.model.state_dict()[name], StoredTensors(folder).get(name))
     # An index must not be taken for that of the same adapter with another strength.
     before = model_fingerprint(folder)
     said = json.loads((folder / "adapter_config.json").read_text("utf-8"))
@@ -192,6 +196,12 @@ def test_broken_adapters_are_refused_in_one_line(tiny_model_dir: Path, tiny_bert
         load_adapter_state(other.model, tmp_path)
     with pytest.raises(DataError, match="holds no adapter_model"):
         load_adapter_state(other.model, tiny_model_dir)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_adapter_state(model.model, tmp_path)
+    with pytest.raises(DataError, match="does not go into its base"):
+        load_backbone(tmp_path)
 
 
 def test_targets(tiny_model_dir: Path, tiny_moe_dir: Path) -> None:

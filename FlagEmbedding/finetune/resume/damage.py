@@ -114,6 +114,7 @@ _READERS: dict[str, Callable[[Path], None]] = {
     RECORD_FILE: _record,
     WINDOW_FILE: _window,
     "*.safetensors": _weights,
+    "adapter/*.safetensors": _weights,
     "optimizer.pt": _pickled,
     "scheduler.pt": _pickled,
     "rng_state*.pth": _zipped,
