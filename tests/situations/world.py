@@ -177,6 +177,13 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(tops[:3]) + (f" and {len(tops) - 3} more" if len(tops) > 3 else "")
 
 
+def tidy(text: str) -> str:
+    """``text`` without what differs from run to run."""
+    for pattern, word in _VARYING:
+        text = re.sub(pattern, word, text)
+    return text
+
+
 def shown(outcome: Outcome, shows: str, *folders: Path) -> str:
     """The line of an outcome that tells a user what happened, without the folders' own names."""
     text = outcome.printed
@@ -192,8 +199,7 @@ def shown(outcome: Outcome, shows: str, *folders: Path) -> str:
     line = "".join(found[-1:]).strip()
     if line.endswith(":"):  # several problems: the first
         line += f" {lines[lines.index(found[-1]) + 1].strip()}"
-    for pattern, word in _VARYING:
-        line = re.sub(pattern, word, line)
+    line = tidy(line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 
