@@ -129,11 +129,11 @@ def _yaml_values(text: str) -> Any:
             if isinstance(node, yaml.SequenceNode):
                 return [written(item) for item in node.value]
             number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-            return node.value if number else loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+            return node.value if number else loader.construct_object(node, deep=True)
 
-        return _once([(str(loader.construct_object(key, deep=True)), written(node)) for key, node in root.value])  # type: ignore[no-untyped-call]
+        return _once([(str(loader.construct_object(key, deep=True)), written(node)) for key, node in root.value])
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

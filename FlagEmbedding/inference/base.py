@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +62,11 @@ class Embedder:
         **others: Any,
     ) -> None:
         keywords.refuse(others, type(self).__name__, Embedder.__init__)
-        self.model_name_or_path = model_name_or_path
+        if not isinstance(model_name_or_path, str | os.PathLike):
+            found = type(model_name_or_path).__name__
+            raise UsageError(f"model_name_or_path: expected a hub id or a folder, got {found}: {model_name_or_path!r}")
+        self.model_name_or_path = name = os.fspath(model_name_or_path)
+        self._place = os.path.abspath(name) if os.path.isdir(name) else name  # copies may wake in another folder
         self.normalize_embeddings = normalize_embeddings
         self.batch_size = whole("batch_size", batch_size)
         self.query_max_length = whole("query_max_length", query_max_length)
@@ -92,13 +98,34 @@ class Embedder:
             )
             for name in self.target_devices
         ]
-        first = self._encoders[0]
-        self.tokenizer: Any = first.tokenizer
-        self.model: torch.nn.Module = first.encoder  # on the first device
+        first = self._expose()
         self.pooling_method: str = first.pooling
         self.truncate_dim = None if truncate_dim is None else whole("truncate_dim", truncate_dim, 1, first.hidden_size)
         self.query_instruction_for_retrieval = first.instruction("query", query_instruction_for_retrieval)
         self.passage_instruction_for_retrieval = first.instruction("passage", passage_instruction_for_retrieval)
+
+    def _expose(self) -> TextEncoder:
+        """Upstream's attributes, of the encoder on the first device, which is returned."""
+        first = self._encoders[0]
+        self.tokenizer: Any = first.tokenizer
+        self.model: torch.nn.Module = first.encoder
+        self._as_loaded = _versions(self.model)
+        return first
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Options alone: a copy, or what a pickle becomes, loads the checkpoint where it wakes, with the same bits."""
+        if self._as_loaded != _versions(self.model):
+            logger.warning("%s: weights were changed since; a copy has the checkpoint's", self.model_name_or_path)
+        loaded = ("_encoders", "tokenizer", "model", "_as_loaded")
+        state = {name: value for name, value in vars(self).items() if name not in loaded}
+        return {**state, "_options": [replace(each.options, encoder=self._place) for each in self._encoders]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`__getstate__` names."""
+        options = state.pop("_options")
+        vars(self).update(state)
+        self._encoders = [TextEncoder(each) for each in options]
+        self._expose()
 
     @property
     def _width(self) -> int:
@@ -152,6 +179,10 @@ class Embedder:
         vectors = representations.dense.float()[:, : self._width]
         shorter = self.truncate_dim is not None and self.normalize_embeddings
         return torch.nn.functional.normalize(vectors, dim=-1) if shorter else vectors
+
+
+def _versions(model: torch.nn.Module) -> list[tuple[int, int]]:
+    return [(each.data_ptr(), each._version) for each in model.parameters()]
 
 
 def own_format(role: str, instruction: str | None, form: str) -> str:

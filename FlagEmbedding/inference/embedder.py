@@ -12,8 +12,10 @@ A model may be used by several threads at a time: each call gives the bits that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -231,7 +233,8 @@ class BGEM3FlagModel(Embedder):
         keywords.refuse(others, "compute_score", self.compute_score)
         pairs, single = as_pairs(sentence_pairs)
         weights = [1.0] * 3 if weights_for_different_modes is None else list(weights_for_different_modes)
-        if len(weights) != 3 or sum(weights) == 0:
+        numbers = all(isinstance(each, Real) and math.isfinite(each) for each in weights)
+        if len(weights) != 3 or not numbers or sum(weights) == 0:
             raise UsageError(f"weights_for_different_modes: expected dense, sparse and colbert weights, got {weights}")
         if not pairs:
             return []

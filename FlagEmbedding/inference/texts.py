@@ -98,6 +98,9 @@ def check_instruction(instruction: str | None, form: str, name: str = "instructi
     """Raise ``UsageError`` where the instruction is no text, or its format would lose it or the text behind it."""
     if instruction is not None and not isinstance(instruction, str):
         raise UsageError(f"{name}: expected a str or None, got {type(instruction).__name__}: {_shown(instruction)}")
+    for what, text in ((name, instruction or ""), (f"format of {name}", form)):
+        if (half := half_pair(str(text))) is not None:
+            raise UsageError(f"{what}: holds half a surrogate pair at character {half}, which UTF-8 cannot write")
     marks = "\ufdd0", "\ufdd1"  # code points that no text has
     try:
         filled = form.format(*marks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from pathlib import Path
 from typing import Any, Literal
@@ -308,13 +309,48 @@ def test_devices() -> None:
 
 
 @pytest.mark.parametrize("fixture", ["tiny_heads_dir", "tiny_moe_dir"])
-def test_models_can_be_copied_and_stored(fixture: str, request: pytest.FixtureRequest) -> None:
-    """To hand one to another process; oneDNN's layout of the weights stays behind."""
-    model = FlagModel(str(request.getfixturevalue(fixture)))
-    expected = model.encode(TEXTS)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        np.testing.assert_allclose(other.encode(TEXTS), expected, atol=1e-6)
-    np.testing.assert_array_equal(model.encode(TEXTS), expected)
+def test_models_can_be_copied_and_stored(
+    fixture: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To hand one to another process: options alone, and the same bits where it wakes."""
+    folder = request.getfixturevalue(fixture)
+    monkeypatch.chdir(folder.parent)
+    model = FlagModel(folder.name, batch_size=3, query_instruction_for_retrieval="find: ", truncate_dim=8)
+    expected = model.encode(TEXTS), model.encode_queries(TEXTS)
+    stored = pickle.dumps(model)
+    assert len(stored) < 8_000
+    monkeypatch.chdir("/")
+    for other in (copy.deepcopy(model), pickle.loads(stored)):
+        for found, right in zip((other.encode(TEXTS), other.encode_queries(TEXTS)), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+        assert (other.batch_size, other.model is model.model) == (3, False)
+    np.testing.assert_array_equal(model.encode(TEXTS), expected[0])
+
+
+def test_a_copy_of_a_changed_model_says_what_it_has(
+    tiny_heads_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("FlagEmbedding"), "propagate", True)
+    model = FlagModel(str(tiny_heads_dir))
+    model.encode(TEXTS)
+    copy.deepcopy(model)
+    assert not [record for record in caplog.records if "weights were changed" in record.getMessage()]
+    with torch.no_grad():
+        next(iter(model.model.parameters())).add_(1.0)
+    copy.deepcopy(model)
+    assert [record for record in caplog.records if "weights were changed" in record.getMessage()]
+
+
+def test_arguments_that_cannot_be_meant(tiny_heads_dir: Path) -> None:
+    for name in (None, 5):
+        with pytest.raises(UsageError, match="model_name_or_path: expected a hub id or a folder"):
+            FlagModel(name)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="query_instruction_for_retrieval: holds half a surrogate pair at character 2"):
+        FlagModel(str(tiny_heads_dir), query_instruction_for_retrieval="a\ud800")
+    model = BGEM3FlagModel(str(tiny_heads_dir))
+    for weights in ("abc", [1, float("nan"), 1], [1, 2], [None, 1, 1], [0, 0, 0]):
+        with pytest.raises(UsageError, match="expected dense, sparse and colbert weights"):
+            model.compute_score([("a", "b")], weights_for_different_modes=weights)  # type: ignore[arg-type]
 
 
 def test_nothing_to_encode(tiny_heads_dir: Path) -> None:

@@ -164,6 +164,12 @@ def test_an_output_is_packed_as_its_name_says(tmp_path: Path, ending: str, magic
         assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "in.jsonl").read_bytes()
 
 
+def test_a_name_that_no_disk_takes_is_refused(tmp_path: Path, capsys) -> None:
+    words = ["--input_file", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / ("x" * 250))]
+    assert merge.main(words) == 2
+    assert "a name of 250 bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl.bz2", "zip", "tar.gz", "csv.zst", "jsonl.lz4"])
 def test_names_that_jsonl_would_belie_are_refused(tmp_path: Path, capsys, ending: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"query": "q", "pos": ["p"], "neg": ["n"]}\n')

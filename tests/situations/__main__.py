@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "evaluation")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from situations import inputs, together, training  # noqa: E402
-from situations.world import Situation, place_for, shown  # noqa: E402
+from situations.world import Situation, place_for, shown, tidy  # noqa: E402
 
 ALL = {**training.SITUATIONS, **together.SITUATIONS, **inputs.SITUATIONS}
 PAGE = """# What happens when something is wrong
@@ -39,7 +39,7 @@ def row_of(situation: Situation, folder: Path, number: int) -> tuple[list[str], 
         situation.before or "–",
         f"`{line.replace('`', chr(39))}`",
         str(outcome.code),
-        outcome.left,
+        tidy(outcome.left) or "–",
     ]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells], "Traceback" in outcome.printed
 

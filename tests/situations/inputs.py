@@ -34,8 +34,13 @@ def folder(**files: str | bytes) -> Callable[[Place], object]:
 
 
 def converted(name: str, content: str) -> Callable[[Place], object]:
-    return lambda place: place.run("mining convert", "--format", "triples", "--input", place.write(name, content),
-                                   "--output_file", place.folder / "out.jsonl")  # fmt: skip
+    def act(place: Place) -> None:
+        words = ["--format", "triples", "--input", place.write(name, content)]
+        answer = place.run("mining convert", *words, "--output_file", place.folder / "out.jsonl")
+        if answer.code == 0:
+            answer.printed += (place.folder / "out.jsonl").read_text()
+
+    return act
 
 
 def merged(name: str) -> Callable[[Place], object]:
@@ -166,7 +171,7 @@ SITUATIONS = {
         Situation("an open quote in triples", "swallows rows", converted(
             "t.csv", 'query,positive,negative\na,"p,n\nb,p,n\n')),
         Situation("columns id,query,positive,negative", "the positive becomes a negative", converted(
-            "t.csv", "id,query,positive,negative\n1,a,p,n\n"), "rows"),
+            "t.csv", "id,query,positive,negative\n1,a,p,n\n"), '"query"'),
         Situation("columns of unknown names", "taken by place", converted("t.csv", "foo,bar,baz\na,p,n\n")),
         Situation("a CSV field of 200,000 characters", "called not UTF-8", converted(
             "t.csv", f"query,positive,negative\na,{'x' * 200_000},n\n"), "rows"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.helpers import TORCHRUN, environment, train_words
-from situations.world import Outcome, Place, Situation
+from situations.world import Outcome, Place, Situation, difference, seen
 
 from FlagEmbedding import BGEM3FlagModel, FlagModel
 from FlagEmbedding.utils.locking import exclusive
@@ -31,12 +31,14 @@ def lost(place: Place) -> None:
         save_total_limit=1, lr_scheduler_type="constant", cache_path=place.folder.parent / "kept",
     )  # fmt: skip
     command = [sys.executable, *TORCHRUN, str(WORKER), str(place.folder), *words]
+    before = seen(place.folder)
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as run:
         while not list((place.folder / "out").glob("checkpoint-*")) and run.poll() is None:
             time.sleep(0.1)
         os.kill(int((place.folder / "1.pid").read_text()), signal.SIGKILL)
         _, printed = run.communicate(timeout=120)
-    place.outcomes.append(Outcome(run.returncode, printed, "the newest whole checkpoint"))
+    ours = "\n".join(line for line in printed.splitlines() if "gave no sign of life" in line)
+    place.outcomes.append(Outcome(run.returncode, ours or printed, difference(before, seen(place.folder))))
 
 
 def locked(place: Place) -> None:

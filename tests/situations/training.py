@@ -54,14 +54,14 @@ def signaled(place: Place) -> None:
     import time
 
     def tell() -> None:
-        while not (place.folder / "out/checkpoint-1/run.json").exists():
+        while not list((place.folder / "out").glob("checkpoint-*/run.json")):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     place.rows()
     thread = threading.Thread(target=tell)
     thread.start()
-    place.train(max_steps=200, save_steps=1, save_total_limit=1)
+    place.train(max_steps=200, save_steps=2, save_total_limit=9)
     thread.join()
 
 
@@ -90,9 +90,11 @@ SITUATIONS = {
         Situation("resumed with another schedule", "accepted", resumed(lr_scheduler_type="cosine")),
         Situation("resumed with --only_train", "traceback", resumed(only_train="output")),
         Situation("resumed with another --optim", "traceback", resumed(optim="sgd")),
-        Situation("resumed with --save_steps 2: changes no number", "accepted", resumed(save_steps=2), GO_ON),
+        Situation("resumed with --save_steps 2: changes no number", "accepted", resumed(save_steps=2),
+                  "harmless differences"),
         Situation("resumed with another rate and --resume_anyway", "", resumed(
-            {"lr_scheduler_type": "constant"}, max_steps=3, learning_rate=2e-3, resume_anyway=True), "resume_anyway"),
+            {"lr_scheduler_type": "constant"}, max_steps=3, learning_rate=2e-3, resume_anyway=True),
+                  "another run from here on"),
         Situation("resumed at the last step", "", resumed({"lr_scheduler_type": "constant"}), GO_ON),
         *[Situation(f"newest checkpoint with {name} cut off", "", partial(damaged, name), "damaged")
           for name in ("optimizer.pt", "model.safetensors", "run.json", "loss_window.json")],

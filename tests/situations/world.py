@@ -20,6 +20,11 @@ LANG = "ko"
 _MODULES = ("merge", "export", "mining", "evaluation", "demo")
 _NOISE = re.compile(r"RuntimeWarning|warn\(|^\s*$|Loading weights|it/s\]|\d+%\|")
 _LONGEST = 330
+# What differs from run to run.
+_VARYING = (
+    (r"^\d\d:\d\d:\d\d ", ""), (r"\d{8}-\d{6}-[0-9a-f]{6}", "RUN"), (r"\(\d+ on \S+\)", "(PID on HOST)"),
+    (r"process \d+ on [^)]+", "process PID on HOST"), (r"127\.0\.0\.1:\d+", "127.0.0.1:PORT"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Place:
 
     def run(self, command: str, *words: object) -> Outcome:
         """``run.py``, ``step0`` to ``step2``, or ``mining convert`` and the like, in this process."""
-        before = _seen(self.folder)
+        before = seen(self.folder)
         name, *more = command.split()
         try:
             if name.startswith("step"):
@@ -80,7 +85,7 @@ class Place:
             code, printed = answer.returncode, answer.stderr + answer.stdout
         except BaseException:  # noqa: BLE001 — a traceback is what is looked for
             code, printed = 1, traceback.format_exc()
-        self.outcomes.append(Outcome(code, printed, _difference(before, _seen(self.folder))))
+        self.outcomes.append(Outcome(code, printed, difference(before, seen(self.folder))))
         return self.outcomes[-1]
 
     def call(self, act: Callable[[], object]) -> Outcome:
@@ -147,7 +152,8 @@ class Place:
         return self.folder / "index" / self.model.name / LANG
 
 
-def _seen(folder: Path) -> dict[str, str]:
+def seen(folder: Path) -> dict[str, str]:
+    """Digest of each file below ``folder`` by its name."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -155,7 +161,8 @@ def _seen(folder: Path) -> dict[str, str]:
     return found
 
 
-def _difference(before: dict[str, str], after: dict[str, str]) -> str:
+def difference(before: dict[str, str], after: dict[str, str]) -> str:
+    """What is new, changed or gone, by the names of files and top folders."""
     parts = [
         ("new", [name for name in after if name not in before]),
         ("changed", [name for name in after if name in before and after[name] != before[name]]),
@@ -170,6 +177,13 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(tops[:3]) + (f" and {len(tops) - 3} more" if len(tops) > 3 else "")
 
 
+def tidy(text: str) -> str:
+    """``text`` without what differs from run to run."""
+    for pattern, word in _VARYING:
+        text = re.sub(pattern, word, text)
+    return text
+
+
 def shown(outcome: Outcome, shows: str, *folders: Path) -> str:
     """The line of an outcome that tells a user what happened, without the folders' own names."""
     text = outcome.printed
@@ -182,7 +196,10 @@ def shown(outcome: Outcome, shows: str, *folders: Path) -> str:
     if shows and not found:
         found = [line for line in lines if re.search(shows, line)]
     found = found or [line for line in lines if "WARNING" in line or "warning" in line] or lines[-1:]
-    line = " / ".join(line.strip() for line in found[-1:])
+    line = "".join(found[-1:]).strip()
+    if line.endswith(":"):  # several problems: the first
+        line += f" {lines[lines.index(found[-1]) + 1].strip()}"
+    line = tidy(line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 

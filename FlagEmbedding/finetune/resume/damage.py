@@ -94,7 +94,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _weights(path: Path) -> None:
-    with safe_open(path, "pt") as stored:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as stored:
         stored.keys()
 
 

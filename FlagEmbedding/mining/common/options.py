@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ _NO_LINES = {
     ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".pkl",
     ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4", ".br", ".zstd",
 }  # fmt: skip
+
+_LONGEST_NAME = 220  # what stands beside it, such as a journal and its lock, has longer ones
 
 
 def check_least(options: Any, **least: float) -> None:
@@ -34,6 +37,10 @@ class OutputArguments:
     overwrite: bool = switch(False, "replace an output that is there")
 
     def __post_init__(self) -> None:
+        if (length := len(os.fsencode(self.path.name))) > _LONGEST_NAME:
+            raise UsageError(
+                f"--output_file: a name of {length} bytes, at most {_LONGEST_NAME} can be written; shorten it"
+            )
         for ending in _NO_LINES.intersection(suffix.lower() for suffix in self.path.suffixes[-2:]):
             raise UsageError(
                 f"--output_file {self.output_file}: JSON lines are written, and {ending} says otherwise; name a .jsonl "
