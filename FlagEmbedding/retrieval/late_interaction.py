@@ -74,7 +74,7 @@ def rerank(
             local = np.searchsorted(chunk, rows[pairs])
             for query in np.unique(owner[pairs]).tolist():
                 own = owner[pairs] == query
-                scores[pairs[own]] = maxsim(queries[query], [vectors[i] for i in local[own]], device=device)
+                scores[pairs[own]] = maxsim(queries[query], [vectors[i] for i in local[own].tolist()], device=device)
             done += len(chunk)
     if done != len(distinct):
         raise DataError(f"the vectors of {done} passages came where {len(distinct)} were asked for")

@@ -67,10 +67,13 @@ def reference_for(folder: Path, model: BGEM3Model, batch, pooling, normalize, un
 
 
 def make(folder: Path, engine: str = "packed", **changes) -> BGEM3Model:
-    torch.manual_seed(5)  # the heads of unified training are new
+    torch.manual_seed(5)  # the router and the heads are new
     settings = {"temperature": 0.05, "unified_finetuning": False, "engine": EngineConfig(engine=engine, slab_tokens=64)}
-    model = BGEM3Model(str(folder), **{**settings, **changes}).double().train()
-    return model
+    model = BGEM3Model(str(folder), **{**settings, **changes})
+    for head in (model.colbert_linear, model.sparse_linear):
+        if head is not None:  # new heads weigh all tokens alike: which of equal ones is the greatest is open
+            head.reset_parameters()
+    return model.double().train()
 
 
 CASES = [
