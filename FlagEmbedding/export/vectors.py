@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from FlagEmbedding.collections.corpus import stream
 from FlagEmbedding.collections.source import Source
@@ -98,7 +99,8 @@ def export_vectors(options: VectorArguments) -> Path:
         logger.info("going on after %d of %d passages", done, content.index.rows)
     with clear_disk_errors(f"writing to {folder}"):
         store: Store = STORES[options.to](folder / options.to, options.name, content.fields, options.url)
-        with store, progress(options.to, total=content.index.rows, done=done) as bar:
+        bar: tqdm[Any] = progress(options.to, total=content.index.rows, done=done)
+        with store, bar:
             store.begin(done)
             for batch in content.batches(done, size):
                 store.write(batch)

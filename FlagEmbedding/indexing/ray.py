@@ -109,6 +109,7 @@ def encode_on_ray(options: RayOptions) -> None:
 
 def _encode(plan: Plan, chosen: RayArguments, room: dict[str, Any], lang: str) -> None:
     import ray
+    from tqdm import tqdm
 
     from FlagEmbedding.utils.progress import progress
 
@@ -122,7 +123,8 @@ def _encode(plan: Plan, chosen: RayArguments, room: dict[str, Any], lang: str) -
     )
     actors = ray.data.ActorPoolStrategy(min_size=chosen.min_actors, max_size=chosen.max_actors)
     done = shards.map_batches(ShardEncoder, fn_constructor_args=(plan,), compute=actors, batch_size=None, **room)
-    with progress(lang, total=len(missing)) as bar:
+    bar: tqdm[Any] = progress(lang, total=len(missing))
+    with bar:
         for batch in done.iter_batches(batch_size=None):
             bar.update(len(batch["shard"]))
 

@@ -1,5 +1,8 @@
 # ruff: noqa: F811  (fixtures of another file are arguments here)
-"""Step 0 over the actors of a Ray cluster: the same bytes, with an actor killed, and refusals in one line."""
+"""Step 0 over the actors of a Ray cluster: the same bytes, with an actor killed, and refusals in one line.
+
+A cluster starts some ten processes that import torch: minutes on two cores, so it runs where RAY_CLUSTER_TESTS is set.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ from FlagEmbedding.inference.text_encoder import TextEncoder
 ray = pytest.importorskip("ray")
 
 
+on_a_cluster = pytest.mark.skipif(not os.environ.get("RAY_CLUSTER_TESTS"), reason="set RAY_CLUSTER_TESTS=1 to run it")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
@@ -28,6 +34,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@on_a_cluster
 def test_two_actors_one_of_which_is_killed_write_the_same_index(
     cluster: None, encoder: TextEncoder, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

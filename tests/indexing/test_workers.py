@@ -281,7 +281,9 @@ def test_workers_killed_at_ten_random_moments_lose_nothing(encoder: TextEncoder,
     made = plan([path], encoder, tmp_path / "out", "ko", options)
     assert made is not None
     context = get_context("forkserver")  # a process each, and the imports once
-    context.set_forkserver_preload(["indexing.test_workers"])
+    context.set_forkserver_preload(
+        ["FlagEmbedding.indexing.encoding", "transformers.models.xlm_roberta.modeling_xlm_roberta", "pytest"]
+    )
 
     def start(part: int) -> Any:
         worker = context.Process(target=help_with, args=(made, part))
