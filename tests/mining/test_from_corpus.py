@@ -144,7 +144,7 @@ def test_a_dry_run_says_what_the_first_round_asks(
         assert page.count(": 20 requests to m") == 3 and "neg_q, at most: 42 requests" in page
         tokens = [int(line.split("about ")[1].split(" ")[0].replace(",", "")) for line in page.splitlines() if "about" in line]  # fmt: skip  # noqa: E501
         assert f"at most {(sum(tokens) * 1000 + 102 * 100 * 2000) / 1e6:.2f}" in page
-        assert f"claim|{TEXTS[1]}"[:20] in page
+        assert all(f"The first prompt for {kind}:\n\n<p>{kind}|The " in page for kind in KINDS)
         assert run(tmp_path, server, tiny_model_dir, "--attempts", 1, "--neg_q", "none") == 0
         assert len(server.requests) == 60
         assert run(tmp_path, server, tiny_model_dir, "--dry_run") == 0
@@ -161,21 +161,25 @@ def test_a_model_on_this_machine_writes_them(tmp_path: Path, tiny_model_dir: Pat
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    batch = tokenizer(TEXTS[:32], return_tensors="pt", padding=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-        loss.backward()
+    pairs = [(tokenizer(f"Ask {text}")["input_ids"], tokenizer(answer(f"keywords|{text}"))["input_ids"][1:]) for text in TEXTS[:60]]  # fmt: skip  # noqa: E501
+    batch = tokenizer.pad({"input_ids": [prompt + query for prompt, query in pairs]}, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, (prompt, _) in zip(labels, pairs, strict=True):
+        row[: len(prompt)] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(60):
+        model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "decoder")
     tokenizer.save_pretrained(tmp_path / "decoder")
     for output in ("out", "again"):
-        given = ["--corpus", tmp_path / "docs.jsonl", "--output_dir", tmp_path / output, "--encoder", tiny_model_dir,
-                 "--local_model", tmp_path / "decoder", "--max_tokens", 12, "--passages", 40, "--language", "en",
-                 "--round_trip_top_k", 63, "--range_for_sampling", "0-40", "--negative_number", 2,
-                 "--cache", tmp_path / f"{output}.sqlite", "--kinds", "question", "--neg_q", "reuse"]  # fmt: skip
+        given = [
+            "--corpus", tmp_path / "docs.jsonl", "--output_dir", tmp_path / output, "--encoder", tiny_model_dir,
+            "--local_model", tmp_path / "decoder", "--max_tokens", 24, "--passages", 40, "--prompt", "Ask {passage}",
+            "--language", "en", "--round_trip_top_k", 63, "--range_for_sampling", "0-40", "--negative_number", 2,
+            "--cache", tmp_path / f"{output}.sqlite", "--kinds", "question", "--neg_q", "reuse",
+        ]  # fmt: skip
         assert main(list(map(str, given))) == 0
     assert contents(tmp_path) == contents(tmp_path, "again")
     found = rows(tmp_path)

@@ -46,7 +46,7 @@ def dry_run_page(record: Mapping[str, Any]) -> str:
 def next_command(options: FromCorpusOptions, record: Mapping[str, Any]) -> str:
     """The command that trains on the result, as a shell takes it."""
     output, encoder, search = options.output.path, options.encoder, options.search
-    start = ["python", "run.py"] if Path("run.py").is_file() else ["python", "-m", "FlagEmbedding.finetune"]
+    start = ["python", "run.py"] if Path("run.py").is_file() else ["flagembedding-train"]
     words: list[object] = [
         "--model_name_or_path", encoder.encoder, "--train_data", output / "train", "--output_dir", output / "model",
         "--train_group_size", min(1 + options.sampling.negative_number, _GROUP), "--query_max_len", 128,
