@@ -91,7 +91,7 @@ def encode_on_ray(options: RayOptions) -> None:
     if not ray.is_initialized():
         ray.init(address=chosen.address, log_to_driver=False)
     room: dict[str, Any] = {"num_cpus": chosen.cpus_per_actor, "num_gpus": chosen.gpus_per_actor}
-    planner = ray.remote(plan).options(**room)
+    planner: Any = ray.remote(plan).options(**room)
     try:
         for lang, source in languages.items():
             # Absolute: an actor's working directory is not this one.

@@ -74,7 +74,7 @@ class Run:
         generation = Generation(table, self.cache, self.model, prompter, self.options.checks, self.trip)
         generation.run(attempts)
         for passage, tried in table.listed():
-            attempts_made = [{"attempt": int(n) + 1, "query": query, "reason": why} for n, query, why in tried]
+            attempts_made = [{"attempt": n + 1, "query": query, "reason": reason} for n, query, reason in tried]
             rejected.write(json_line({"stage": stage, "passage": passage, "tried": attempts_made}))
         reasons = Counter[str]()
         for _, reason, count in table.rejections():
