@@ -143,7 +143,7 @@ class NegativeTable:
         row = self._db.execute("SELECT query FROM waiting WHERE passage = ?", (text_key(passage),)).fetchone()
         return None if row is None else row[0]
 
-    def rejections(self) -> Iterator[tuple[int, str, str]]:
+    def rejections(self) -> Iterator[tuple[int, str, int]]:
         """``(attempt, reason, number)`` counts, and through :meth:`listed` the passages behind them."""
         counts = "SELECT attempt, reason, COUNT(*) FROM rejected GROUP BY attempt, reason ORDER BY attempt, reason"
         yield from self._db.execute(counts)
