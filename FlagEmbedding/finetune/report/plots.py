@@ -119,7 +119,8 @@ def _margins(change: Change, figure: Any, axis: Any) -> None:
         axis.hist(each.margins.ravel(), bins, color=color, label=label, **filled)
     axis.axvline(0, color=INK, linewidth=1)
     axis.locator_params(axis="x", nbins=5)
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_ylim(top=1.3 * axis.get_ylim()[1])  # room for the legend
+    axis.legend(frameon=False, fontsize=8, loc="upper right")
     tidy(axis, "y")
     axis.set_title(f"positive minus negative, {len(change.before.margins)} training rows", fontsize=10, color=INK)
     axis.set_xlabel("margin", fontsize=9)
