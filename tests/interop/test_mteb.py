@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from finetune.dev_data import by_the_steps, write_dev
+from transformers import AutoTokenizer
 
 mteb = pytest.importorskip("mteb")
 
@@ -18,6 +19,7 @@ from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from FlagEmbedding.collections.corpus import read_file  # noqa: E402
 from FlagEmbedding.collections.source import Source  # noqa: E402
 from FlagEmbedding.evaluation.mteb_model import mteb_model  # noqa: E402
+from FlagEmbedding.modeling.backbone import load_backbone, save_checkpoint  # noqa: E402
 from FlagEmbedding.utils.errors import UsageError  # noqa: E402
 
 
@@ -52,10 +54,12 @@ def test_two_folders_are_two_models(
     tiny_model_dir: Path, tiny_moe_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
+    dense = tmp_path / "dense"  # as we save one: a bare folder is pooled by the mean elsewhere
+    save_checkpoint(load_backbone(tiny_model_dir), dense, tokenizer=AutoTokenizer.from_pretrained(tiny_model_dir))
     data = write_dev(tmp_path / "data", "en", 30, queries=12)
     task, cache = local_task(Source("en", "dev", data)), mteb.ResultCache(tmp_path / "cache")
     scores = {}
-    for folder in (tiny_model_dir, tiny_moe_dir):
+    for folder in (dense, tiny_moe_dir):
         model = mteb_model(str(folder), device="cpu")
         assert model.mteb_model_meta.name == f"local/{folder.name}"
         (result,) = mteb.evaluate(model, task, cache=cache, show_progress_bar=False).task_results
@@ -64,10 +68,9 @@ def test_two_folders_are_two_models(
         assert scores[folder.name] == pytest.approx(steps["en"]["ndcg@10"], abs=1e-4)
     assert len(set(scores.values())) == 2, "the second is not given the first one's score"
     # Trained further under the same name it is another revision; one's own name is taken.
-    changed = tmp_path / tiny_model_dir.name
-    shutil.copytree(tiny_model_dir, changed)
+    changed = tmp_path / "tiny-xlmr"
+    shutil.copytree(dense, changed)
     was = mteb_model(str(changed), device="cpu").mteb_model_meta
-    shutil.copyfile(tiny_moe_dir / "tokenizer.json", changed / "tokenizer.json")
     (changed / "config.json").write_text((changed / "config.json").read_text() + "\n")
     now = mteb_model(str(changed), name="me/mine", device="cpu").mteb_model_meta
     assert now.name == "me/mine" and now.revision != was.revision
