@@ -61,11 +61,18 @@ class Chain:
 
     Args:
         output_dir: models, indexes, runs, records and logs.
+
+    Raises:
+        DataError: the base is a folder that is not there.
     """
 
     def __init__(self, grid: Grid, output_dir: Path) -> None:
         self.grid, self.output_dir = grid, output_dir
         base = Path(grid.base)
+        if not base.is_dir() and grid.base.startswith((".", "/")):
+            raise DataError(
+                f"{grid.path}: base: {grid.path.parent / base} is no folder; the first lines say how it is made"
+            )
         self._base_key = digest("base", model_fingerprint(base) if base.is_dir() else grid.base)
 
     def cells(self) -> Iterator[Cell]:

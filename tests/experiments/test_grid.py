@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from commands import REPOSITORY, run_script
 from experiments import chain
 from experiments.__main__ import main
 from experiments.grid import read_grid
+from FlagEmbedding.evaluation.arguments import CollectionArguments, SearchArguments
+from FlagEmbedding.finetune.parsing import parse_arguments
+from FlagEmbedding.indexing.arguments import IndexArguments
+from FlagEmbedding.inference.arguments import EncoderArguments
+from FlagEmbedding.utils.cli import parse
 from FlagEmbedding.utils.errors import DataError
 
 SHORT = {"max_passage_length": 24, "batch_size": 16}
@@ -107,6 +113,22 @@ def test_a_grid_runs_goes_on_and_reports(
     write(tmp_path / "grid.yaml", content)
     code, stages = run("--seeds", "2")
     assert code == 0 and [stage.split(".")[0] for stage in stages] == ["folded-hindi-seed2"] * 3
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "experiments/grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_grid_of_the_repository_says_what_the_commands_take(path: Path, tmp_path: Path) -> None:
+    grid = read_grid(path)
+    with pytest.raises(DataError, match="is no folder"):
+        chain.Chain(replace(grid, base="../nowhere"), tmp_path)
+    plan = chain.Chain(replace(grid, base="hub/model"), tmp_path)
+    stages = {stage.id: stage for cell in plan.cells() for stage in plan.stages(cell)}
+    assert len(stages) > 100
+    for stage in stages.values():
+        if stage.command[1].endswith("run.py"):
+            parse_arguments(stage.command[2:])
+        elif "step" in stage.command[1]:
+            groups = [SearchArguments if "step1" in stage.command[1] else IndexArguments]
+            parse([EncoderArguments, CollectionArguments, *groups], stage.command[2:], "")
 
 
 @pytest.mark.parametrize(
