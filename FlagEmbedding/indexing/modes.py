@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from FlagEmbedding.collections.corpus import Survey, passage_text, stream, survey
+from FlagEmbedding.collections.corpus import Survey, passage_text, stream
 from FlagEmbedding.indexing.arguments import IndexArguments, StoreArguments
-from FlagEmbedding.indexing.planning import LOCK, WORK
+from FlagEmbedding.indexing.planning import LOCK, WORK, same_run, surveyed
 from FlagEmbedding.inference.lexical import TokenWeights, token_counts, token_weights
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.inference.tokenization import tokenize
@@ -144,7 +144,7 @@ def _prepare(
         work, identity = plan.folder / WORK, {**plan.identity, "corpus": fingerprints(files)}
         there, done = read_manifest(work / MANIFEST), read_manifest(plan.folder / MANIFEST)
         if there is not None and options.overwrite:
-            if differences(decisive(there["identity"]), decisive(identity)) or _same_run(there, done):
+            if differences(decisive(there["identity"]), decisive(identity)) or same_run(there, done):
                 RaggedStore(work, there).remove()
                 there = None
         elif there is not None:
@@ -155,7 +155,7 @@ def _prepare(
                 "--index_save_dir"
             )
         if there is None:
-            found = found or _survey(files, plan.identity["language"], options)
+            found = found or surveyed(files, plan.identity["language"], options)
             width = plan.identity.get("colbert_dim", 1)
             more = {"passages": found.passages, "layout": {n: list(each) for n, each in plan.layout.items()}}
             there = RaggedStore.create(work, identity, found.total, width, plan.shard_size, **more).manifest
@@ -172,7 +172,7 @@ def _is_done(files: Sequence[Path], plan: _Plan, options: IndexArguments) -> boo
     if options.overwrite or manifest is None:
         return False
     begun = read_manifest(plan.folder / WORK / MANIFEST)
-    if begun is not None and not _same_run(begun, manifest):
+    if begun is not None and not same_run(begun, manifest):
         return False
     check_manifest(manifest, {**plan.identity, "corpus": fingerprints(files)}, plan.folder / MANIFEST)
     lang = plan.identity["language"]
@@ -180,16 +180,6 @@ def _is_done(files: Sequence[Path], plan: _Plan, options: IndexArguments) -> boo
     if begun is not None:  # a kill came between the index and the end of its shards
         RaggedStore(plan.folder / WORK, begun).remove()
     return True
-
-
-def _same_run(begun: dict[str, Any], done: dict[str, Any] | None) -> bool:
-    return done is not None and "run" in begun and begun["run"] == done.get("run")
-
-
-def _survey(files: Sequence[Path], lang: str, options: IndexArguments) -> Survey:
-    logger.info("%s: checking %d corpus file(s)", lang, len(files))
-    with clear_disk_errors("checking the corpus (temporary files)"):
-        return survey(files, options.allow_empty)
 
 
 def _say_room(

@@ -172,11 +172,11 @@ def prepare(
     if begun is not None and not shared:
         check_nobody_works(ShardStore(work, begun))
     if found is None and (begun is None or options.overwrite):
-        found = _survey(files, lang, options)
+        found = surveyed(files, lang, options)
     identity = {**identity, "corpus": _hashes(files, begun if shared else None)}
     if begun is not None:
         differing = differences(decisive(begun["identity"]), decisive(identity))
-        if options.overwrite and (differing or _same_run(begun, done)):
+        if options.overwrite and (differing or same_run(begun, done)):
             ShardStore(work, begun).remove()
             begun = None
         else:
@@ -220,7 +220,7 @@ def _is_done(files: Sequence[Path], folder: Path, identity: dict[str, Any], opti
         return False
     lang = identity["language"]
     manifest, begun = read_manifest(folder / MANIFEST), read_manifest(folder / WORK / MANIFEST)
-    if begun is not None and not _same_run(begun, manifest):
+    if begun is not None and not same_run(begun, manifest):
         return False
     if manifest is None:
         logger.warning("%s: %s is there, made by another program and taken as it is", lang, folder)
@@ -232,11 +232,13 @@ def _is_done(files: Sequence[Path], folder: Path, identity: dict[str, Any], opti
     return True
 
 
-def _same_run(begun: dict[str, Any], done: dict[str, Any] | None) -> bool:
+def same_run(begun: dict[str, Any], done: dict[str, Any] | None) -> bool:
+    """Whether shards that were begun are those that a finished index was joined of (its manifest ``done``)."""
     return done is not None and "run" in begun and begun["run"] == done.get("run")
 
 
-def _survey(files: Sequence[Path], lang: str, options: IndexArguments) -> Survey:
+def surveyed(files: Sequence[Path], lang: str, options: IndexArguments) -> Survey:
+    """The corpus, checked and counted. Raises ``DataError``."""
     logger.info("%s: checking %d corpus file(s)", lang, len(files))
     with clear_disk_errors("checking the corpus (temporary files)"):
         found = survey(files, options.allow_empty)

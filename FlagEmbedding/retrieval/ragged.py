@@ -31,7 +31,7 @@ from FlagEmbedding.retrieval.shards import (
 )
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import differences
-from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -75,30 +75,8 @@ class RaggedStore(ShardStore):
                 f"shard {shard} of {self.folder}: expected {stop - start} rows, got {len(lengths)} and {len(docids)} "
                 "docids; did the corpus change while it was read?"
             )
-        files = {LENGTHS: lengths.astype("<i4").tobytes(), "docid": "".join(f"{d}\n" for d in docids).encode()}
-        files |= {name: arrays[name].astype(dtype, copy=False).tobytes() for name, (dtype, _) in self.layout.items()}
-        with clear_disk_errors(f"writing shard {shard} to {self.folder}"):
-            for suffix, content in files.items():
-                with atomic_open(self.path(shard, suffix), "wb") as stream:
-                    stream.write(content)
-            digests = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            record = {"rows": stop - start, "run": self.manifest.get("run"), **digests}
-            write_json_atomic(self.path(shard, "json"), record)
-
-    def digests(self, shard: int) -> dict[str, str]:
-        """As of :class:`ShardStore`, of this store's files."""
-        try:
-            record = read_json(self.path(shard, "json"))
-            digests = {suffix: str(record[f"{suffix}_sha256"]) for suffix in self.suffixes}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self.damaged(shard, "its record cannot be read") from error
-        if record.get("run") != self.manifest.get("run"):
-            raise self.damaged(shard, "another run wrote it")
-        return digests
-
-    def _remove(self, shard: int) -> None:
-        for suffix in ("json", *self.suffixes):
-            self.path(shard, suffix).unlink(missing_ok=True)
+        files = {name: arrays[name].astype(dtype, copy=False).tobytes() for name, (dtype, _) in self.layout.items()}
+        self._put(shard, {LENGTHS: lengths.astype("<i4").tobytes(), **files}, docids)
 
     def copy(self, shard: int, suffix: str, expected: str, target: IO[bytes], total: Any) -> bytes | None:
         """Append a file of a shard to ``target``, checked; the contents of the short ``lengths`` come back.

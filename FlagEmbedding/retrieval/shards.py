@@ -19,7 +19,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import check_identity
 from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
@@ -37,7 +37,6 @@ logger = get_logger(__name__)
 
 MANIFEST, CLAIMS = "manifest.json", "claims"
 _RECORD = re.compile(r"shard-(\d{6,})\.json")
-_SUFFIXES = ("json", "f32", "docid")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EROFS, errno.EPERM}
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
@@ -105,7 +104,13 @@ def check_manifest(manifest: dict[str, Any], identity: dict[str, Any], path: Pat
 
 
 class ShardStore:
-    """The working folder of one encoding. Open it with :meth:`create` or :meth:`open`."""
+    """The working folder of one encoding. Open it with :meth:`create` or :meth:`open`.
+
+    Attributes:
+        suffixes: of the files of a shard; a record of them stands beside these.
+    """
+
+    suffixes: tuple[str, ...] = ("f32", "docid")
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -161,7 +166,7 @@ class ShardStore:
 
     def forget_claims(self) -> None:
         """Remove the claims of all workers (while none is working)."""
-        shutil.rmtree(self.folder / CLAIMS, ignore_errors=True)
+        remove_named(self.folder / CLAIMS, "[0-9]" * 6, "[0-9]" * 6 + ".*", "*.alive")
 
     def write(self, shard: int, vectors: np.ndarray, docids: Sequence[str]) -> None:
         """Store one shard: ``vectors [rows, dimension]`` float32 and as many docids."""
@@ -171,16 +176,17 @@ class ShardStore:
                 f"shard {shard} of {self.folder}: expected {stop - start} rows of {self.dimension}, got vectors "
                 f"{list(vectors.shape)} and {len(docids)} docids; did the corpus change while it was read?"
             )
-        files = {
-            "f32": np.ascontiguousarray(vectors, dtype="<f4").tobytes(),
-            "docid": "".join(f"{docid}\n" for docid in docids).encode(),
-        }
+        self._put(shard, {"f32": np.ascontiguousarray(vectors, dtype="<f4").tobytes()}, docids)
+
+    def _put(self, shard: int, files: dict[str, bytes], docids: Sequence[str]) -> None:
+        """Write the files of a shard, its docids, and last the record that it is whole."""
+        files = {**files, "docid": "".join(f"{docid}\n" for docid in docids).encode()}
         with clear_disk_errors(f"writing shard {shard} to {self.folder}"):
             for suffix, content in files.items():
                 with atomic_open(self.path(shard, suffix), "wb") as stream:
                     stream.write(content)
             digests = {f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            record = {"rows": stop - start, "run": self.manifest.get("run"), **digests}
+            record = {"rows": len(docids), "run": self.manifest.get("run"), **digests}
             write_json_atomic(self.path(shard, "json"), record)
 
     def digests(self, shard: int) -> dict[str, str]:
@@ -191,7 +197,7 @@ class ShardStore:
         """
         try:
             record = read_json(self.path(shard, "json"))
-            digests = {suffix: str(record[f"{suffix}_sha256"]) for suffix in ("f32", "docid")}
+            digests = {suffix: str(record[f"{suffix}_sha256"]) for suffix in self.suffixes}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self.damaged(shard, "its record cannot be read") from error
         if record.get("run") != self.manifest.get("run"):
@@ -207,7 +213,7 @@ class ShardStore:
         )
 
     def _remove(self, shard: int) -> None:
-        for suffix in _SUFFIXES:
+        for suffix in ("json", *self.suffixes):
             self.path(shard, suffix).unlink(missing_ok=True)
 
     def remove(self) -> None:
