@@ -28,13 +28,14 @@ TEXTS = [
     "Rain falls on the temple roof.", "Busan is a harbour.", "The tower leans a little.",
 ]  # fmt: skip
 QUERIES = ["Which river runs through Seoul?", "How many arches?", "Where does Ganga flow?", "Which roof?"]
-NEG_Q = {
+ALL_NEG_Q = {
     1: "What is kimchi?",
     2: "Where is the castle?",
     4: "What is white?",
     8: "Where are no trees?",
     11: "What leans?",
 }
+NEG_Q = dict(ALL_NEG_Q)  # of the case at hand
 
 
 def features(tokenizer, texts):
@@ -77,13 +78,12 @@ def build(folder: str, options: dict, cross: bool) -> BGEM3Model:
     return model
 
 
-def main() -> None:
-    folder, options = sys.argv[1], json.loads(sys.argv[2])
+def compare(folder: str, case: str, options: dict) -> None:
+    """One case, whose name is printed where it agrees."""
     one = options.pop("neg_q_on_rank", None)
-    for passage in () if one is None else list(NEG_Q):
-        if passage // 6 != one:  # each rank has two queries of three passages
-            del NEG_Q[passage]
-    dist.init_process_group("gloo")
+    NEG_Q.clear()
+    # Each rank has two queries of three passages.
+    NEG_Q.update({passage: text for passage, text in ALL_NEG_Q.items() if one is None or passage // 6 == one})
     rank = dist.get_rank()
     model = build(folder, options, cross=True)
     shared = DistributedDataParallel(model)
@@ -109,8 +109,14 @@ def main() -> None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
             greatest = max(greatest, float(theirs.grad.abs().max()))
         assert greatest > 1e-4
-        print("gradients agree", greatest)
+        print(f"{case}: gradients agree", flush=True)
     dist.barrier()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for case, options in json.loads(sys.argv[2]).items():
+        compare(sys.argv[1], case, options)
 
 
 if __name__ == "__main__":

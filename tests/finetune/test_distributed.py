@@ -11,36 +11,35 @@ from pathlib import Path
 import pytest
 from finetune.helpers import TORCHRUN, environment, log_lines, rows, run_training, train_words, write_rows
 
+CASES = {
+    "dense": {},
+    "unified-self-distill": {"unified_finetuning": True, "use_self_distill": True},
+    "unified-teacher": {"unified_finetuning": True, "teacher": True},
+    "mean-grad-cache": {
+        "normlized": False, "sentence_pooling_method": "mean", "engine": {"grad_cache": True, "slab_tokens": 32},
+    },
+    "moe": {
+        "moe": "intermediate", "only_train": "intermediate", "num_experts": 2, "router_gradient": "straight_through",
+    },
+    "neg_q on 0": {"neg_q_on_rank": 0},
+    "neg_q on 1": {"neg_q_on_rank": 1},
+    "masks": {"beyond": {"mask_twins": True, "false_negative_margin": 0.0, "neg_q_as_rows": True}},
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"unified_finetuning": True, "use_self_distill": True},
-        {"unified_finetuning": True, "teacher": True},
-        {"normlized": False, "sentence_pooling_method": "mean", "engine": {"grad_cache": True, "slab_tokens": 32}},
-        {"moe": "intermediate", "only_train": "intermediate", "num_experts": 2, "router_gradient": "straight_through"},
-        {"neg_q_on_rank": 0},
-        {"neg_q_on_rank": 1},
-        {"beyond": {"mask_twins": True, "false_negative_margin": 0.0, "neg_q_as_rows": True}},
-    ],
-    ids=[
-        "dense",
-        "unified-self-distill",
-        "unified-teacher",
-        "mean-grad-cache",
-        "moe",
-        "neg_q on 0",
-        "neg_q on 1",
-        "masks",
-    ],
-)
-def test_cross_device_gradient_is_the_one_process_gradient(options: dict, tiny_model_dir: Path) -> None:
+
+@pytest.fixture(scope="module")
+def compared(tiny_model_dir: Path) -> subprocess.CompletedProcess[str]:
+    """All cases, one after the other in the same two processes."""
     worker = Path(__file__).with_name("ddp_worker.py")
-    command = [sys.executable, *TORCHRUN, str(worker), str(tiny_model_dir), json.dumps(options)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "gradients agree" in answer.stdout
+    command = [sys.executable, *TORCHRUN, str(worker), str(tiny_model_dir), json.dumps(CASES)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cross_device_gradient_is_the_one_process_gradient(
+    case: str, compared: subprocess.CompletedProcess[str]
+) -> None:
+    assert f"{case}: gradients agree" in compared.stdout, compared.stderr[-3000:]
 
 
 def test_run_under_torchrun_equals_one_process_with_the_whole_batch(tiny_model_dir: Path, tmp_path: Path) -> None:

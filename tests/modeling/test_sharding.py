@@ -11,21 +11,23 @@ from typing import Any
 import pytest
 from finetune.helpers import TORCHRUN, environment
 
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"moe": "intermediate"},
+    "frozen": {"moe": "output", "only_train": "output"},
+    "unified": {"unified": True},
+    "padded": {"engine": "padded"},
+}
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"moe": "intermediate"},
-        {"moe": "output", "only_train": "output"},
-        {"unified": True},
-        {"engine": "padded"},
-    ],
-    ids=["dense", "experts", "frozen", "unified", "padded"],
-)
-def test_sharded_weights_train_as_whole_ones(options: dict[str, Any], tiny_model_dir: Path) -> None:
+
+@pytest.fixture(scope="module")
+def compared(tiny_model_dir: Path) -> subprocess.CompletedProcess[str]:
+    """All cases, one after the other in the same two processes."""
     worker = Path(__file__).with_name("sharding_worker.py")
-    command = [sys.executable, *TORCHRUN, str(worker), str(tiny_model_dir), json.dumps(options)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "one process and two agree" in answer.stdout
+    command = [sys.executable, *TORCHRUN, str(worker), str(tiny_model_dir), json.dumps(CASES)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_weights_train_as_whole_ones(case: str, compared: subprocess.CompletedProcess[str]) -> None:
+    assert f"{case}: one process and two agree" in compared.stdout, compared.stderr[-3000:]
