@@ -362,7 +362,7 @@ def test_every_option_is_harmless_or_decides() -> None:
     ours = {f.name for group in GROUPS for f in fields(group)}
     assert {name for name in ours if kind_of(name) == "harmless"} == {
         "cache_dir", "cache_path", "engine", "slab_tokens", "grad_cache", "enable_sub_batch", "eval_data_dir",
-        "early_stopping_patience", "report", "model_card", "license", "lora_save",
+        "early_stopping_patience", "report", "model_card", "license", "lora_save", "eval_modes",
     }  # fmt: skip
     assert {name for name in {*ours, *training} if kind_of(name) == "meaning"} == {
         "train_data", "refresh_corpus", "model_name_or_path", "config_name", "tokenizer_name", "num_train_epochs",
