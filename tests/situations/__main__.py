@@ -24,7 +24,8 @@ ALL = {**training.SITUATIONS, **together.SITUATIONS, **inputs.SITUATIONS}
 PAGE = """# What happens when something is wrong
 
 Made by `make situations` (tests/situations), which runs every situation and prints what came of it; nothing here is
-written by hand but the column "before", which is what came of it in earlier versions. Refused means exit 2 and nothing lost.
+written by hand but the column "before", which is what came of it in earlier versions. Refused means exit 2 and
+nothing lost.
 """
 
 
