@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from commands import REPOSITORY, run_script
+from commands import REPOSITORY, run_script, run_together
 
 from FlagEmbedding.finetune.arguments import DataArguments
 from FlagEmbedding.finetune.data.dataset import TrainDataset
@@ -81,6 +81,7 @@ def train_words(model: Path, data: Path, output: Path, **options: Any) -> list[s
     return words
 
 
+TOGETHER = ["two processes, without torchrun"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -91,9 +92,11 @@ def environment() -> dict[str, str]:
 def run_training(
     words: list[str], launcher: list[str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """run.py with these words: in this process, or in those of a launcher such as torchrun."""
+    """run.py with these words: in this process, in two (``TOGETHER``), or in those of a launcher such as torchrun."""
     if launcher is None:
         answer = run_script("run.py", words)
+    elif launcher == TOGETHER:
+        answer = run_together("run.py", words, environment())
     else:
         command = [sys.executable, *launcher, str(REPOSITORY / "run.py"), *words]
         answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)

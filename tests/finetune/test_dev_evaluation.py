@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune.dev_data import MEASURES, by_the_steps, dev_lines, losses, write_dev
-from finetune.helpers import TORCHRUN, rows, run_training, train_words, write_rows
+from finetune.helpers import TOGETHER, rows, run_training, train_words, write_rows
 
 OPTIONS: dict[str, Any] = {
     "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "save_total_limit": None,
@@ -86,7 +86,7 @@ def test_two_processes_share_the_corpus_and_agree(
 ) -> None:
     options = {**OPTIONS, "per_device_train_batch_size": 1, "max_steps": 2}
     words = train_words(tiny_dropout_dir, data, tmp_path / "two", **options, eval_data_dir=dev, eval_steps=2)
-    run_training([*words, *LISTS], TORCHRUN)
+    run_training([*words, *LISTS], TOGETHER)
     base, after = dev_lines(tmp_path / "two")
     assert figures(base) == figures(dev_lines(evaluated)[0])
     checkpoint = tmp_path / "two" / "checkpoint-2"

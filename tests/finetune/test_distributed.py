@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from finetune.helpers import TORCHRUN, environment, log_lines, rows, run_training, train_words, write_rows
+from finetune.helpers import TOGETHER, TORCHRUN, environment, log_lines, rows, run_training, train_words, write_rows
 
 CASES = {
     "dense": {},
@@ -65,10 +65,10 @@ def test_a_resumed_run_logs_the_means_of_the_uninterrupted_one(tiny_model_dir: P
     options = {"per_device_train_batch_size": 1, "max_steps": 6, "logging_steps": 4, "save_steps": 3}
     options |= {"save_strategy": "steps", "save_total_limit": None}
     words = train_words(tiny_model_dir, tmp_path / "data", tmp_path / "out", **options)
-    run_training(words, launcher=TORCHRUN)
+    run_training(words, launcher=TOGETHER)
     expected = log_lines(tmp_path / "out")
     shutil.rmtree(tmp_path / "out/checkpoint-6")
-    run_training([*words, "--resume_from_checkpoint", "True"], launcher=TORCHRUN)
+    run_training([*words, "--resume_from_checkpoint", "True"], launcher=TOGETHER)
     assert [line["step"] for line in expected] == [4]
     for name in ("loss", "contrastive_loss", "penalty"):
         assert log_lines(tmp_path / "out")[0][name] == pytest.approx(expected[0][name], rel=1e-6), name
@@ -88,7 +88,7 @@ def test_logged_terms_are_means_over_processes(tiny_model_dir: Path, tmp_path: P
     words = train_words(
         tiny_model_dir, tmp_path / "data", two, per_device_train_batch_size=1, max_steps=7, **options
     )  # fmt: skip
-    run_training(words, launcher=TORCHRUN)
+    run_training(words, launcher=TOGETHER)
     run_training(
         train_words(tiny_model_dir, tmp_path / "data", one, per_device_train_batch_size=2, max_steps=8, **options)
     )

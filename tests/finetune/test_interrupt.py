@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.helpers import REPOSITORY, TORCHRUN, environment, log_lines, rows, run_training, train_words, write_rows
+from finetune.helpers import (
+    REPOSITORY,
+    TOGETHER,
+    TORCHRUN,
+    environment,
+    log_lines,
+    rows,
+    run_training,
+    train_words,
+    write_rows,
+)
 
 OPTIONS: dict[str, Any] = {
     "max_steps": 4000, "save_strategy": "no", "gradient_accumulation_steps": 2, "logging_steps": 3,
@@ -118,9 +128,9 @@ def test_all_processes_save_at_the_same_step_whoever_was_told(tiny_model_dir: Pa
     assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
     more = {**OPTIONS, "max_steps": step + 4}
     run_training(
-        train_words(tiny_model_dir, data, tmp_path / "out", **more, resume_from_checkpoint=True), launcher=TORCHRUN
+        train_words(tiny_model_dir, data, tmp_path / "out", **more, resume_from_checkpoint=True), launcher=TOGETHER
     )
-    run_training(train_words(tiny_model_dir, data, tmp_path / "whole", **more), launcher=TORCHRUN)
+    run_training(train_words(tiny_model_dir, data, tmp_path / "whole", **more), launcher=TOGETHER)
     assert log_lines(tmp_path / "out") == log_lines(tmp_path / "whole")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finetune.dev_data import dev_lines, write_dev
-from finetune.helpers import TORCHRUN, log_lines, rows, run_training, train_words, write_rows
+from finetune.helpers import TOGETHER, log_lines, rows, run_training, train_words, write_rows
 from safetensors.torch import load_file
 
 from FlagEmbedding import FlagModel
@@ -122,7 +122,7 @@ def test_two_processes_train_as_one(tiny_model_dir: Path, data: Path, tmp_path: 
     one, two = tmp_path / "one", tmp_path / "two"
     run_training(train_words(tiny_model_dir, data, one, **options, global_batch_size=4, per_device_train_batch_size=4))
     words = train_words(tiny_model_dir, data, two, **options, global_batch_size=4, negatives_cross_device=True)
-    run_training(words, launcher=TORCHRUN)
+    run_training(words, launcher=TOGETHER)
     assert [line["loss"] for line in log_lines(two)] == pytest.approx(
         [line["loss"] for line in log_lines(one)], abs=2e-5
     )

@@ -91,13 +91,14 @@ def test_it_changes_what_is_trained_and_the_caching_of_gradients_nothing(
     assert not json.loads((tmp_path / "later/config.json").read_text("utf-8")).get("matryoshka_dimensions")
 
 
-@pytest.mark.parametrize("control", ["none", "unused", "positive"])
-def test_what_the_negatives_queries_add_is_a_mean_over_widths(control: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{"neg_q_as_rows": True}, {"neg_q_control": "unused"}, {"neg_q_control": "positive"}]
+)
+def test_what_the_negatives_queries_add_is_a_mean_over_widths(options: dict[str, Any]) -> None:
     """Penalty and pairs at two widths are the mean of what each width adds by itself."""
     draw = torch.Generator().manual_seed(3)
     vectors = [torch.randn(n, 8, generator=draw, dtype=torch.float64) for n in (2, 6, 3)]
-    owner, options = torch.tensor([1, 2, 4]), {"neg_q_as_rows": True, "neg_q_control": control, "penalty_weight": 0.3}
-    objective = ObjectiveArguments(**options)  # type: ignore[arg-type]
+    owner, objective = torch.tensor([1, 2, 4]), ObjectiveArguments(penalty_weight=0.3, **options)
 
     def added(given: list[torch.Tensor], widths: Widths | None) -> Terms:
         nothing = {"loss": torch.zeros((), dtype=torch.float64)}
@@ -107,7 +108,7 @@ def test_what_the_negatives_queries_add_is_a_mean_over_widths(control: str) -> N
     widths = Widths((8, 4), (0.25, 0.75), normalize=True)
     both = added([torch.nn.functional.normalize(v, dim=-1) for v in vectors], widths)
     alone = [added([torch.nn.functional.normalize(v[:, :dim], dim=-1) for v in vectors], None) for dim in (8, 4)]
-    for name in ("loss", "penalty", "pair_rows"):
+    for name in {"loss", "penalty", "pair_rows"} & alone[0].keys():
         expected = 0.25 * alone[0][name] + 0.75 * alone[1][name]
         torch.testing.assert_close(both[name], expected, rtol=0, atol=1e-12)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from finetune.dev_data import write_dev
-from finetune.helpers import TORCHRUN, rows, run_training, train_words, write_rows
+from finetune.helpers import TOGETHER, rows, run_training, train_words, write_rows
 from safetensors.torch import load_file
 
 from FlagEmbedding import FlagModel
@@ -218,7 +218,7 @@ def test_two_processes_with_shared_negatives(tiny_model_dir: Path, data: Path, t
     words = train_words(
         tiny_model_dir, data, tmp_path / "out", negatives_cross_device=True, same_task_within_batch=None
     )
-    said = printed(words, TORCHRUN)
+    said = printed(words, TOGETHER)
     assert said["negatives"].startswith(f"{2 * 2 * 3 - 1} in the softmax per query: 2 of its own row")
     assert said["step"].startswith("4 queries: 2 at a time x 2 process(es)") and not (tmp_path / "out").exists()
 

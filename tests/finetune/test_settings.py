@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from finetune.helpers import TORCHRUN, rows, run_training, train_words, write_rows
+from finetune.helpers import TOGETHER, rows, run_training, train_words, write_rows
 from safetensors.torch import load_file
 
 
@@ -54,6 +54,6 @@ def test_the_block_says_what_then_happens(tiny_model_dir: Path, data: Path, tmp_
 
 def test_two_processes_say_it_once(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     words = train_words(tiny_model_dir, data, tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=5)
-    said = block(run_training(words, launcher=TORCHRUN).stderr)
+    said = block(run_training(words, launcher=TOGETHER).stderr)
     assert said["step"] == "4 queries: 2 at a time x 2 process(es) x 1 accumulated"
     assert said["steps"].startswith("2, ") and said["output"].endswith("checkpoints every 5 steps")

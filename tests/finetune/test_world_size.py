@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from finetune.helpers import (
     REPOSITORY,
+    TOGETHER,
     TORCHRUN,
     environment,
     log_lines,
@@ -53,7 +54,7 @@ def test_one_process_two_and_back_equal_one_process(
     run_training(train_words(model, data, whole, **options))
     shutil.copytree(whole / "checkpoint-3", output / "checkpoint-3")
     words = [*train_words(model, data, output, **options), "--resume_from_checkpoint", "True"]
-    answer = run_training(words, launcher=TORCHRUN)
+    answer = run_training(words, launcher=TOGETHER)
     assert "processes: the checkpoint has 1, this run says 2" in answer.stderr
     middle = json.loads((output / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     for folder in [*output.glob("checkpoint-[38]"), output / "trainer_state.json"]:
@@ -87,7 +88,7 @@ def test_what_cannot_be_exact_is_refused(tiny_model_dir: Path, data: Path, tmp_p
         output = tmp_path / str(number)
         run_training(train_words(tiny_model_dir, data, output, **{**options, "max_steps": 3}))
         words = train_words(tiny_model_dir, data, output, **{**options, **change, "max_steps": 3})
-        answer = run_training([*words, "--resume_from_checkpoint", "True"], launcher=TORCHRUN, check=False)
+        answer = run_training([*words, "--resume_from_checkpoint", "True"], launcher=TOGETHER, check=False)
         assert answer.returncode != 0
         errors = [text for text in answer.stderr.splitlines() if text.startswith("error:")]
         assert len(errors) == 1 and line in errors[0], answer.stderr[-3000:]
@@ -103,7 +104,7 @@ def test_published_cross_device_runs_go_on_with_other_processes(
     run_training(train_words(*words, tmp_path / "one", **options, per_device_train_batch_size=4))
     shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
     run_training(
-        [*train_words(*words, tmp_path / "two", **options), "--resume_from_checkpoint", "True"], launcher=TORCHRUN
+        [*train_words(*words, tmp_path / "two", **options), "--resume_from_checkpoint", "True"], launcher=TOGETHER
     )
     for both, alone in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "one"), strict=True):
         assert both["loss"] == pytest.approx(alone["loss"], rel=1e-4)
