@@ -181,7 +181,8 @@ def test_the_flags_and_defaults_of_the_row_tools(command: str) -> None:
 
 _ENCODER = {
     "encoder": "m", "pooling_method": None, "normalize_embeddings": True, "fp16": False, "dtype": None, "moe": None,
-    "engine": "packed", "batch_size": 256, "workers": None, "cache_dir": None, "trust_remote_code": False,
+    "engine": "packed", "truncate_dim": None, "batch_size": 256, "workers": None, "cache_dir": None,
+    "trust_remote_code": False,
 }  # fmt: skip
 _COLLECTION = {"languages": ["ko"], "split": "dev", "data_dir": None, "index_save_dir": "./corpus-index"}
 _DEV = {

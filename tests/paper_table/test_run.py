@@ -44,7 +44,7 @@ def run(options: Leaving, caplog: pytest.LogCaptureFixture) -> Run:
     def call(keep_index: bool = False, **changed: str) -> list[str]:
         caplog.clear()
         run_cell(options, CELL, {**KEYS, **changed}, "3/11", Path("judged.tsv"), keep_index)
-        messages = [record.getMessage() for record in caplog.records]
+        messages = [record.getMessage() for record in caplog.records if "paper_table" in record.name]
         assert all(message.startswith("[3/11] ANCE-CLP, ko, seed 1: ") for message in messages)
         return [message.rsplit(": ", 1)[1] for message in messages]
 
