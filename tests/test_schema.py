@@ -121,8 +121,8 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {
     "missing path": ({}, "{}/train: there is no such file or folder; check the path"),
     "empty folder": (
         {"train/readme.txt": b"x"},
-        "{}/train: the folder holds no .json or .jsonl file; put the training rows there, one JSON object a line, or name "
-        "them: it has readme.txt",
+        "{}/train: the folder holds no .json or .jsonl file; put the training rows there, one JSON object a line, or "
+        "name them: it has readme.txt",
     ),
     "empty file": (
         {"train/a.jsonl": b""},
