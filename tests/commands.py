@@ -10,6 +10,7 @@ import io
 import logging
 import multiprocessing
 import os
+import resource
 import runpy
 import socket
 import sys
@@ -18,6 +19,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
+
+from FlagEmbedding.utils.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = {
@@ -42,6 +46,18 @@ def run_script(script: str, words: Sequence[object]) -> CompletedProcess[str]:
             code = leaving.code or 0
     assert isinstance(code, int)
     return CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def run_command_here(command: list[str], log: Path, what: str) -> dict[str, Any]:
+    """In place of ``FlagEmbedding.utils.commands.run_command``: the real command, in this process."""
+    if command[1] == "-m":
+        command = [command[0], str(REPOSITORY / command[2].replace(".", "/") / "__main__.py"), *command[3:]]
+    answer = run_script(str(Path(command[1]).relative_to(REPOSITORY)), command[2:])
+    if answer.returncode:
+        last = answer.stderr.strip().splitlines()[-1]
+        raise DataError(f"{what} failed (exit {answer.returncode}): {last}; all of it in {log}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"command": " ".join(command), "seconds": 1.0, "peak_rss_mb": peak}
 
 
 def run_together(

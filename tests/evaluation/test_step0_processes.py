@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import STEPS, run_script, run_together
 
 from tests.conftest import write_tiny
 from tests.evaluation.conftest import QUERIES, make_passages, write_collection
@@ -40,7 +41,7 @@ def demo_sized_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model_dir: Path, long_collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run([sys.executable, *arguments(tiny_model_dir, long_collection, out)], check=True, env=ENVIRONMENT)
+    assert run_script(STEPS[0], arguments(tiny_model_dir, long_collection, out)[1:]).returncode == 0
     return out / tiny_model_dir.name / "sw"
 
 
@@ -74,8 +75,8 @@ def test_killed_three_times_the_index_is_the_same(
     (folder / ".index.abc.tmp").write_bytes(b"half")
     (folder / "index").write_bytes(b"half")
     kept = (folder / "shards" / "shard-000000.f32").stat().st_mtime_ns
-    answer = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert kept
+    answer = run_script(STEPS[0], command[2:])
+    assert kept and answer.returncode == 0
     assert "going on, " in answer.stderr
     assert_same(folder, undisturbed)
 
@@ -83,9 +84,7 @@ def test_killed_three_times_the_index_is_the_same(
 def test_two_processes_write_the_same_index(
     tiny_model_dir: Path, long_collection: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, *arguments(tiny_model_dir, long_collection, tmp_path)]
-    answer = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+    answer = run_together(STEPS[0], arguments(tiny_model_dir, long_collection, tmp_path)[1:], ENVIRONMENT)
     assert answer.returncode == 0, answer.stderr[-2000:]
     folder = tmp_path / tiny_model_dir.name / "sw"
     assert_same(folder, undisturbed)
@@ -104,8 +103,7 @@ def test_four_threads_write_the_same_index(demo_sized_model: Path, tmp_path: Pat
 
 def test_other_arguments_end_in_one_line(tiny_model_dir: Path, long_collection: Path, undisturbed: Path) -> None:
     out = undisturbed.parent.parent
-    command = [sys.executable, *arguments(tiny_model_dir, long_collection, out, "--pooling_method", "mean")]
-    answer = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+    answer = run_script(STEPS[0], arguments(tiny_model_dir, long_collection, out, "--pooling_method", "mean")[1:])
     assert answer.returncode == 2
     errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

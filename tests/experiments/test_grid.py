@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import REPOSITORY, run_script
+from commands import REPOSITORY, run_command_here
 
 from experiments import chain
 from experiments.__main__ import main
@@ -51,23 +51,11 @@ def write(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def run_here(command: list[str], log: Path, what: str) -> dict[str, Any]:
-    """The real command, in this process: torch is imported once for all of them."""
-    script = Path(command[1])
-    if command[1] == "-m":
-        command = [command[0], str(REPOSITORY / command[2].replace(".", "/") / "__main__.py"), *command[3:]]
-        script = Path(command[1])
-    answer = run_script(str(script.relative_to(REPOSITORY)), command[2:])
-    if answer.returncode:
-        raise DataError(f"{what} failed (exit {answer.returncode}): {answer.stderr.strip().splitlines()[-1]}")
-    return {"command": " ".join(command), "seconds": 1.0, "peak_rss_mb": 1}
-
-
 def test_a_grid_runs_goes_on_and_reports(
     tiny_model_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(chain, "run_command", run_here)
+    monkeypatch.setattr(chain, "run_command", run_command_here)
     caplog.set_level("INFO")
     out, content = tmp_path / "out", value(tiny_model_dir, sample_dir)
     words = [str(write(tmp_path / "grid.yaml", content)), "--output_dir", str(out)]

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from commands import run_command_here
 
 from FlagEmbedding.evaluation.arguments import EmbedOptions, ScoreArguments, SearchOptions
 from FlagEmbedding.evaluation.metrics import parse_measures
@@ -222,8 +223,9 @@ SMALL = shlex.split(
 
 def test_a_small_real_table_and_going_on_with_it(
     tiny_model_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr("paper_table.run.run_command", run_command_here)
     caplog.set_level("INFO")
     places = ["--base_model", str(tiny_model_dir), "--data_dir", str(sample_dir), "--output_dir", str(tmp_path)]
     places += ["--train_dir", str(sample_dir / "train"), str(sample_dir / "train_random")]
