@@ -176,7 +176,7 @@ def test_a_model_on_this_machine_writes_them(tmp_path: Path, tiny_model_dir: Pat
     for output in ("out", "again"):
         given = [
             "--corpus", tmp_path / "docs.jsonl", "--output_dir", tmp_path / output, "--encoder", tiny_model_dir,
-            "--local_model", tmp_path / "decoder", "--max_tokens", 24, "--passages", 40, "--prompt", "Ask {passage}",
+            "--local_model", tmp_path / "decoder", "--max_tokens", 24, "--passages", 20, "--prompt", "Ask {passage}",
             "--language", "en", "--round_trip_top_k", 63, "--range_for_sampling", "0-40", "--negative_number", 2,
             "--cache", tmp_path / f"{output}.sqlite", "--kinds", "question", "--neg_q", "reuse",
         ]  # fmt: skip

@@ -27,23 +27,23 @@ from FlagEmbedding.utils.cli import parse_whole
 
 Observe = Callable[[list[str]], dict[str, Any]]
 
-FEW = "--kinds question --neg_q none"  # a short run
+FEW = "--kinds question --neg_q none --passages 10"  # a short run
 CASES = {
     "corpus": Case("--corpus more.jsonl", FEW, only=("files",)),
-    "passages": Case("--passages 30", FEW, only=("asked",)),
+    "passages": Case("--passages 12", FEW, only=("asked",)),
     "dev_share": Case("--dev_share 0.3", FEW, only=("files",)),
     "min_passage_characters": Case("--min_passage_characters 60", FEW, only=("asked",)),
     "max_passage_characters": Case("--max_passage_characters 60", FEW, only=("asked",)),
     "with_scores": Case("--with_scores", FEW, only=("files",)),
-    "kinds": Case("--kinds claim question", "--neg_q none", only=("files", "asked")),
+    "kinds": Case("--kinds claim question", FEW, only=("files", "asked")),
     "examples": Case("--examples log.txt", FEW, only=("asked",)),
     "examples_per_prompt": Case("--examples_per_prompt 1", f"{FEW} --examples log.txt", only=("asked",)),
-    "round_trip_top_k": Case("--round_trip_top_k 32", f"{FEW} --attempts 1", only=("files",)),
-    "neg_q": Case("--neg_q reuse", "--kinds question", only=("files", "asked")),
-    "reuse_from": Case("--reuse_from rows.jsonl", "--kinds question --neg_q reuse", only=("files",)),
+    "round_trip_top_k": Case("--round_trip_top_k 48", f"{FEW} --attempts 1", only=("files",)),
+    "neg_q": Case("--neg_q reuse", "--kinds question --passages 10", only=("files", "asked")),
+    "reuse_from": Case("--reuse_from rows.jsonl", "--kinds question --neg_q reuse --passages 10", only=("files",)),
     "prices": Case("--prices 1 2", f"{FEW} --dry_run", only=("page",)),
     # One of each group that other commands have.
-    "max_requests": Case("--max_requests 15", FEW, only=("asked",)),  # EndpointArguments
+    "max_requests": Case("--max_requests 7", FEW, only=("asked",)),  # EndpointArguments
     "cache": Case("--cache other.sqlite", FEW, only=("index",)),  # WritingArguments
     "max_length": Case("--max_length 39", f"{FEW} --attempts 1", only=("files",)),  # CheckArguments
     "pooling_method": Case("--pooling_method mean", f"{FEW} --with_scores", only=("files",)),  # MiningEncoder
