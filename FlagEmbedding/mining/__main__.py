@@ -28,8 +28,8 @@ COMMANDS = {
 _PAGE = """usage: python -m FlagEmbedding.mining COMMAND [options]
 
 From any corpus to a training file. Commands give the same file for the same --seed. After a kill,
-from_corpus, hard_negatives, query_generation, score and doctor go on where they stopped; the others start
-over.
+from_corpus, hard_negatives, query_generation, score and doctor go on where they stopped; the others
+start over.
 
 {commands}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ KINDS = ("question", "keywords", "claim")
 def answer(message: str, nth: int = 0) -> str:
     """What the server writes for a prompt of ``write_prompts``: by kind and passage, the same at every request."""
     kind, passage = message.split("|", 1)
+    passage = re.sub(r"^t\d+ ", "", passage)  # --with_title
     if len(passage) < 40:
         return "Which filler?"
     _, noun, _, place, _, _, years, *_ = passage.split()

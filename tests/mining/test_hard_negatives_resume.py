@@ -113,7 +113,7 @@ def test_the_help_page_names_every_command(capsys: pytest.CaptureFixture[str]) -
     assert help_main([]) == 0
     page = capsys.readouterr().out
     assert all(f"  {name} " in page for name in COMMANDS)
-    assert {"hard_negatives", "query_generation", "doctor", "split_data_by_length", "convert", "merge", "sample", "score", "check_data"} == set(COMMANDS)  # fmt: skip  # noqa: E501
+    assert {"from_corpus", "hard_negatives", "query_generation", "doctor", "split_data_by_length", "convert", "merge", "sample", "score", "check_data"} == set(COMMANDS)  # fmt: skip  # noqa: E501
     assert help_main(["nothing"]) == 2
     assert "no command 'nothing'" in capsys.readouterr().err
 

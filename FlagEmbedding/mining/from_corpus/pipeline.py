@@ -25,10 +25,15 @@ from typing import Any
 from FlagEmbedding.collections.corpus import passage_text, read_file
 from FlagEmbedding.collections.miracl import is_code
 from FlagEmbedding.collections.writing import write_corpus
-from FlagEmbedding.mining.common.jobs import work_folder
+from FlagEmbedding.mining.common.index import settle
 from FlagEmbedding.mining.from_corpus.arguments import FromCorpusOptions
 from FlagEmbedding.mining.from_corpus.estimate import estimate
-from FlagEmbedding.mining.from_corpus.folders import check_folder, clear_foreign_index, put_in_place
+from FlagEmbedding.mining.from_corpus.folders import (
+    check_folder,
+    clear_stale_index,
+    put_in_place,
+    scratch_folder,
+)
 from FlagEmbedding.mining.from_corpus.prompting import make_prompters
 from FlagEmbedding.mining.from_corpus.report import next_command
 from FlagEmbedding.mining.from_corpus.sampling import Drawn, draw, given_files
@@ -56,7 +61,7 @@ def build_from_corpus(options: FromCorpusOptions) -> dict[str, Any]:
             check_folder(output, options.output.overwrite)
             with clear_disk_errors(f"making {output}"):
                 output.parent.mkdir(parents=True, exist_ok=True)
-            work = opened.enter_context(work_folder(output))
+            work = opened.enter_context(scratch_folder(output))
         prompters = make_prompters(options)
         for name in ("given", "search", "train"):
             (work / name).mkdir(exist_ok=True)
@@ -120,12 +125,17 @@ def _write_corpus(
 
 
 def _with_index(options: FromCorpusOptions, corpus: Path, language: str) -> FromCorpusOptions:
-    """The options with the index's folder: where step 1 looks for it below ``corpus-index/`` of the output."""
-    search, encoder = options.search, options.encoder.encoder
-    if search.index_dir is None:
-        own = search.index_save_dir == type(search).index_save_dir
-        place = str(options.output.path / "corpus-index") if own else search.index_save_dir
-        search = replace(search, index_dir=str(index_folder(place, encoder, language)))
-        if own:
-            clear_foreign_index(Path(str(search.index_dir)), corpus)
-    return replace(options, search=search)
+    """The options with the index's folder: where step 1 looks for it below ``corpus-index/`` of the output.
+
+    Raises:
+        UsageError: an index that the user names holds titles, and passages were drawn without.
+    """
+    search, encoder = options.search, options.encoder
+    own = search.index_dir is None and search.index_save_dir == type(search).index_save_dir
+    place = str(options.output.path / "corpus-index") if own else search.index_save_dir
+    folder = Path(search.index_dir or index_folder(place, encoder.encoder, language))
+    if own:
+        clear_stale_index(folder, corpus, encoder, search)
+    if settle(search, folder).with_title and not search.with_title:
+        raise UsageError(f"{folder} was made with titles: give --with_title True, or name another --index_dir")
+    return replace(options, search=replace(search, index_dir=str(folder)))
