@@ -19,10 +19,10 @@ import numpy as np
 
 from FlagEmbedding.retrieval.index import FlatIndex
 from FlagEmbedding.retrieval.searcher import Hit, check_queries, rank, score_candidates
-from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
+from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.identity import made_by
-from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open, read_json, remove_leftovers, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -22,11 +22,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest, remove_leftovers
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import differences
-from FlagEmbedding.utils.io import atomic_open, sha256_file, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open, remove_leftovers, sha256_file, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -22,9 +22,9 @@ import numpy as np
 
 from FlagEmbedding.retrieval.ragged import RaggedTable
 from FlagEmbedding.retrieval.searcher import Hit, rank
-from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
+from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import UsageError
-from FlagEmbedding.utils.io import atomic_open, sha256_file
+from FlagEmbedding.utils.io import atomic_open, remove_leftovers, sha256_file
 
 STARTS, ROWS, IMPACTS = "postings.offsets", "postings.rows", "postings.weights"
 K1, B = 0.9, 0.4

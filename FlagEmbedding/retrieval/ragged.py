@@ -27,11 +27,10 @@ from FlagEmbedding.retrieval.shards import (
     ShardStore,
     clear_disk_errors,
     read_manifest,
-    remove_leftovers,
 )
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import differences
-from FlagEmbedding.utils.io import atomic_open
+from FlagEmbedding.utils.io import atomic_open, remove_leftovers
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -30,7 +30,7 @@ import numpy as np
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import check_identity
-from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open, read_json, remove_leftovers, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -59,12 +59,6 @@ def clear_disk_errors(doing: str) -> Iterator[None]:
             what = "something else is in the way" if error.errno in _IN_THE_WAY else what
             raise DataError(f"{what} while {doing}: {error.strerror}: {error.filename}") from error
         raise
-
-
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what a kill left of files ``name`` (a glob pattern) that :func:`atomic_open` was writing in ``folder``."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -185,6 +185,12 @@ def _umask() -> int:
         return mask
 
 
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a kill left of files ``name`` (a glob pattern) that :func:`atomic_open` was writing in ``folder``."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_json_atomic(path: PathLike, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON, atomically. NaN is refused: it is not JSON."""
     with atomic_open(path) as stream:

@@ -15,7 +15,7 @@ from FlagEmbedding.evaluation.tables import points, shorten, signed_points
 from FlagEmbedding.finetune.report.summary import TERMS, TrainingSummary, term_names
 from FlagEmbedding.finetune.report.widths import widths_table
 from FlagEmbedding.utils.errors import DataError, UsageError
-from FlagEmbedding.utils.io import atomic_open
+from FlagEmbedding.utils.io import atomic_open, remove_leftovers
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.pages import literal, render, table
 
@@ -63,6 +63,8 @@ def write_report(
         "routers": _routers(summary.history),
         "usage": summary.usage().every(),
     }
+    for name in (PAGE, PICTURE):
+        remove_leftovers(folder, name)
     try:
         values["picture"] = PICTURE if _draw(folder / PICTURE, summary, dev, best_step, change) else None
         with atomic_open(folder / PAGE) as stream:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from FlagEmbedding.mining.common.rows import json_line
-from FlagEmbedding.retrieval.shards import clear_disk_errors, remove_leftovers
+from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import as_json, differences
-from FlagEmbedding.utils.io import PathLike, atomic_text, parse_json
+from FlagEmbedding.utils.io import PathLike, atomic_text, parse_json, remove_leftovers
 from FlagEmbedding.utils.locking import exclusive
 from FlagEmbedding.utils.logging import get_logger
 from FlagEmbedding.utils.progress import progress as progress  # the other commands take it from here
