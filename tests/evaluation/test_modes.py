@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import STEPS, run_together
 from options_walk import Case, assert_acts, assert_complete
 
 from FlagEmbedding import BGEM3FlagModel
@@ -268,3 +270,17 @@ def test_what_has_no_effect_or_no_head_is_refused_before_anything_is_loaded(
     assert step(command, place, words, "ko", encoder) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_two_processes_write_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    words = ["--encoder", place / "m3", "--languages", "ko", "--data_dir", place / "data", "--index_save_dir", tmp_path]
+    words += ["--modes", "all", "bm25", "--colbert_type", "fp32", "--shard_size", "16"]
+    answer = run_together(STEPS[0], words, {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    alone, shared = place / "index/m3/ko", tmp_path / "m3/ko"
+    written = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
+    assert written == sorted(path.relative_to(shared) for path in shared.rglob("*") if path.is_file())
+    assert len(written) > 12
+    for path in written:
+        if path.name != "manifest.json":  # says when and by how many it was made
+            assert (alone / path).read_bytes() == (shared / path).read_bytes(), path
