@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Batch:
     payload: dict[str, list[str]]
 
 
-class Store:
+class Store(ABC):
     """A place for batches.
 
     Args:
@@ -84,9 +85,9 @@ class Store:
         """Make ready for the row ``done``, of which nothing is there afterwards; 0: from nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    @abstractmethod
     def write(self, batch: Batch) -> None:
         """Add a batch; the same one may come twice, after a kill."""
-        raise NotImplementedError
 
     def __enter__(self) -> Store:
         return self

@@ -100,7 +100,7 @@ class WeightAverage(TrainerCallback):
             follow_umask(folder / EMA_FILE)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint's average; without one it begins anew, with the weights after the next step."""
+        """Go on from a checkpoint's average; without one it begins again, with the weights after the next step."""
         if not (folder / EMA_FILE).is_file():
             logger.warning("%s holds no averaged weights (%s): the average begins here", folder, EMA_FILE)
             return

@@ -103,7 +103,7 @@ SITUATIONS = {
     "Several processes": [
         Situation("one of two processes is killed", "the other waits 30 minutes or 7 days", lost, "no sign of life"),
         Situation("a second step 0 in one folder", "vectors of two settings under one manifest, exit 0", locked),
-        Situation("step 0 goes on with a smaller --batch_size", "starts anew", smaller_batches, "slabs of|vectors of"),
+        Situation("step 0 goes on with a smaller --batch_size", "starts over", smaller_batches, "slabs of|vectors of"),
     ],
     "The classes": [
         Situation("queries and passages from four threads", "passages cut at the queries' length", model(threads)),
