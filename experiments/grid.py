@@ -21,7 +21,7 @@ tests: [[plain, half]]             # further pairs: the second minus the first
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,15 @@ def read_grid(path: Path) -> Grid:
     choose = value.get("choose")
     if choose is not None and not (isinstance(choose, float) and 0 < choose < 1):
         raise DataError(f"{path}: choose: expected a share between 0 and 1, found {choose!r}")
+    measures = value.get("measures", ["ndcg@10"])
+    if not isinstance(measures, list) or not all(isinstance(each, str) for each in measures) or not measures:
+        raise DataError(f"{path}: measures: expected a list such as [ndcg@10], found {str(measures)[:80]}")
     base = str(value["base"])
     local = path.parent / base
     train, index, search = (_mapping(path, key, value.get(key) or {}) for key in ("train", "index", "search"))
     return Grid(
         path, str(local.resolve()) if local.is_dir() else base, seeds, rows, collections,
-        parse_measures(value.get("measures") or ["ndcg@10"]), _pairs(path, value, rows), train, index, search, choose,
+        parse_measures(measures), _pairs(path, value, rows), train, index, search, choose,
         bool(value.get("elsewhere", False)),
     )  # fmt: skip
 
@@ -134,6 +137,12 @@ def _check_keys(path: Path, value: Any, known: set[str], needed: set[str], where
     if not isinstance(value, dict) or not needed <= value.keys() <= known:
         found = sorted(map(str, value)) if isinstance(value, dict) else str(value)[:80]
         raise DataError(f"{path}: {where}expected a mapping of {', '.join(sorted(known))}, found {found}")
+
+
+def _check_texts(path: Path, where: str, value: dict[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if not isinstance(value.get(key, ""), str):
+            raise DataError(f"{path}: {where}: {key}: expected a text, found {str(value[key])[:80]}")
 
 
 def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
@@ -145,7 +154,8 @@ def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
 def _collection(path: Path, name: str, value: Any) -> Collection:
     known = {"data_dir", "language", "split", "data", "train", "index", "search"}
     _check_keys(path, value, known, {"data_dir", "language"}, f"collection {name}: ")
-    files = {key: path.parent / place for key, place in _mapping(path, "data", value.get("data") or {}).items()}
+    _check_texts(path, f"collection {name}", value, ("data_dir", "language", "split"))
+    files = {key: path.parent / str(place) for key, place in _mapping(path, "data", value.get("data") or {}).items()}
     for place in [path.parent / value["data_dir"], *files.values()]:
         if not place.exists():
             raise DataError(f"{path}: collection {name}: {place} does not exist")
@@ -159,6 +169,8 @@ def _row(path: Path, place: int, value: Any) -> Row:
     kinds = [key for key in ("data", "merge", "fold") if value.get(key)]
     if len(kinds) != 1 or ("train" in value and kinds != ["data"]) or ("method" in value and kinds != ["fold"]):
         raise DataError(f"{path}: row {value['name']!r}: expected data (with train), merge, or fold (with method)")
+    _check_texts(path, f"row {value['name']!r}", value, ("data", "fold", "method"))
+    _mapping(path, f"row {value['name']!r}: train", value.get("train", {}))
     row = Row(**{**value, "name": str(value["name"])})
     weights = _mapping(path, f"row {row.name!r}: merge", row.merge)
     if weights and not (len(weights) > 1 and all(isinstance(w, int | float) for w in weights.values())):
