@@ -107,13 +107,14 @@ class Chain:
         }
         before = [self.model_stages(each, collection, its) for each, its in sources.values()]
         models = [self.model(each, collection, its) for each, its in sources.values()]
+        texts: list[Path] = []
         if row.fold:
-            words = ["FlagEmbedding.export", "fold", *models, "--method", row.method or "load"]
-            words += ["--data", str(next(iter(collection.data.values())))]
+            texts = [next(iter(collection.data.values()))]  # which experts these choose weighs them
+            words = ["FlagEmbedding.export", "fold", *models, "--method", row.method or "load", "--data", str(texts[0])]
         else:
             words = ["FlagEmbedding.merge", *models, "--weights", *(str(row.merge[name]) for name in sources)]
         keys = [stages[-1].key if stages else self._base_key for stages in before]
-        key = digest("make", dict(row.merge), row.method, keys)
+        key = digest("make", dict(row.merge), row.method, fingerprints(texts), keys)
         words += ["--output_dir", str(folder), "--overwrite", "True"]
         made = Stage(folder.name, [sys.executable, "-m", *words], folder / "config.json", key)
         return [*{stage.id: stage for stages in before for stage in stages}.values(), made]

@@ -154,6 +154,8 @@ def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
 def _collection(path: Path, name: str, value: Any) -> Collection:
     known = {"data_dir", "language", "split", "data", "train", "index", "search"}
     _check_keys(path, value, known, {"data_dir", "language"}, f"collection {name}: ")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise DataError(f"{path}: collection {name!r}: its name becomes part of file names: letters, digits, . _ -")
     _check_texts(path, f"collection {name}", value, ("data_dir", "language", "split"))
     files = {key: path.parent / str(place) for key, place in _mapping(path, "data", value.get("data") or {}).items()}
     for place in [path.parent / value["data_dir"], *files.values()]:

@@ -134,6 +134,7 @@ def test_every_grid_of_the_repository_says_what_the_commands_take(path: Path, tm
         ({"rows": [{"name": "a", "data": "mined", "train": 5}]}, "train: expected a mapping"),
         ({"measures": "ndcg@10"}, "measures: expected a list"),
         ({"collections": {"x": {"data_dir": 3, "language": "ko"}}}, "data_dir: expected a text"),
+        ({"collections": {"../x": {"data_dir": ".", "language": "ko"}}}, "becomes part of file names"),
         ({"tests": [["base", "z"]]}, "'z' is to be tested and is no row"),
         ({"collections": {"x": {"data_dir": "nowhere", "language": "ko"}}}, "nowhere does not exist"),
     ],
