@@ -20,6 +20,7 @@ from FlagEmbedding.collections.source import Source
 from FlagEmbedding.export.arguments import VectorArguments
 from FlagEmbedding.export.stores import STORES, Batch, Fields, Store
 from FlagEmbedding.retrieval.index import FlatIndex
+from FlagEmbedding.retrieval.ragged import RaggedTable
 from FlagEmbedding.retrieval.shards import clear_disk_errors
 from FlagEmbedding.utils.errors import DataError, UsageError
 from FlagEmbedding.utils.identity import as_json, check_identity, fingerprints
@@ -116,8 +117,6 @@ def _content(options: VectorArguments) -> Content:
     modes = {}
     for mode in MODES:
         if (index.folder / mode / "manifest.json").is_file():
-            from FlagEmbedding.retrieval.ragged import RaggedTable  # type: ignore[import-not-found, unused-ignore]
-
             table = RaggedTable(index.folder / mode)
             if table.docids.sha256 != index.docids.sha256:
                 raise DataError(

@@ -224,7 +224,6 @@ def add_modes(index: Path) -> tuple[list[dict[int, float]], list[np.ndarray]]:
 
 
 def test_lexical_weights_and_token_vectors_are_fields_too(index: Path, tmp_path: Path) -> None:
-    pytest.importorskip("FlagEmbedding.retrieval.ragged")
     models = pytest.importorskip("qdrant_client").models
     shutil.copytree(index, tmp_path / "index")
     sparse, colbert = add_modes(tmp_path / "index")

@@ -93,9 +93,13 @@ class KindArguments:
     kinds: list[str] = option(
         [*KINDS], "a query of each is written for each passage; others than ours need a {kind}.txt in --prompt"
     )
-    examples: list[str] = option([], "real queries that show the manner: lines of text, or rows with query", metavar="FILE")  # fmt: skip  # noqa: E501
+    examples: list[str] = option(
+        [], "real queries that show the manner: lines of text, or rows with query", metavar="FILE"
+    )
     examples_per_prompt: int = option(5, "how many of --examples a prompt shows")
-    round_trip_top_k: int = option(10, "the rank that a passage must reach by its query, else that is rejected", metavar="K")  # fmt: skip  # noqa: E501
+    round_trip_top_k: int = option(
+        10, "the rank that a passage must reach by its query, else that is rejected", metavar="K"
+    )
     neg_q: NegQ = choice(NegQ, "generate", "queries of negatives: generate what real ones leave open, reuse, none")
     reuse_from: list[str] = option([], "training rows whose real queries may serve as neg_q, too", metavar="FILE")
     prices: list[float] = option(
