@@ -94,11 +94,12 @@ def check_router(arguments: Arguments, num_experts_per_tok: int | None, router: 
             raise UsageError(f"{given[0]} has no effect with a router by {router}, which has nothing to learn")
         training = arguments.training
         padded = arguments.engine.engine == "padded" or (training.sharded and not training.sharded_by_layer)
+        both = "--fsdp, version 2," if training.sharded and not training.sharded_by_layer else "--engine packed"
         # transformers 5 has a second name for it.
         if padded and (training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)):
             raise UsageError(
                 f"--gradient_checkpointing on the padded engine computes layers again without the token ids that a "
-                f"router by {router} reads: leave one of them out (--engine packed does both)"
+                f"router by {router} reads: leave one of them out ({both} does both)"
             )
         return
     if num_experts_per_tok == 1 and experts.router_gradient == "none" and not objective.has_router_loss:
@@ -224,7 +225,7 @@ def _beyond_the_published(a: Arguments) -> Iterator[str]:
             yield f"--{name} has no effect without --knowledge_distillation True"
     if kl and loss.masks:
         name = "mask_twins" if loss.mask_twins else "false_negative_margin"
-        yield f"--{name} has no effect with --distill_loss kl, which compares each query's own passages alone"
+        yield f"--{name} and --distill_loss kl, which compares each query's own passages alone: give one of them"
     if loss.neg_q_as_rows and teacher:
         yield "--neg_q_as_rows with --knowledge_distillation: there is no teacher of these rows; give one of them"
     if loss.neg_q_as_rows and loss.unified_finetuning:

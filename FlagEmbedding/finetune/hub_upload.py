@@ -17,8 +17,8 @@ from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Other weights, and texts of the training data: negatives mined again, rows held out, the page of dev queries.
-_NOT_UPLOADED = ["checkpoint-*", "refresh/*", "dev/*", "dev.html", ".*", "*/.*"]
+# Other weights, and texts of the data: negatives mined again, rows held out, the page and the report of dev queries.
+_NOT_UPLOADED = ["checkpoint-*", "refresh/*", "dev/*", "dev.html", "report.md", ".*", "*/.*"]
 
 
 def check_upload(training: RetrieverTrainingArguments) -> None:

@@ -41,7 +41,6 @@ class Plan:
     Attributes:
         arguments: of the run.
         lines: what the run says of itself at its start, by name.
-        trained, parameters: how many are trained, and how many there are.
         steps, done: optimizer steps of the whole run, and those that a checkpoint has behind it.
         epochs: how often each row is drawn.
         counts: what the micro-batches hold.
@@ -53,8 +52,6 @@ class Plan:
 
     arguments: Arguments
     lines: dict[str, str]
-    trained: int
-    parameters: int
     steps: int
     done: int
     epochs: float
@@ -134,8 +131,6 @@ def plan(arguments: Arguments) -> Plan:
         return Plan(
             arguments=arguments,
             lines=settings_lines(trainer, arguments),
-            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            parameters=sum(p.numel() for p in model.parameters()),
             steps=steps,
             done=0 if resumed is None else step_of(resumed),
             epochs=steps / per_epoch,

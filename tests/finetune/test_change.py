@@ -106,6 +106,14 @@ def test_only_what_trains_is_listed(tiny_model_dir: Path, data: Path, tmp_path: 
     assert "feed-forward" in page and "attention" not in page and "margin over the hardest, median" not in page
 
 
+def test_of_adapters_the_layers_that_they_move_are_listed(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    more = {**OPTIONS, "max_steps": 1, "lora_r": 2, "lora_target": "attention"}
+    run_training(train_words(tiny_model_dir, data, tmp_path / "out", **more))
+    page = moved(tmp_path / "out")
+    assert "attention" in page and "embeddings" not in page and "feed-forward" not in page and "norms" not in page
+
+
 def test_norms_over_all_of_a_part() -> None:
     old = {
         "a.attention.q.weight": torch.tensor([3.0, 0.0]),

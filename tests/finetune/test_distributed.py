@@ -42,6 +42,10 @@ def test_cross_device_gradient_is_the_one_process_gradient(
     assert f"{case}: gradients agree" in compared.stdout, compared.stderr[-3000:]
 
 
+def test_both_processes_ended_well(compared: subprocess.CompletedProcess[str]) -> None:
+    assert compared.returncode == 0, compared.stderr[-3000:]
+
+
 def test_run_under_torchrun_equals_one_process_with_the_whole_batch(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Same rows a step: with cross-device negatives the losses are those of one big batch."""
     write_rows(tmp_path / "data" / "rows.jsonl", rows(16))

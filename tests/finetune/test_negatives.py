@@ -195,7 +195,7 @@ def test_controls_at_equal_tokens(tiny_model_dir: Path, data: Path, tmp_path: Pa
 REFUSED = {
     "--distill_loss kl has no effect without --knowledge_distillation": {"distill_loss": "kl"},
     "--distill_temperature has no effect without --knowledge_distillation": {"distill_temperature": 0.1},
-    "--mask_twins has no effect with --distill_loss kl": {
+    "--mask_twins and --distill_loss kl": {
         "knowledge_distillation": True, "distill_loss": "kl", "mask_twins": True,
     },
     "--neg_q_as_rows with --knowledge_distillation": {"knowledge_distillation": True, "neg_q_as_rows": True},

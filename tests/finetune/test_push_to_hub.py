@@ -146,10 +146,9 @@ def test_a_branch_and_a_name_and_an_own_card(
     assert "/api/models/maker/other/branch/v2" in hub.asked
     assert any(re.fullmatch(r"/api/models/maker/other/commit/v2.*", path) for path in hub.asked)
     assert hub.commits[0]["README.md"] == b"mine"
-    assert (output / "dev/held_out").is_dir() and (
-        output / "dev.html"
-    ).is_file()  # which hold rows of the training data
-    assert not [name for name in hub.commits[0] if name.startswith("dev")]
+    # These hold rows of the training data.
+    assert all((output / name).exists() for name in ("dev/held_out", "dev.html", "report.md"))
+    assert not [name for name in hub.commits[0] if name.startswith(("dev", "report.md"))]
 
 
 @pytest.mark.parametrize(

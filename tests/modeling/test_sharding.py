@@ -31,3 +31,7 @@ def compared(tiny_model_dir: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_weights_train_as_whole_ones(case: str, compared: subprocess.CompletedProcess[str]) -> None:
     assert f"{case}: one process and two agree" in compared.stdout, compared.stderr[-3000:]
+
+
+def test_both_processes_ended_well(compared: subprocess.CompletedProcess[str]) -> None:
+    assert compared.returncode == 0, compared.stderr[-3000:]

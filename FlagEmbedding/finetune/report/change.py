@@ -92,6 +92,11 @@ def _measure(trainer: BiEncoderTrainer, arguments: Arguments) -> Change:
     finally:
         logging.disable(level)
     model.to(arguments.training.device)
+    adapted = {f"{name}.weight" for name, each in trainer.bare_model.named_modules() if hasattr(each, "lora_A")}
+    if adapted:  # the base has no adapters: what these move, and what trains beside them
+        beside = {n for n, p in trainer.bare_model.named_parameters() if p.requires_grad and "lora_" not in n}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in adapted | beside)
     old = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
     before = sample(model, trainer.batch_sampler, trainer.data_collator)  # type: ignore[arg-type]
     load_trained_state(model, Path(str(arguments.training.output_dir)))

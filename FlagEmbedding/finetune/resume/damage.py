@@ -105,7 +105,6 @@ def _zipped(path: Path) -> None:
 
 def _pickled(path: Path) -> None:
     _zipped(path)
-    _zipped(path)
     torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
