@@ -14,10 +14,11 @@ Scores are inner products everywhere, as in step 1. Layouts, as the stores docum
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.io import atomic_open, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
@@ -69,6 +71,7 @@ class Store(ABC):
     """
 
     library: ClassVar[str | None] = None
+    patterns: ClassVar[tuple[str, ...]] = ()  # of the files that are written; a database keeps its own
     batch_rows: ClassVar[int] = 20_000
 
     def __init__(self, folder: Path, name: str, fields: Fields, url: str | None) -> None:
@@ -84,6 +87,16 @@ class Store(ABC):
     def begin(self, done: int) -> None:
         """Make ready for the row ``done``, of which nothing is there afterwards; 0: from nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def check_free(cls, name: str, url: str | None) -> None:
+        """Raise ``UsageError`` where a server has something of that name, which no export of ours is known to be."""
+        return  # a folder is asked by its record
+
+    @classmethod
+    def remove(cls, folder: Path, name: str) -> None:
+        """Remove the files of an export, and the folder unless something else is in it."""
+        remove_named(folder, *(pattern.format(glob.escape(name)) for pattern in cls.patterns))
 
     @abstractmethod
     def write(self, batch: Batch) -> None:
@@ -101,6 +114,21 @@ class Qdrant(Store):
 
     library = "qdrant_client"
     batch_rows = 256
+
+    @classmethod
+    def check_free(cls, name: str, url: str | None) -> None:
+        if url is None:
+            return
+        from qdrant_client import QdrantClient
+        from qdrant_client.http.exceptions import ApiException
+
+        try:
+            with closing(QdrantClient(url=url, check_compatibility=False)) as client:
+                there = client.collection_exists(name)
+        except (ApiException, OSError, ValueError) as error:
+            raise UsageError(f"--url {url}: no Qdrant answers there ({' '.join(str(error).split())[:120]})") from error
+        if there:
+            raise UsageError(f"--url {url} has a collection {name!r} already: give another --name, or remove it")
 
     def begin(self, done: int) -> None:
         from qdrant_client import QdrantClient, models
@@ -202,6 +230,8 @@ class LanceDB(Store):
 class Parquet(Store):
     """Numbered Parquet files."""
 
+    patterns: ClassVar[tuple[str, ...]] = ("{}-*.parquet",)
+
     def write(self, batch: Batch) -> None:
         self.put(batch, arrow_table(batch, self.fields))
 
@@ -215,6 +245,8 @@ class Parquet(Store):
 
 class Milvus(Parquet):
     """Parquet files for Milvus's bulk import, and the schema of the collection."""
+
+    patterns = (*Parquet.patterns, "schema.json")
 
     def begin(self, done: int) -> None:
         super().begin(done)
@@ -251,6 +283,7 @@ class Milvus(Parquet):
 class Elasticsearch(Store):
     """NDJSON files for ``POST /_bulk``, and the mapping."""
 
+    patterns = ("{}-*.ndjson", "mapping.json")
     batch_rows = 2_000  # of 1,024 numbers: some 25 MB, under the server's limit of 100
 
     def begin(self, done: int) -> None:

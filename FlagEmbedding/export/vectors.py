@@ -6,7 +6,6 @@ Dense vectors are the field ``dense``; where step 0 also made them, lexical weig
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +91,8 @@ def export_vectors(options: VectorArguments) -> Path:
     size = options.batch_rows or STORES[options.to].batch_rows // (16 if "colbert" in content.modes else 1)
     folder, record = Path(options.output_dir), Path(options.output_dir) / RECORD
     identity = as_json(_identity(options, content, size))
+    if not record.is_file():
+        STORES[options.to].check_free(options.name, options.url)
     done = _begin(options, identity, record)
     if done == content.index.rows:
         logger.info("%s holds all %d passages already (--overwrite True loads them again)", folder, done)
@@ -152,7 +153,13 @@ def _begin(options: VectorArguments, identity: dict[str, Any], record: Path) -> 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"--output_dir {folder} is in the way: give a new or empty folder")
     elif options.overwrite:
-        shutil.rmtree(folder / there["identity"]["to"], ignore_errors=True)
+        before, name = there["identity"]["to"], there["identity"]["name"]
+        if STORES[before].library is not None and (before, name) != (options.to, options.name):
+            raise UsageError(f"--output_dir {folder} holds {name!r} of {before}, a database: give another folder")
+        if (options.url, options.name) != (there["identity"]["url"], name):
+            STORES[options.to].check_free(options.name, options.url)
+        with clear_disk_errors(f"replacing what is in {folder}"):
+            STORES[before].remove(folder / before, name)
     else:
         hint = "Give the same options as before, --overwrite True, or another --output_dir"
         check_identity(there["identity"], identity, record, hint)

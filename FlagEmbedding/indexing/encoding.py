@@ -22,11 +22,20 @@ from tqdm import tqdm
 from FlagEmbedding.collections.corpus import Survey, passage_text, stream
 from FlagEmbedding.indexing.arguments import IndexArguments
 from FlagEmbedding.indexing.claims import Claims
-from FlagEmbedding.indexing.planning import LOCK as LOCK
-from FlagEmbedding.indexing.planning import WORK, Plan, identity_of, load_encoder, opened, prepare, with_instruction
+from FlagEmbedding.indexing.planning import (
+    LOCK,
+    WORK,
+    Plan,
+    identity_of,
+    load_encoder,
+    opened,
+    prepare,
+    refuse_foreign,
+    with_instruction,
+)
 from FlagEmbedding.inference.text_encoder import DENSE, TextEncoder
 from FlagEmbedding.retrieval.approximate import remove_approximate
-from FlagEmbedding.retrieval.index import assemble_index
+from FlagEmbedding.retrieval.index import DOCID, INDEX, assemble_index
 from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, check_manifest, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.background import BackgroundWriter
 from FlagEmbedding.utils.distributed import barrier, rank, world_size
@@ -209,7 +218,7 @@ def merge(folders: Sequence[Path], folder: Path) -> int:
         folder: of the index; :func:`finish` joins what is there.
 
     Raises:
-        UsageError: the folders are of different encoders, corpora or options.
+        UsageError: the folders are of different encoders, corpora or options, also from an index that is in ``folder``.
         DataError: a folder without shards, or with a damaged one.
     """
     came = 0
@@ -218,8 +227,12 @@ def merge(folders: Sequence[Path], folder: Path) -> int:
         if manifest is None:
             raise DataError(f"{place}: no {WORK} folder there; give index folders that workers (--shards) have written")
         with exclusive(folder / LOCK, folder):
-            there = read_manifest(folder / WORK / MANIFEST)
+            there, done = read_manifest(folder / WORK / MANIFEST), read_manifest(folder / MANIFEST)
+            if done is not None and there is None:
+                check_manifest(done, manifest["identity"], folder / MANIFEST)
+                continue  # joined already, as finish says
             if there is None:
+                refuse_foreign(folder, INDEX, DOCID)
                 plain = {key: value for key, value in manifest.items() if key not in ("identity", "run")}
                 target = ShardStore.create(folder / WORK, manifest["identity"], **plain)
             else:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from FlagEmbedding.collections.corpus import Survey, passage_text, stream
 from FlagEmbedding.indexing.arguments import IndexArguments, StoreArguments
-from FlagEmbedding.indexing.planning import LOCK, WORK, same_run, surveyed
+from FlagEmbedding.indexing.planning import LOCK, WORK, refuse_foreign, same_run, surveyed
 from FlagEmbedding.inference.lexical import TokenWeights, token_counts, token_weights
 from FlagEmbedding.inference.text_encoder import Kind, TextEncoder
 from FlagEmbedding.inference.tokenization import tokenize
@@ -45,7 +45,7 @@ from FlagEmbedding.retrieval.ragged import (
 from FlagEmbedding.retrieval.shards import MANIFEST, check_manifest, clear_disk_errors, decisive, read_manifest
 from FlagEmbedding.utils.background import BackgroundWriter
 from FlagEmbedding.utils.distributed import barrier, is_main, rank, world_size
-from FlagEmbedding.utils.errors import DataError, UsageError
+from FlagEmbedding.utils.errors import DataError
 from FlagEmbedding.utils.identity import differences, fingerprints
 from FlagEmbedding.utils.io import write_json_atomic
 from FlagEmbedding.utils.locking import exclusive
@@ -149,11 +149,8 @@ def _prepare(
                 there = None
         elif there is not None:
             check_manifest(there, identity, work / MANIFEST)
-        elif done is None and (foreign := [name for name in (DOCID, OFFSETS) if (plan.folder / name).exists()]):
-            raise UsageError(
-                f"{plan.folder / foreign[0]} was not written by this program: move it away, or choose another "
-                "--index_save_dir"
-            )
+        elif done is None:
+            refuse_foreign(plan.folder, DOCID, OFFSETS)
         if there is None:
             found = found or surveyed(files, plan.identity["language"], options)
             width = plan.identity.get("colbert_dim", 1)

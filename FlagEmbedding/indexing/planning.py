@@ -181,10 +181,8 @@ def prepare(
             begun = None
         else:
             check_manifest(begun, identity, work / MANIFEST)
-    elif done is None and (there := [name for name in (INDEX, DOCID) if (folder / name).exists()]):
-        raise UsageError(
-            f"{folder / there[0]} was not written by this program: move it away, or choose another --index_save_dir"
-        )
+    elif done is None:
+        refuse_foreign(folder, INDEX, DOCID)
     logger.info(
         "%s: passages are %s", lang, "title and text (with_title)" if options.with_title else "text alone, as published"
     )
@@ -201,6 +199,15 @@ def prepare(
         store.clean()
     _check_room(store, folder)
     return True
+
+
+def refuse_foreign(folder: Path, *names: str) -> None:
+    """Raise ``UsageError`` where ``folder``, which has no manifest, holds files ``names``."""
+    for name in names:
+        if (folder / name).exists():
+            raise UsageError(
+                f"{folder / name} was not written by this program: move it away, or choose another --index_save_dir"
+            )
 
 
 def _hashes(files: Sequence[Path], begun: dict[str, Any] | None) -> list[dict[str, str]]:

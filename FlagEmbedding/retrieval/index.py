@@ -92,7 +92,7 @@ def assemble_index(store: ShardStore, folder: Path, **more: Any) -> dict[str, An
 
 def _copy(store: ShardStore, shard: int, suffix: str, expected: str, target: IO[bytes], total: Any) -> None:
     digest = hashlib.sha256()
-    for piece in _pieces(store, shard, suffix):
+    for piece in pieces(store, shard, suffix):
         digest.update(piece)
         total.update(piece)
         target.write(piece)
@@ -100,7 +100,8 @@ def _copy(store: ShardStore, shard: int, suffix: str, expected: str, target: IO[
         raise store.damaged(shard, f"SHA-256 of its {suffix} file is {digest.hexdigest()[:12]}…, not {expected[:12]}…")
 
 
-def _pieces(store: ShardStore, shard: int, suffix: str) -> Iterator[bytes]:
+def pieces(store: ShardStore, shard: int, suffix: str) -> Iterator[bytes]:
+    """The bytes of a shard's file. Raises ``DataError`` where it cannot be read; the shard is then removed."""
     # Only reading counts as damage of the shard: this generator is not where a full disk is met.
     try:
         with open(store.path(shard, suffix), "rb") as source:

@@ -23,7 +23,6 @@ import numpy as np
 from FlagEmbedding.retrieval.ragged import RaggedTable
 from FlagEmbedding.retrieval.searcher import Hit, rank
 from FlagEmbedding.retrieval.shards import clear_disk_errors
-from FlagEmbedding.utils.errors import UsageError
 from FlagEmbedding.utils.io import atomic_open, remove_leftovers, sha256_file
 
 STARTS, ROWS, IMPACTS = "postings.offsets", "postings.rows", "postings.weights"
@@ -67,13 +66,6 @@ class Postings:
                 values.append(self.weights[span] * np.float64(weight))
         # One pass in C over all postings: half the time of adding token by token.
         return np.bincount(np.concatenate(rows), np.concatenate(values), minlength=len(self.docids))
-
-
-def search_lexical(postings: Postings, queries: Sequence[Query], top_k: int) -> list[list[Hit]]:
-    """The ``top_k`` passages of greatest score for each query, exactly; those that share no token are left out."""
-    if top_k < 1:
-        raise UsageError(f"--hits must be at least 1, got {top_k}")
-    return [best(postings.docids, postings.scores(query), top_k) for query in queries]
 
 
 def best(docids: Sequence[str], scores: np.ndarray, top_k: int) -> list[Hit]:

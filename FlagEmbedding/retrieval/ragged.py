@@ -15,13 +15,13 @@ shard by the rules of ``retrieval.shards``: its record comes last, shard i holds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from FlagEmbedding.retrieval.index import DOCID, DocIds
+from FlagEmbedding.retrieval.index import DOCID, DocIds, pieces
 from FlagEmbedding.retrieval.shards import (
     MANIFEST,
     ShardStore,
@@ -40,7 +40,6 @@ LENGTHS = "lengths"  # of the rows of a shard
 LEXICAL: dict[str, tuple[str, int]] = {IDS: ("<i4", 1), WEIGHTS: ("<f4", 1)}
 VECTOR_DTYPES = {"fp32": "<f4", "fp16": "<f2", "int8": "|i1"}
 Arrays = Mapping[str, np.ndarray]
-_PIECE = 1 << 20
 
 
 def vector_layout(vector_type: str, width: int) -> dict[str, tuple[str, int]]:
@@ -84,18 +83,13 @@ class RaggedStore(ShardStore):
             DataError: it is not the file that the record lists; the shard is removed.
         """
         digest, kept = hashlib.sha256(), b""
-        try:
-            with open(self.path(shard, suffix), "rb") as source:
-                pieces = iter(lambda: source.read(_PIECE), b"")
-                for piece in pieces:
-                    digest.update(piece)
-                    if suffix == LENGTHS:
-                        kept += piece
-                        continue
-                    total.update(piece)
-                    target.write(piece)
-        except OSError as error:
-            raise self.damaged(shard, f"{suffix} file: {error.strerror}") from error
+        for piece in pieces(self, shard, suffix):
+            digest.update(piece)
+            if suffix == LENGTHS:
+                kept += piece
+                continue
+            total.update(piece)
+            target.write(piece)
         if digest.hexdigest() != expected:
             raise self.damaged(shard, f"SHA-256 of its {suffix} file differs")
         return kept if suffix == LENGTHS else None
@@ -192,11 +186,6 @@ class RaggedTable:
     def vectors(self, row: int) -> np.ndarray:
         """Colbert vectors ``[tokens, width]`` float32 of one row."""
         return unpacked(self.row(row))
-
-    def blocks(self, block_rows: int) -> Iterator[tuple[int, list[dict[str, np.ndarray]]]]:
-        """``(first row, entries of each row)`` from the first row to the last."""
-        for start in range(0, self.rows, block_rows):
-            yield start, [self.row(row) for row in range(start, min(start + block_rows, self.rows))]
 
 
 def unpacked(entries: Arrays) -> np.ndarray:

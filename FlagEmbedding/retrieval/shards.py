@@ -98,7 +98,7 @@ def check_manifest(manifest: dict[str, Any], identity: dict[str, Any], path: Pat
 
 
 class ShardStore:
-    """The working folder of one encoding. Open it with :meth:`create` or :meth:`open`.
+    """The working folder of one encoding. Begin it with :meth:`create`.
 
     Attributes:
         suffixes: of the files of a shard; a record of them stands beside these.

@@ -74,9 +74,8 @@ def test_killed_three_times_the_index_is_the_same(
     # What a kill in the middle of the last copying leaves behind.
     (folder / ".index.abc.tmp").write_bytes(b"half")
     (folder / "index").write_bytes(b"half")
-    kept = (folder / "shards" / "shard-000000.f32").stat().st_mtime_ns
     answer = run_script(STEPS[0], command[2:])
-    assert kept and answer.returncode == 0
+    assert answer.returncode == 0
     assert "going on, " in answer.stderr
     assert_same(folder, undisturbed)
 

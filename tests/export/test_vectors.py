@@ -6,9 +6,11 @@ import hashlib
 import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet
@@ -290,6 +292,14 @@ def test_folders_in_the_way(index: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "name: passages there, b here" in capsys.readouterr().err
     assert export(index, "milvus", out, "--overwrite") == 0
     assert sorted(path.name for path in out.iterdir()) == ["export.json", "milvus"]
+    (out / "milvus/photo.txt").write_text("mine")
+    assert export(index, "parquet", out, "--overwrite") == 0
+    assert [path.name for path in (out / "milvus").iterdir()] == ["photo.txt"]
+    pytest.importorskip("lancedb")
+    assert export(index, "lancedb", tmp_path / "base") == 0
+    assert export(index, "parquet", tmp_path / "base", "--overwrite") == 2
+    assert "'passages' of lancedb, a database" in capsys.readouterr().err
+    assert export(index, "lancedb", tmp_path / "base", "--overwrite") == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.txt").write_text("a memory")
     assert export(index, "parquet", tmp_path / "mine", "--overwrite") == 2
@@ -336,3 +346,37 @@ def test_every_option_acts(name: str, index: Path, place: Path, tmp_path: Path) 
         return {"code": code, "files": sorted(files), "bytes": files}
 
     assert_acts(CASES[name], observe)
+
+
+class Server(BaseHTTPRequestHandler):
+    """What Qdrant answers when it is asked for a collection."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"result": {"exists": True}, "status": "ok", "time": 0.0, "version": "1.20.0"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        type(self).asked.append(self.path)
+
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_a_servers_collection_of_somebody_else_stays(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("qdrant_client")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert export(index, "qdrant", tmp_path / "out", "--url", url) == 2
+        server.shutdown()
+    assert "has a collection 'passages' already: give another --name" in capsys.readouterr().err
+    assert "/collections/passages/exists" in Server.asked
+    assert export(index, "qdrant", tmp_path / "out", "--url", url) == 2
+    error = capsys.readouterr().err
+    assert "no Qdrant answers there" in error and "Traceback" not in error and not (tmp_path / "out").exists()

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from FlagEmbedding.indexing.arguments import IndexArguments
-from FlagEmbedding.indexing.encoding import LOCK, build_index
+from FlagEmbedding.indexing.encoding import build_index
+from FlagEmbedding.indexing.planning import LOCK
 from FlagEmbedding.inference.arguments import WINDOW, EncoderArguments
 from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.retrieval import approximate

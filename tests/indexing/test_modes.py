@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -98,15 +101,33 @@ def test_same_bytes_after_a_kill_in_each_mode_and_with_modes_added_later(
         build_modes(encoder, files, tmp_path / "killed", "ko", replace(OPTIONS, max_passage_length=12), ALL, ["sparse"])
 
 
-def test_a_damaged_shard_and_a_changed_file_are_named(
+def test_a_full_disk_while_shards_are_joined_is_no_damage_of_a_shard(
     encoder: TextEncoder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = building._finish
     with monkeypatch.context() as patch:
         patch.setattr(building, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build_modes(encoder, files, tmp_path, "ko", OPTIONS, ALL, ["sparse"])
-    assert building._finish is finish
+    work = tmp_path / "sparse/shards"
+    before = sorted(path.name for path in work.iterdir())
+    store = RaggedStore(work, json.loads((work / "manifest.json").read_text()))
+
+    class Full:
+        def write(self, piece: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        store.copy(0, "ids", store.digests(0)["ids"], Full(), hashlib.sha256())  # type: ignore[arg-type]
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_a_damaged_shard_and_a_changed_file_are_named(
+    encoder: TextEncoder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_modes(encoder, files, tmp_path, "ko", OPTIONS, ALL, ["sparse"])
     shard = tmp_path / "sparse/shards/shard-000000.weights"
     shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(DataError, match=r"shard 0 of .* is damaged .*weights"):

@@ -269,3 +269,22 @@ def test_what_cannot_work_is_refused(
     error = capsys.readouterr().err
     assert problem in error and "Traceback" not in error
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_others_put_there_is_never_removed(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.md").write_text("of a training run")
+    with ChatServer(answer=answer) as server:
+        assert run(tmp_path, server, tiny_model_dir) == 2
+        assert "report.md is there, and no from_corpus.json says" in capsys.readouterr().err
+        (tmp_path / "out/report.md").unlink()
+        (tmp_path / ".out.work").mkdir()
+        (tmp_path / ".out.work/photo.txt").write_text("mine")
+        assert run(tmp_path, server, tiny_model_dir, "--dry_run") == 0 == run(tmp_path, server, tiny_model_dir)
+        assert [path.name for path in (tmp_path / ".out.work").iterdir()] == ["photo.txt"]
+        (tmp_path / "out/train/photo.txt").write_text("mine")
+        assert run(tmp_path, server, tiny_model_dir, "--overwrite") == 2
+        assert "out/train/photo.txt is not of the run" in capsys.readouterr().err
+    assert (tmp_path / "out/train/photo.txt").read_text() == "mine" and rows(tmp_path)

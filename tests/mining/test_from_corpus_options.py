@@ -81,14 +81,14 @@ def observe(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> O
             redirect_stdout(StringIO()) as page,
         ):
             moved.chdir(folder)
-            assert run(folder, server, tiny_model_dir, *given) == 0
+            assert run(folder, server, tiny_model_dir, "--overwrite", *given) == 0
             asked = sorted(request["body"]["messages"][0]["content"] for request in server.requests)
         index = sorted(str(path) for name in ("index", "*.sqlite") for path in folder.rglob(name))
         seen = {"files": contents(folder), "asked": asked, "page": page.getvalue(), "index": index}
         for path in (*(folder / f"out/{name}" for name in ("train", "eval")), folder / "elsewhere"):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (*folder.glob("*.sqlite"), folder / "out/from_corpus.json"):
-            path.unlink(missing_ok=True)
+        for path in folder.glob("*.sqlite"):
+            path.unlink()
         return seen
 
     return lambda given: made(*given)

@@ -11,8 +11,7 @@ import scipy.sparse
 from FlagEmbedding.retrieval import late_interaction, lexical
 from FlagEmbedding.retrieval.fusion import Found, Fusing, fuse
 from FlagEmbedding.retrieval.late_interaction import maxsim, rerank
-from FlagEmbedding.retrieval.lexical import Postings, bm25_impact, postings_in_memory, search_lexical, write_postings
-from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.retrieval.lexical import Postings, best, bm25_impact, postings_in_memory, write_postings
 from FlagEmbedding.utils.modes import Mode, parse_modes
 
 ROWS, VOCABULARY = 200, 37
@@ -55,14 +54,11 @@ def test_scores_are_those_of_the_matrix_product(
     np.testing.assert_allclose([found.scores(query) for query in asked], expected, atol=1e-12)
     held = postings_in_memory(found.docids, np.diff(matrix.indptr), matrix.indices, matrix.data)
     for top_k in (3, ROWS):
-        for row, hits, again in zip(
-            expected, search_lexical(found, asked, top_k), search_lexical(held, asked, top_k), strict=True
-        ):
+        for row, query in zip(expected, asked, strict=True):
+            hits, again = (best(each.docids, each.scores(query), top_k) for each in (found, held))
             order = sorted(((round(s, 6), d) for s, d in zip(row, found.docids, strict=True) if s > 0), reverse=True)
             assert [(hit.score, hit.docid) for hit in hits] == order[:top_k]  # ties by docid, nothing at 0
             assert again == hits
-    with pytest.raises(UsageError, match="at least 1"):
-        search_lexical(found, asked, 0)
 
 
 def test_bm25_is_that_of_bm25s(matrix: scipy.sparse.csr_array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +78,8 @@ def test_bm25_is_that_of_bm25s(matrix: scipy.sparse.csr_array, tmp_path: Path, m
 def test_an_empty_matrix_finds_nothing(tmp_path: Path) -> None:
     nothing = scipy.sparse.csr_array((3, 0), dtype=np.float32)
     for bm25 in (False, True):
-        assert search_lexical(on_disk(tmp_path, nothing, bm25), queries(weights=True)[:2], 5) == [[], []]
+        found = on_disk(tmp_path, nothing, bm25)
+        assert [best(found.docids, found.scores(query), 5) for query in queries(weights=True)[:2]] == [[], []]
 
 
 def test_late_interaction_is_the_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:

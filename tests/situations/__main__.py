@@ -1,7 +1,7 @@
-"""Every situation of issue "Nothing silently wrong" again, and what comes of it: ``make situations``.
+"""Every situation of docs/robustness.md again, and what comes of it: ``make situations``.
 
-Each is made in a folder of its own and the published command is run. The table says what was before (as the issue
-describes it; empty for cases that were added later), and, of this run, the line that is printed, the exit code, and
+Each is made in a folder of its own and the published command is run. The table says what came of it in earlier
+versions (empty for cases that were added later), and, of this run, the line that is printed, the exit code, and
 what has changed on disk. It is written to docs/robustness.md. The exit code is 1 if any ends in a traceback.
 """
 

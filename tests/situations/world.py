@@ -29,11 +29,11 @@ _VARYING = (
 
 @dataclass(frozen=True)
 class Situation:
-    """Something that goes wrong, and what the issue says that came of it.
+    """Something that goes wrong, and what came of it in earlier versions.
 
     Attributes:
         what: the situation, in a few words.
-        before: what the issue describes; "" where it is another case of the same kind.
+        before: what came of it in earlier versions; "" where it is another case of the same kind.
         act: makes it in a place; what the place runs last is what is shown.
         shows: a pattern of the line to show where no error is printed.
     """

@@ -16,15 +16,21 @@ from FlagEmbedding.inference.text_encoder import TextEncoder
 from FlagEmbedding.mining.common.jobs import work_folder
 from FlagEmbedding.mining.common.options import SearchArguments
 from FlagEmbedding.mining.from_corpus.report import markdown
-from FlagEmbedding.retrieval.shards import MANIFEST, clear_disk_errors, read_manifest
+from FlagEmbedding.retrieval.approximate import remove_approximate
+from FlagEmbedding.retrieval.index import remove_index
+from FlagEmbedding.retrieval.shards import MANIFEST, ShardStore, clear_disk_errors, read_manifest
 from FlagEmbedding.utils.errors import UsageError
+from FlagEmbedding.utils.folders import remove_named
 from FlagEmbedding.utils.identity import fingerprints
-from FlagEmbedding.utils.io import atomic_open, write_json_atomic
+from FlagEmbedding.utils.io import atomic_open, read_json, write_json_atomic
 from FlagEmbedding.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-RECORD, _FOLDERS, _REJECTED = "from_corpus.json", ("train", "eval"), "rejected.jsonl"
+RECORD, _FOLDERS, _REJECTED, _REPORT = "from_corpus.json", ("train", "eval"), "rejected.jsonl", "report.md"
+# What stands in the work folder beside folders of its own.
+_WORK_FOLDERS = (*_FOLDERS, "given", "search")
+_WORK_FILES = ("waiting*", "mined.jsonl", "pairs.jsonl", _REJECTED, ".*.journal*", ".*.tmp", ".*.lock*", "*.sqlite*")
 # Of an index's identity: what its vectors may not differ in.
 _DECISIVE = (
     "model", "pooling", "normalize_embeddings", "dimension", "max_passage_length", "with_title", "passage_instruction",
@@ -42,6 +48,11 @@ def check_folder(output: Path, overwrite: bool) -> None:
     if (output / RECORD).exists():
         if not overwrite:
             raise UsageError(f"{output} is there already: pass --overwrite True to replace it, or name another folder")
+        own = set(read_json(output / RECORD).get("files", ()))
+        if strange := sorted(_held(output) - own):
+            raise UsageError(
+                f"{output / strange[0]} is not of the run that --overwrite True would replace: move it away"
+            )
         return
     foreign = _without_record(output)
     if foreign and not output.with_name(f".{output.name}.work").exists():
@@ -51,7 +62,14 @@ def check_folder(output: Path, overwrite: bool) -> None:
 
 
 def _without_record(output: Path) -> list[str]:
-    return [] if (output / RECORD).exists() else [name for name in _FOLDERS if (output / name).exists()]
+    names = () if (output / RECORD).exists() else (*_FOLDERS, _REJECTED, _REPORT)
+    return [name for name in names if (output / name).exists()]
+
+
+def _held(output: Path) -> set[str]:
+    """The files of the folders that are replaced, by their path in ``output``."""
+    found = (path for name in _FOLDERS for path in (output / name).rglob("*") if not path.is_dir())
+    return {path.relative_to(output).as_posix() for path in found}
 
 
 @contextmanager
@@ -68,16 +86,24 @@ def scratch_folder(output: Path) -> Iterator[Path]:
             yield work
         finally:
             if not _without_record(output):
-                shutil.rmtree(work, ignore_errors=True)
+                for name in _WORK_FOLDERS:
+                    shutil.rmtree(work / name, ignore_errors=True)
+                remove_named(work, *_WORK_FILES)
 
 
-def clear_stale_index(folder: Path, corpus: Path, options: EncoderArguments, search: SearchArguments) -> None:
-    """Remove an index of ours, finished or not, that was made of another corpus or by another encoder or flags.
+def clear_stale_index(
+    folder: Path, corpus: Path, options: EncoderArguments, search: SearchArguments, own: bool
+) -> None:
+    """Remove an index, finished or not, that was made of another corpus or by another encoder or flags.
+
+    Args:
+        own: an earlier run of this command is known to have made it; what else stands there is refused.
 
     Raises:
-        UserError: the encoder cannot be used.
+        UserError: the encoder cannot be used, or the index is not this command's.
     """
-    manifest = read_manifest(folder / MANIFEST) or read_manifest(folder / WORK / MANIFEST)
+    begun = read_manifest(folder / WORK / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST) or begun
     if manifest is None:
         return
     there, encoder = manifest["identity"], TextEncoder(options)
@@ -88,8 +114,15 @@ def clear_stale_index(folder: Path, corpus: Path, options: EncoderArguments, sea
     here = identity_of(encoder, there["language"], with_instruction(encoder, asked))
     same_corpus = [file["sha256"] for file in there["corpus"]] == [file["sha256"] for file in fingerprints([corpus])]
     if not same_corpus or any(there[key] != here[key] for key in _DECISIVE):
+        if not own:
+            raise UsageError(
+                f"{folder} is of another corpus or of other flags: move it away, or name another --output_dir"
+            )
         logger.info("%s was made of another corpus, or with other flags: it is made again", folder)
-        shutil.rmtree(folder)
+        if begun is not None:
+            ShardStore(folder / WORK, begun).remove()
+        remove_approximate(folder)
+        remove_index(folder)
 
 
 def put_in_place(work: Path, output: Path, record: dict[str, Any]) -> None:
@@ -105,6 +138,6 @@ def put_in_place(work: Path, output: Path, record: dict[str, Any]) -> None:
                 os.replace(work / name, output / name)
         if (work / _REJECTED).stat().st_size:
             os.replace(work / _REJECTED, output / _REJECTED)
-        with atomic_open(output / "report.md") as stream:
+        with atomic_open(output / _REPORT) as stream:
             stream.write(markdown(record))
-        write_json_atomic(output / RECORD, record)
+        write_json_atomic(output / RECORD, {**record, "files": sorted(_held(output))})

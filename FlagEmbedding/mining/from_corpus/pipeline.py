@@ -29,6 +29,7 @@ from FlagEmbedding.mining.common.index import settle
 from FlagEmbedding.mining.from_corpus.arguments import FromCorpusOptions
 from FlagEmbedding.mining.from_corpus.estimate import estimate
 from FlagEmbedding.mining.from_corpus.folders import (
+    RECORD,
     check_folder,
     clear_stale_index,
     put_in_place,
@@ -135,7 +136,7 @@ def _with_index(options: FromCorpusOptions, corpus: Path, language: str) -> From
     place = str(options.output.path / "corpus-index") if own else search.index_save_dir
     folder = Path(search.index_dir or index_folder(place, encoder.encoder, language))
     if own:
-        clear_stale_index(folder, corpus, encoder, search)
+        clear_stale_index(folder, corpus, encoder, search, own=(options.output.path / RECORD).exists())
     if settle(search, folder).with_title and not search.with_title:
         raise UsageError(f"{folder} was made with titles: give --with_title True, or name another --index_dir")
     return replace(options, search=replace(search, index_dir=str(folder)))
